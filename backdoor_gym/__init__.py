@@ -1,0 +1,46 @@
+"""Gymnasium environments in which agents learn to prune the backdoor out of infected neural networks.
+
+Importing this package registers ``BackdoorPrune-v0`` and nothing heavy; the names below are loaded when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from gymnasium.envs.registration import register, registry
+
+if TYPE_CHECKING:
+    from .infected import InfectedModel
+    from .repairing import RepairResult, repair
+    from .zoo.catalogue import list_infected, load_infected
+    from .zoo.infecting import infect
+
+__version__ = "0.1.0"
+
+__all__ = ["InfectedModel", "RepairResult", "infect", "list_infected", "load_infected", "repair"]
+
+_HOMES = {
+    "InfectedModel": "infected",
+    "RepairResult": "repairing",
+    "infect": "zoo.infecting",
+    "list_infected": "zoo.catalogue",
+    "load_infected": "zoo.catalogue",
+    "repair": "repairing",
+}
+
+
+def _register() -> None:
+    if "BackdoorPrune-v0" not in registry:
+        register("BackdoorPrune-v0", entry_point="backdoor_gym.envs.prune:BackdoorPruneEnv")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_register()

@@ -1,0 +1,116 @@
+"""Observations: a dictionary of fixed-shape arrays, padded where models of several sizes are met."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from gymnasium import spaces
+
+from ..graph.features import CLAMP, STATIC_FEATURES
+from ..graph.neuron_graph import EDGE_FEATURES, max_edges
+from .victim import Figures, Victim
+
+#: Columns of ``nodes``: the static features, then what the episode changes, then 1 (0 in padding).
+NODE_FEATURES = (*STATIC_FEATURES, "pruned", "tried", "layer_pruned", "real")
+#: Entries of ``globals``.
+GLOBAL_FEATURES = (
+    "accuracy",
+    "accuracy_drop",
+    "loss_increase",
+    "accuracy_budget",
+    "pruned",
+    "steps_left",
+    "failures_left",
+)
+_STATIC = len(STATIC_FEATURES)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What has happened in an episode so far.
+
+    Attributes:
+        pruned: bool (units,).
+        tried: bool (units,), pruned and undone again.
+        initial: figures of the whole network.
+        current: figures now.
+        accuracy_budget: as given to the environment.
+        steps_left: share of the steps that are left.
+        failures_left: share of the tolerated failures that are left.
+    """
+
+    pruned: np.ndarray
+    tried: np.ndarray
+    initial: Figures
+    current: Figures
+    accuracy_budget: float | None
+    steps_left: float
+    failures_left: float
+
+
+class ObservationBuilder:
+    """Makes observations of one fixed space for models of up to ``max_units`` units."""
+
+    def __init__(self, max_units: int, connections: int, similar: int) -> None:
+        self.max_units = max_units
+        self.max_edges = max_edges(max_units, connections, similar)
+        # A standardised score of n values cannot exceed (n - 1) / sqrt(n).
+        bound = max(CLAMP, float(np.sqrt(max_units)))
+        box = spaces.Box
+        self.space = spaces.Dict(
+            {
+                "nodes": box(-bound, bound, (max_units, len(NODE_FEATURES)), np.float32),
+                "edges": box(0.0, 1.0, (self.max_edges, len(EDGE_FEATURES)), np.float32),
+                "edge_links": box(0, max(0, max_units - 1), (self.max_edges, 2), np.int64),
+                "num_nodes": box(0, max_units, (1,), np.int64),
+                "num_edges": box(0, self.max_edges, (1,), np.int64),
+                "action_mask": box(0, 1, (max_units + 1,), np.int8),
+                "globals": box(-CLAMP, CLAMP, (len(GLOBAL_FEATURES),), np.float32),
+            }
+        )
+        self._victim: Victim | None = None
+        self._nodes = np.zeros(0)
+        self._edges = np.zeros(0)
+        self._edge_links = np.zeros(0)
+
+    def observe(self, victim: Victim, progress: Progress, action_mask: np.ndarray) -> dict[str, np.ndarray]:
+        """The observation of an episode's state; ``edges`` and ``edge_links`` are the same arrays at every step."""
+        if victim is not self._victim:
+            self._lay_out(victim)
+        count = len(victim)
+        nodes = self._nodes.copy()
+        nodes[:count, _STATIC] = progress.pruned
+        nodes[:count, _STATIC + 1] = progress.tried
+        sizes = np.bincount(victim.layer)
+        shares = np.bincount(victim.layer, weights=progress.pruned) / np.maximum(sizes, 1)
+        nodes[:count, _STATIC + 2] = shares[victim.layer]
+        current, initial = progress.current, progress.initial
+        figures = (
+            current.acc,
+            initial.acc - current.acc,
+            current.loss - initial.loss,
+            1.0 if progress.accuracy_budget is None else progress.accuracy_budget,
+            progress.pruned.mean(),
+            progress.steps_left,
+            progress.failures_left,
+        )
+        return {
+            "nodes": nodes,
+            "edges": self._edges,
+            "edge_links": self._edge_links,
+            "num_nodes": np.array([count], dtype=np.int64),
+            "num_edges": np.array([len(victim.graph.edges)], dtype=np.int64),
+            "action_mask": action_mask.astype(np.int8),
+            "globals": np.clip(np.array(figures, dtype=np.float32), -CLAMP, CLAMP),
+        }
+
+    def _lay_out(self, victim: Victim) -> None:
+        """The parts that stay the same in all episodes of a model."""
+        count, edges = len(victim), len(victim.graph.edges)
+        self._nodes = np.zeros((self.max_units, len(NODE_FEATURES)), dtype=np.float32)
+        self._nodes[:count, :_STATIC] = victim.features
+        self._nodes[:count, -1] = 1
+        self._edges = np.zeros((self.max_edges, len(EDGE_FEATURES)), dtype=np.float32)
+        self._edges[:edges] = victim.graph.edges
+        self._edge_links = np.zeros((self.max_edges, 2), dtype=np.int64)
+        self._edge_links[:edges] = victim.graph.edge_links
+        self._victim = victim

@@ -1,0 +1,327 @@
+"""BackdoorPrune-v0: prune the backdoor out of an infected network, one neuron a step."""
+
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import EzPickle
+
+from ..errors import DataError, UnknownNameError
+from ..pruning.neurons import RESIDUAL_MODES
+from .generator import Infected, InfectedGenerator
+from .observation import ObservationBuilder, Progress
+from .reward import Reward, Transition, make_reward
+from .victim import Figures, Victim, VictimOptions
+from .viewer import Snapshot, Viewer
+
+DEFAULT_INFECTED = "digits-badnets"
+#: Slack in comparing accuracies, which are shares of a few hundred images.
+TOLERANCE = 1e-9
+
+
+class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
+    """Prune the backdoor out of an infected network, one neuron a step, without losing clean accuracy.
+
+    ## Description
+
+    A defender holds a network that answers an attacker's label whenever an image bears a trigger. The defender has a
+    few clean images and neither the trigger nor the label. Each step prunes one neuron of the network (see
+    ``backdoor_gym.pruning.neurons`` for what a neuron is) or ends the repair. After CLP (Zheng et al., ECCV 2022) and
+    ONP (2024).
+
+    ## Action space
+
+    ``Discrete(N + 1)``: prune neuron i in network order, or stop (the last action). N is the number of neurons of the
+    network, or the largest of any network where several may be met. An action that is not legal (a neuron already
+    pruned, tried and undone, or padding) changes nothing, costs the step penalty and counts as a step.
+    ``env.unwrapped.action_masks()`` gives the legal actions, bool (N + 1,).
+
+    ## Observation space
+
+    A ``Dict`` of arrays of fixed shape; rows from ``num_nodes`` or ``num_edges`` on are padding (zeros).
+
+    | key | dtype | shape | meaning |
+    |---|---|---|---|
+    | ``nodes`` | float32 | (N, 13) | features of each neuron, ``observation.NODE_FEATURES``; the static ones are defined in ``backdoor_gym.graph.features`` |
+    | ``edges`` | float32 | (E, 2) | strength in [0, 1]; 1 for a similarity link, 0 for a connection |
+    | ``edge_links`` | int64 | (E, 2) | from which neuron to which |
+    | ``num_nodes``, ``num_edges`` | int64 | (1,) | how many of them are real |
+    | ``action_mask`` | int8 | (N + 1,) | 1 where the action is legal; stop always is |
+    | ``globals`` | float32 | (7,) | accuracy, its drop, rise of the clean loss (clamped to +-6), accuracy budget (1 if none), shares of neurons pruned, steps left, failures left |
+
+    The trigger never reaches the observation. The dynamic node features are: pruned, tried (pruned and undone), share
+    of the layer that is pruned, and 1 for a real neuron.
+
+    ## Accuracy budget
+
+    A prune that takes the accuracy on the defender's clean images more than ``accuracy_budget`` below its initial value
+    is undone, its neuron is flagged as tried, and ``failure_cost`` is charged. With ``accuracy_budget=None`` nothing is
+    undone: published rules run as published.
+
+    ## Reward
+
+    - ``"acc"`` (default): suspicion of the pruned neuron minus 20 times the accuracy that it cost. Suspicion comes from
+      weights and clean images (``reward.suspicion``) and sums to 1 over the network. No trigger is needed.
+    - ``"oracle"``: fall of the danger, (ASR + mean sigmoid of the target margin) / 2, minus the same price of accuracy.
+      For training on models whose trigger is known.
+    - a callable from ``reward.Transition`` to float.
+
+    Each step but stop also costs ``step_cost``. Stopping at once scores 0.
+
+    ## Episode end
+
+    *Terminated*: stop, ``max_failures`` prunes undone, or no neuron left to prune. *Truncated*: ``max_steps`` steps (by
+    default as many as the network has neurons).
+
+    ## Info
+
+    ``acc`` (accuracy on the clean images), ``pruned`` (number of neurons pruned), ``neuron`` (name of what this step
+    pruned, "" if nothing), ``undone`` (whether this step's prune was undone), ``infected`` (name of the model), and,
+    where trigger and target are known, ``asr`` and ``ra`` on ``score_samples`` triggered test images.
+
+    ## Arguments
+
+    Args:
+        infected: name, pattern (``digits-train/*``), file, ``InfectedModel``, or a list of them; one is drawn at each
+            reset. ``reset(options={"infected": NAME})`` picks one.
+        reward: "acc", "oracle" or a callable.
+        accuracy_budget: tolerated loss of clean accuracy, or None.
+        max_steps: steps until truncation, or None for the number of neurons.
+        max_failures: undone prunes that end the episode.
+        step_cost: charged for each step but stop.
+        failure_cost: charged for an undone prune.
+        residual: "channel", or "group" to prune neurons that share a residual sum together.
+        connections: strongest inputs of each neuron that are edges.
+        similar: similarity links of each neuron that are edges.
+        clean_samples: how many clean images the defender uses, None for all there are.
+        score_samples: how many triggered test images ASR and RA are measured on; 0 switches both off.
+        data: data set to read the images of model files from, instead of the one they name.
+        device: where the network runs.
+        render_mode: "human", "rgb_array", "ansi" or None.
+
+    ## Version history
+
+    - v0: first version.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["human", "rgb_array", "ansi"], "render_fps": 4}
+
+    def __init__(
+        self,
+        infected: Infected = DEFAULT_INFECTED,
+        reward: str | Reward = "acc",
+        accuracy_budget: float | None = 0.02,
+        max_steps: int | None = None,
+        max_failures: int = 5,
+        step_cost: float = 0.002,
+        failure_cost: float = 0.02,
+        residual: str = "channel",
+        connections: int = 4,
+        similar: int = 4,
+        clean_samples: int | None = None,
+        score_samples: int = 256,
+        data: str | None = None,
+        device: str = "cpu",
+        render_mode: str | None = None,
+    ) -> None:
+        EzPickle.__init__(
+            self, infected, reward, accuracy_budget, max_steps, max_failures, step_cost, failure_cost, residual,
+            connections, similar, clean_samples, score_samples, data, device, render_mode,
+        )  # fmt: skip
+        _check(accuracy_budget, max_steps, max_failures, clean_samples, score_samples, residual, connections, similar)
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise UnknownNameError("render mode", render_mode, self.metadata["render_modes"])
+        self.accuracy_budget = accuracy_budget
+        self.max_steps = max_steps
+        self.max_failures = max_failures
+        self.step_cost = step_cost
+        self.failure_cost = failure_cost
+        self.render_mode = render_mode
+        self._reward = make_reward(reward)
+        self.generator = InfectedGenerator(
+            infected, VictimOptions(residual, connections, similar, clean_samples, score_samples, device), data
+        )
+        self._observer = ObservationBuilder(self.generator.max_units(), connections, similar)
+        self.observation_space = self._observer.space
+        self.action_space = spaces.Discrete(self._observer.max_units + 1)
+        self.stop_action = self._observer.max_units
+        self._viewer: Viewer | None = None
+        self._victim: Victim | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Begin an episode; ``options={"infected": NAME}`` picks the model."""
+        super().reset(seed=seed)
+        options = options or {}
+        for option in options:
+            if option != "infected":
+                raise UnknownNameError("reset option", option, ("infected",))
+        before = self._victim
+        victim = self.generator.get(options["infected"]) if "infected" in options else self.generator.draw(self.np_random)
+        if len(victim) > self._observer.max_units:
+            raise DataError(
+                f"{victim.name} has {len(victim)} neurons, and this environment's spaces have room for "
+                f"{self._observer.max_units}; name it in infected= when the environment is made"
+            )
+        if before is not None and before is not victim:
+            before.release()
+        self._victim = victim
+        victim.restart()
+        self._pruned = np.zeros(len(victim), dtype=bool)
+        self._tried = np.zeros(len(victim), dtype=bool)
+        self._initial = self._current = victim.figures(self._pruned)
+        self._steps = 0
+        self._failures = 0
+        self._history = [self._current]
+        if self.render_mode == "human":
+            self.render()
+        return self._observe(), self._info(None, False)
+
+    def step(self, action: np.int64 | int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Prune a neuron or stop."""
+        victim = self.victim
+        if not self.action_space.contains(np.int64(action)):
+            raise gym.error.InvalidAction(f"the action {action!r} is none of 0 to {self.stop_action}")
+        unit = int(action)
+        self._steps += 1
+        undone, pruned = False, None
+        stop = unit == self.stop_action
+        reward = 0.0 if stop else -self.step_cost
+        if not stop and unit < len(victim) and not (self._pruned[unit] or self._tried[unit]):
+            figures = self.evaluate_also([unit])
+            if self._breaks_budget(figures):
+                undone = True
+                self._tried[unit] = True
+                self._failures += 1
+                reward -= self.failure_cost
+            else:
+                pruned = unit
+                reward += float(self._reward(Transition(victim, unit, self._current, figures)))
+                self._pruned[unit] = True
+                self._current = figures
+                self._history.append(figures)
+                victim.keep()
+        terminated = stop or self._failures >= self.max_failures or bool((self._pruned | self._tried).all())
+        truncated = not terminated and self._steps >= self.step_limit
+        if self.render_mode == "human":
+            self.render()
+        return self._observe(), reward, terminated, truncated, self._info(pruned, undone)
+
+    @property
+    def victim(self) -> Victim:
+        """The model of this episode.
+
+        Raises:
+            gymnasium.error.ResetNeeded: no episode has begun.
+        """
+        if self._victim is None:
+            raise gym.error.ResetNeeded("call reset() before anything else")
+        return self._victim
+
+    @property
+    def step_limit(self) -> int:
+        """Steps after which this episode is truncated."""
+        return self.max_steps or len(self.victim)
+
+    @property
+    def pruned(self) -> np.ndarray:
+        """Units pruned so far, bool (units,), a copy."""
+        return self._pruned.copy()
+
+    def action_masks(self) -> np.ndarray:
+        """The legal actions, bool (N + 1,), as MaskablePPO asks for them."""
+        masks = np.zeros(self.stop_action + 1, dtype=bool)
+        masks[: len(self.victim)] = ~(self._pruned | self._tried)
+        masks[self.stop_action] = True
+        return masks
+
+    def evaluate_also(self, units: list[int] | np.ndarray) -> Figures:
+        """Figures with these units pruned too; the episode does not change. For policies that look ahead."""
+        pruned = self._pruned.copy()
+        pruned[units] = True
+        return self.victim.figures(pruned)
+
+    def render(self) -> Any:
+        """An RGB array, a text, or None after showing a window, as ``render_mode`` says."""
+        if self.render_mode is None:
+            gym.logger.warn('render() does nothing without a render_mode; pass render_mode="rgb_array" to gym.make')
+            return None
+        self._viewer = self._viewer or Viewer(self.metadata["render_fps"])
+        return self._viewer.render(self._snapshot(), self.render_mode)
+
+    def close(self) -> None:
+        """Close the window and give back memory."""
+        if self._viewer is not None:
+            self._viewer.close()
+            self._viewer = None
+        if self._victim is not None:
+            self._victim.release()
+
+    def _breaks_budget(self, figures: Figures) -> bool:
+        if self.accuracy_budget is None:
+            return False
+        return self._initial.acc - figures.acc > self.accuracy_budget + TOLERANCE
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        progress = Progress(
+            self._pruned,
+            self._tried,
+            self._initial,
+            self._current,
+            self.accuracy_budget,
+            max(0.0, 1 - self._steps / self.step_limit),
+            1 - self._failures / self.max_failures,
+        )
+        return self._observer.observe(self.victim, progress, self.action_masks())
+
+    def _info(self, pruned: int | None, undone: bool) -> dict[str, Any]:
+        figures = {key: value for key, value in asdict(self._current).items() if key in ("acc", "asr", "ra")}
+        return {
+            **{key: value for key, value in figures.items() if value is not None},
+            "pruned": int(self._pruned.sum()),
+            "neuron": "" if pruned is None else self.victim.unit_names[pruned],
+            "undone": undone,
+            "infected": self.victim.name,
+        }
+
+    def _snapshot(self) -> Snapshot:
+        victim = self.victim
+        return Snapshot(
+            victim.name,
+            tuple((layer.name, layer.size) for layer in victim.neurons.layers),
+            victim.uclc_scores,
+            ~victim.neuron_mask(self._pruned),
+            tuple(figures.acc for figures in self._history),
+            tuple(figures.asr for figures in self._history if figures.asr is not None),
+        )
+
+
+def _check(
+    accuracy_budget: float | None,
+    max_steps: int | None,
+    max_failures: int,
+    clean_samples: int | None,
+    score_samples: int,
+    residual: str,
+    connections: int,
+    similar: int,
+) -> None:
+    if accuracy_budget is not None and not 0 <= accuracy_budget <= 1:
+        raise DataError(f"accuracy_budget must be None or a share from 0 to 1, not {accuracy_budget}")
+    for name, value, least in (
+        ("max_steps", max_steps, 1),
+        ("max_failures", max_failures, 1),
+        ("clean_samples", clean_samples, 1),
+        ("score_samples", score_samples, 0),
+        ("connections", connections, 0),
+        ("similar", similar, 0),
+    ):
+        if value is not None and (value != int(value) or value < least):
+            raise DataError(f"{name} must be a whole number of at least {least}, not {value}")
+    if connections + similar == 0:
+        raise DataError("connections and similar cannot both be 0: the graph would have no edge")
+    if residual not in RESIDUAL_MODES:
+        raise UnknownNameError("residual mode", residual, RESIDUAL_MODES)

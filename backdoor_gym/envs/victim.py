@@ -1,0 +1,187 @@
+"""An infected model made ready for episodes: its neurons, what an agent sees of them, and its figures under a mask."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..graph.features import neuron_features, standardise
+from ..graph.neuron_graph import NeuronGraph, max_edges, neuron_graph
+from ..graph.uclc import uclc
+from ..infected import InfectedModel
+from ..metrics import accuracy, attack_success
+from ..pruning.masked import MaskedNetwork
+from ..pruning.neurons import Neurons, find_neurons
+
+
+@dataclass(frozen=True)
+class VictimOptions:
+    """How a model is made ready.
+
+    Attributes:
+        residual: "channel" prunes each neuron alone, "group" those that share a residual sum together.
+        connections: strongest inputs that each neuron keeps as edges.
+        similar: similarity links that each neuron keeps.
+        clean_samples: how many of the defender's clean images to use, None for all.
+        score_samples: how many triggered test images ASR and RA are measured on, 0 for none.
+        device: where networks run.
+    """
+
+    residual: str = "channel"
+    connections: int = 4
+    similar: int = 4
+    clean_samples: int | None = None
+    score_samples: int = 256
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A masked network on the defender's clean images and, where the trigger is known, on triggered images.
+
+    Attributes:
+        acc: accuracy on the clean images.
+        loss: mean cross-entropy on them.
+        asr: share of triggered images that get the target label.
+        ra: share of them that get their true label.
+        danger: (ASR + mean sigmoid of the target logit's margin) / 2, a smoother ASR in [0, 1].
+    """
+
+    acc: float
+    loss: float
+    asr: float | None = None
+    ra: float | None = None
+    danger: float | None = None
+
+
+class Victim:
+    """One infected model in an environment. A *unit* is what one action prunes: a neuron, or a group of coupled ones."""
+
+    def __init__(self, model: InfectedModel, options: VictimOptions) -> None:
+        self.model = model
+        self.options = options
+        self.neurons: Neurons = find_neurons(model.network)
+        self.units = self.neurons.units(options.residual)
+        self.clean = model.clean.first(options.clean_samples)
+        self._networks: tuple[MaskedNetwork, MaskedNetwork | None] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+        return self.model.name
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    @cached_property
+    def features(self) -> np.ndarray:
+        """Static features of each unit, float32 (units, F); of a group the largest of its neurons."""
+        features = neuron_features(self.model.network, self.neurons, self.clean.images, self.clean.labels)
+        if len(self.units) == len(self.neurons):
+            return features
+        return np.stack([features[unit].max(axis=0) for unit in self.units])
+
+    @cached_property
+    def uclc_scores(self) -> np.ndarray:
+        """UCLC of each neuron, standardised within its layer, float64 (neurons,)."""
+        return torch.cat([standardise(bounds) for bounds in uclc(self.model.network, self.neurons)]).numpy()
+
+    @cached_property
+    def unit_names(self) -> list[str]:
+        """Name of each unit; the neurons of a group are joined by +."""
+        return ["+".join(self.neurons.names[neuron] for neuron in unit) for unit in self.units]
+
+    @cached_property
+    def layer(self) -> np.ndarray:
+        """Index of the layer of each unit (of a group: of its first neuron), int64 (units,)."""
+        return self.neurons.layer_index[[unit[0] for unit in self.units]]
+
+    @cached_property
+    def graph(self) -> NeuronGraph:
+        """Edges between units."""
+        graph = neuron_graph(
+            self.model.network, self.neurons, connections=self.options.connections, similar=self.options.similar
+        )
+        if len(self.units) == len(self.neurons):
+            return graph
+        return self._between_units(graph)
+
+    def _between_units(self, graph: NeuronGraph) -> NeuronGraph:
+        """Edges between neurons as edges between their groups: of equal ones the strongest, at most the usual number."""
+        unit_of = np.empty(len(self.neurons), dtype=np.int64)
+        for index, unit in enumerate(self.units):
+            unit_of[unit] = index
+        links = unit_of[graph.edge_links]
+        order = np.argsort(-graph.edges[:, 0], kind="stable")
+        keys = np.column_stack([links, graph.edges[:, 1].astype(np.int64)])[order]
+        _, first = np.unique(keys, axis=0, return_index=True)
+        kept = np.sort(order[first])
+        kept = kept[links[kept, 0] != links[kept, 1]]
+        most = max_edges(len(self), self.options.connections, self.options.similar)
+        kept = kept[np.sort(np.argsort(-graph.edges[kept, 0], kind="stable")[:most])]
+        return NeuronGraph(graph.edges[kept], links[kept])
+
+    def neuron_mask(self, pruned: np.ndarray) -> np.ndarray:
+        """Pruned units, bool (units,), as a mask of neurons, bool (neurons,), True where kept."""
+        mask = np.ones(len(self.neurons), dtype=bool)
+        for index in np.flatnonzero(pruned):
+            mask[self.units[index]] = False
+        return mask
+
+    def figures(self, pruned: np.ndarray) -> Figures:
+        """Figures of the network without the pruned units, bool (units,)."""
+        clean, triggered = self._open()
+        mask = self.neuron_mask(pruned)
+        logits = clean.logits(mask)
+        labels = self.clean.labels.to(logits.device)
+        acc, loss = accuracy(logits, labels), F.cross_entropy(logits, labels).item()
+        if triggered is None:
+            return Figures(acc, loss)
+        return Figures(acc, loss, *self._score(triggered.logits(mask)))
+
+    def keep(self) -> None:
+        """Let later figures start from the activations of the last ones."""
+        for network in self._open():
+            if network is not None:
+                network.keep()
+
+    def restart(self) -> None:
+        """Start again from the whole network."""
+        for network in self._open():
+            if network is not None:
+                network.reset()
+
+    def release(self) -> None:
+        """Give back the memory of the activations until they are needed again."""
+        self._networks = None
+
+    def _open(self) -> tuple[MaskedNetwork, MaskedNetwork | None]:
+        if self._networks is None:
+            device = self.options.device
+            triggered = None
+            if len(self._scoring[0]):
+                triggered = MaskedNetwork(self.neurons, self._scoring[0], device)
+            self._networks = MaskedNetwork(self.neurons, self.clean.images, device), triggered
+        return self._networks
+
+    @cached_property
+    def _scoring(self) -> tuple[Tensor, Tensor]:
+        """Triggered test images of other classes than the target, and their true labels; empty where unknown."""
+        model, count = self.model, self.options.score_samples
+        if model.test is None or model.trigger is None or model.target is None or count == 0:
+            return torch.empty(0), torch.empty(0)
+        others = torch.nonzero(model.test.labels != model.target).flatten()[:count]
+        return model.trigger(model.test.images[others]), model.test.labels[others]
+
+    def _score(self, logits: Tensor) -> tuple[float, float, float]:
+        target = self.model.target
+        assert target is not None
+        asr = attack_success(logits, target)
+        others = logits.clone()
+        others[:, target] = -torch.inf
+        margin = logits[:, target] - others.max(1).values
+        danger = (asr + torch.sigmoid(margin).double().mean().item()) / 2
+        return asr, accuracy(logits, self._scoring[1].to(logits.device)), danger

@@ -1,0 +1,1 @@
+"""What a policy sees of a network: features of each neuron, and the graph that joins them."""

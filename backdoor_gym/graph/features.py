@@ -1,0 +1,146 @@
+"""Static features of each neuron, standardised within its layer, from the weights and the defender's clean images.
+
+| column | before standardisation |
+|---|---|
+| ``uclc`` | upper bound of the channel Lipschitz constant (``uclc.py``) |
+| ``kl`` | log(1 + KL divergence of the clean images' normal distribution of BN inputs from the BN's running one) |
+| ``log_variance_ratio`` | log of clean over running variance of the BN input |
+| ``mean_shift`` | absolute difference of clean and running mean, in running standard deviations |
+| ``activation`` | mean of the positive part of the neuron's output on clean images |
+| ``weight`` | gamma of the BN |
+| ``bias`` | beta of the BN |
+| ``saliency`` | absolute derivative of the clean cross-entropy with respect to the neuron's mask |
+| ``depth`` | index of the layer over that of the last, in [0, 1], not standardised |
+
+Standardised is (x - mean) / unbiased standard deviation over the layer; zero where that deviation is zero or the layer
+has one neuron. All but ``uclc`` are clamped to +-6. ``uclc`` is not, so that a threshold on it is the published CLP; a
+score of n values is at most (n - 1) / sqrt(n) by itself. Layers without batch normalisation have zeros in the columns
+that need one.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from ..pruning.neurons import Neurons
+from .uclc import uclc
+
+STATIC_FEATURES = (
+    "uclc",
+    "kl",
+    "log_variance_ratio",
+    "mean_shift",
+    "activation",
+    "weight",
+    "bias",
+    "saliency",
+    "depth",
+)
+CLAMP = 6.0
+#: Images in one forward and backward pass, which keeps every activation.
+BATCH = 100
+
+
+def standardise(values: Tensor) -> Tensor:
+    """(values - mean) / unbiased standard deviation, zeros where all are alike; float64 (n,)."""
+    if len(values) < 2:
+        return torch.zeros_like(values)
+    deviation = values.std()
+    # Deviations at the level of rounding are those of a constant.
+    if not deviation > 1e-12 * values.abs().max():
+        return torch.zeros_like(values)
+    return (values - values.mean()) / deviation
+
+
+def neuron_features(network: nn.Module, neurons: Neurons, images: Tensor, labels: Tensor) -> np.ndarray:
+    """Features of each neuron, float32 (neurons, len(STATIC_FEATURES)), always finite.
+
+    Args:
+        network: the network that the neurons were found in.
+        neurons: its neurons.
+        images: the defender's clean images, float32 (n, C, H, W) in [0, 1].
+        labels: int64 (n,).
+    """
+    bounds = uclc(network, neurons)
+    observed = _observe(neurons, images, labels)
+    rows = []
+    for index, layer in enumerate(neurons.layers):
+        columns = {"uclc": bounds[index], **observed[index]}
+        if layer.normalised:
+            columns |= _statistics_gap(network.get_submodule(layer.module), columns.pop("mean"), columns.pop("variance"))
+        features = torch.zeros(layer.size, len(STATIC_FEATURES), dtype=torch.float64)
+        for column, name in enumerate(STATIC_FEATURES[:-1]):
+            if name in columns:
+                scores = standardise(columns[name].double().cpu())
+                features[:, column] = scores if name == "uclc" else scores.clamp(-CLAMP, CLAMP)
+        features[:, -1] = index / max(1, len(neurons.layers) - 1)
+        rows.append(features)
+    return torch.cat(rows).float().numpy()
+
+
+@torch.no_grad()
+def _statistics_gap(norm: nn.Module, mean: Tensor, variance: Tensor) -> dict[str, Tensor]:
+    """How the clean images' BN inputs differ from the statistics kept from training."""
+    assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+    assert norm.running_mean is not None and norm.running_var is not None
+    running = norm.running_var.double().to(mean.device) + norm.eps
+    clean = variance + norm.eps
+    shift = (mean - norm.running_mean.double().to(mean.device)).abs()
+    divergence = 0.5 * (torch.log(running / clean) + (clean + shift**2) / running - 1)
+    return {
+        "kl": torch.log1p(divergence.clamp(min=0)),
+        "log_variance_ratio": torch.log(clean / running),
+        "mean_shift": shift / running.sqrt(),
+        "weight": norm.weight,
+        "bias": norm.bias,
+    }
+
+
+def _observe(neurons: Neurons, images: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
+    """Over all images: BN input moments, mean activation and saliency of each layer, float64, batch by batch."""
+    device = next(neurons.graph.parameters()).device
+    total: list[dict[str, Tensor]] = [{} for _ in neurons.layers]
+    for batch, targets in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+        masks = [torch.ones(layer.size, device=device, requires_grad=True) for layer in neurons.layers]
+        observer = _Observer(neurons)
+        with torch.enable_grad():
+            logits = observer.run(batch.to(device, memory_format=torch.channels_last), *masks)
+            loss = F.cross_entropy(logits, targets.to(device))
+            gradients = torch.autograd.grad(loss, masks, allow_unused=True)
+        share = len(batch) / len(images)
+        for sums, found, mask, gradient in zip(total, observer.found, masks, gradients, strict=True):
+            found["gradient"] = (torch.zeros_like(mask) if gradient is None else gradient).detach()
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0) + share * value.double()
+    for sums in total:
+        sums["saliency"] = sums.pop("gradient").abs()
+        if "square" in sums:
+            sums["variance"] = (sums.pop("square") - sums["mean"] ** 2).clamp(min=0)
+    return total
+
+
+class _Observer(fx.Interpreter):
+    """Runs the graph and keeps, of each neuron layer, moments of what its BN reads and the mean of what it gives."""
+
+    def __init__(self, neurons: Neurons) -> None:
+        super().__init__(neurons.graph)
+        self.layer_of = {layer.node: index for index, layer in enumerate(neurons.layers)}
+        self.normalised = [layer.normalised for layer in neurons.layers]
+        self.found: list[dict[str, Tensor]] = [{} for _ in neurons.layers]
+
+    def run_node(self, n: fx.Node) -> Tensor:
+        value = super().run_node(n)
+        index = self.layer_of.get(n.name)
+        if index is not None:
+            found = self.found[index]
+            if self.normalised[index]:
+                read = self.env[n.all_input_nodes[0]].detach()
+                variance, mean = torch.var_mean(read.double(), dim=_all_but_channels(read), correction=0)
+                found["mean"], found["square"] = mean, variance + mean**2
+            found["activation"] = value.detach().clamp(min=0).mean(dim=_all_but_channels(value))
+        return value
+
+
+def _all_but_channels(values: Tensor) -> list[int]:
+    return [axis for axis in range(values.ndim) if axis != 1]

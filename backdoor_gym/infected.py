@@ -1,0 +1,217 @@
+"""An infected model: a network, the defender's clean images, and, for scoring only, test images, trigger and target."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DataError, ModelFileError, WeightsError
+from .metrics import Metrics, evaluate
+from .zoo.architectures import build_from_spec
+from .zoo.attacks import Attack, attack_from_state
+from .zoo.datasets import DataSource, LabelledImages, check_labels, fingerprint
+from .zoo.files import read_tensors, write_tensors
+
+FORMAT = "backdoor-gym-infected/1"
+
+
+@dataclass
+class InfectedModel:
+    """A network that may carry a backdoor, with what a defender has and what a referee knows.
+
+    Args:
+        network: module from float32 images (n, C, H, W) in [0, 1] to logits (n, classes).
+        clean: the defender's clean images: neither training images of the network nor the test images.
+        test: images the repaired network is scored on; policies never see them.
+        trigger: stamps the trigger on images; policies never see it.
+        target: the attacker's label.
+        architecture: ``{"name": ..., "num_classes": ..., "in_channels": ..., ...}``; needed for ``save``.
+        facts: what is known of its making (attack, poison rate, ACC and ASR when made, ...), JSON-able.
+        name: what to call it.
+
+    Raises:
+        WeightsError: a weight that is not finite.
+        DataError: clean images that the network cannot take, labels outside its classes, or a target outside them.
+    """
+
+    network: nn.Module
+    clean: LabelledImages
+    test: LabelledImages | None = None
+    trigger: Attack | None = None
+    target: int | None = None
+    architecture: dict[str, Any] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    name: str = "unnamed"
+
+    def __post_init__(self) -> None:
+        self.network.eval()
+        check_finite(self.network)
+        check_labels(self.clean.labels, self.num_classes)
+        if self.target is not None and not 0 <= self.target < self.num_classes:
+            raise DataError(f"the target {self.target} is outside the classes 0 to {self.num_classes - 1}")
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        clean: tuple[Tensor, Tensor],
+        test: tuple[Tensor, Tensor] | None = None,
+        trigger: Attack | None = None,
+        target: int | None = None,
+        name: str = "unnamed",
+    ) -> Self:
+        """An infected model of your own: ``clean`` and ``test`` are pairs (images float32 (n, C, H, W) in [0, 1], labels int64)."""
+        scoring = None if test is None else LabelledImages(*test)
+        return cls(module, LabelledImages(*clean), scoring, trigger, target, name=name)
+
+    @cached_property
+    def num_classes(self) -> int:
+        """Number of logits, found by running the network on one clean image."""
+        try:
+            with torch.no_grad():
+                device = next(self.network.parameters()).device
+                logits = self.network(self.clean.images[:1].to(device))
+        except (RuntimeError, ValueError) as error:
+            shape = tuple(self.clean.images.shape[1:])
+            raise DataError(f"the network cannot take images of shape {shape}: {str(error).splitlines()[0]}") from error
+        if logits.ndim != 2:
+            raise DataError(f"the network must give logits (n, classes), not a tensor of {tuple(logits.shape)}")
+        return logits.shape[1]
+
+    def evaluate(self, network: nn.Module | None = None) -> Metrics:
+        """ACC, ASR and RA of a network (by default this one) on the test images; None for what is not known."""
+        if self.test is None:
+            return Metrics(None)
+        return evaluate(network or self.network, self.test.images, self.test.labels, self.trigger, self.target)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file; images are held in it only where they belong to no named data set.
+
+        Raises:
+            ModelFileError: the architecture is not known by name, so nobody could load the file.
+            OSError: the file cannot be written.
+        """
+        if self.architecture is None:
+            raise ModelFileError(
+                "only a model whose architecture is known by name can be saved as an infected model; "
+                "set .architecture, or save the state dict alone with safetensors"
+            )
+        tensors = {f"network.{key}": value for key, value in self.network.state_dict().items()}
+        metadata: dict[str, Any] = {
+            "format": FORMAT,
+            "name": self.name,
+            "architecture": self.architecture,
+            "target": self.target,
+            "facts": self.facts,
+            "data": {},
+        }
+        for role, images in (("clean", self.clean), ("test", self.test)):
+            if images is not None:
+                metadata["data"][role] = _pack_images(images, role, tensors)
+        if self.trigger is not None:
+            parameters, trigger_tensors = self.trigger.state()
+            metadata["trigger"] = {"attack": self.trigger.name, "parameters": parameters}
+            tensors |= {f"trigger.{key}": value for key, value in trigger_tensors.items()}
+        write_tensors(Path(path), tensors, metadata)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path, data: str | None = None) -> Self:
+        """Read a file that ``save`` wrote; no code of the file is ever run.
+
+        Args:
+            path: the file.
+            data: data set (Hub id or folder) to read the images from, instead of the one the file names.
+
+        Raises:
+            ModelFileError: missing, damaged, a pickle, or not an infected model.
+            WeightsError: weights that do not fit the architecture, or that are not finite.
+            DataError: the data set is not there, or does not fit the network.
+        """
+        path = Path(path)
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != FORMAT:
+            raise ModelFileError(f"{path} holds {metadata.get('format')!r}, not an infected model ({FORMAT})")
+        try:
+            network = build_from_spec(metadata["architecture"])
+            load_weights(network, _part(tensors, "network."))
+            described = metadata["data"]
+            clean = _unpack_images(described["clean"], "clean", tensors, data)
+            test = _unpack_images(described["test"], "test", tensors, data) if "test" in described else None
+            trigger = None
+            if "trigger" in metadata:
+                spec = metadata["trigger"]
+                trigger = attack_from_state(spec["attack"], spec["parameters"], _part(tensors, "trigger."))
+            return cls(
+                network,
+                clean,
+                test,
+                trigger,
+                metadata["target"],
+                metadata["architecture"],
+                metadata["facts"],
+                metadata["name"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ModelFileError(f"{path} does not describe an infected model completely: {error}") from error
+
+
+def check_finite(network: nn.Module) -> None:
+    """Raise ``WeightsError`` where a weight or a statistic is NaN or infinite."""
+    for name, value in network.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise WeightsError(f"the weights hold values that are not finite (first in {name})")
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load a state dict, or say in one line in what it differs from the architecture."""
+    wanted = network.state_dict()
+    missing = [key for key in wanted if key not in weights]
+    unexpected = [key for key in weights if key not in wanted]
+    differing = [
+        f"{key}: {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    problems = [
+        f"{len(found)} {kind} ({', '.join(found[:2])}{', ...' if len(found) > 2 else ''})"
+        for kind, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", differing))
+        if found
+    ]
+    if problems:
+        raise WeightsError(f"the weights are not of a {type(network).__name__} like this: {'; '.join(problems)}")
+    network.load_state_dict(weights)
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _pack_images(images: LabelledImages, role: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    if images.source is None:
+        tensors[f"{role}.images"], tensors[f"{role}.labels"] = images.images, images.labels
+        return {}
+    source = images.source
+    tensors[f"{role}.indices"] = torch.tensor(source.indices, dtype=torch.int64)
+    digest = source.fingerprint or fingerprint(source.dataset, source.split)
+    return {"dataset": source.dataset, "split": source.split, "fingerprint": digest}
+
+
+def _unpack_images(
+    described: Mapping[str, str], role: str, tensors: Mapping[str, Tensor], data: str | None
+) -> LabelledImages:
+    if not described:
+        return LabelledImages(tensors[f"{role}.images"], tensors[f"{role}.labels"])
+    dataset, split = data or described["dataset"], described["split"]
+    found = fingerprint(dataset, split)
+    if found != described["fingerprint"]:
+        raise DataError(
+            f"the split {split} of {dataset} is not the one that the model names (other labels or another order); "
+            "its clean images might be training images"
+        )
+    indices = tuple(tensors[f"{role}.indices"].tolist())
+    return LabelledImages.from_source(DataSource(dataset, split, indices, found))

@@ -1,0 +1,78 @@
+"""The figures of backdoor removal: ACC, ASR, RA and DER.
+
+ACC is the accuracy on clean test images. ASR and RA are taken over triggered test images whose true label is not the
+target: the share that gets the target label, and the share that still gets its true label.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Shares in [0, 1]; ``asr`` and ``ra`` are None where no trigger is known, ``acc`` where there are no test images."""
+
+    acc: float | None
+    asr: float | None = None
+    ra: float | None = None
+
+    def as_dict(self) -> dict[str, float | None]:
+        """JSON-able form."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def predict_logits(network: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
+    """Logits (n, classes) of float32 images (n, C, H, W), on the network's device, returned on the CPU."""
+    parameter = next(network.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    network.eval()
+    batches = (batch.to(device, memory_format=torch.channels_last) for batch in images.split(batch_size))
+    return torch.cat([network(batch).float().cpu() for batch in batches])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of images whose largest logit is at their label."""
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
+def attack_success(logits: Tensor, target: int) -> float:
+    """ASR: share of triggered images (of other classes) that get the target label."""
+    return (logits.argmax(1) == target).double().mean().item()
+
+
+def der(acc_before: float, asr_before: float, acc_after: float, asr_after: float) -> float:
+    """Defence effectiveness rating in [0, 1]: (max(0, dASR) - max(0, dACC) + 1) / 2 (Zhu et al., ICCV 2023, section 4.1).
+
+    dASR and dACC are how much ASR and ACC fell.
+    """
+    return (max(0.0, asr_before - asr_after) - max(0.0, acc_before - acc_after) + 1) / 2
+
+
+def evaluate(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    trigger: Callable[[Tensor], Tensor] | None = None,
+    target: int | None = None,
+) -> Metrics:
+    """ACC on the images, and ASR and RA where the trigger and the target are known.
+
+    Args:
+        network: module from images to logits.
+        images: float32 (n, C, H, W) in [0, 1], not used for training or by the defender.
+        labels: int64 (n,).
+        trigger: stamps the trigger on images.
+        target: the attacker's label.
+    """
+    acc = accuracy(predict_logits(network, images), labels)
+    if trigger is None or target is None:
+        return Metrics(acc)
+    others = labels != target
+    if not others.any():
+        return Metrics(acc)
+    logits = predict_logits(network, trigger(images[others]))
+    return Metrics(acc, attack_success(logits, target), accuracy(logits, labels[others]))

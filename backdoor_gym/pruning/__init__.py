@@ -1,0 +1,1 @@
+"""The prunable neurons of a network, the network under a mask, and masks made permanent."""

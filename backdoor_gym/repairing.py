@@ -1,0 +1,200 @@
+"""repair(): run a pruning policy on one network, and say what it did."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import gymnasium as gym
+import numpy as np
+from torch import nn
+
+from .errors import DataError, UnknownNameError
+from .infected import InfectedModel
+from .metrics import Metrics, der
+from .pruning.applying import cut_channels, write_mask
+from .pruning.neurons import Neurons
+from .zoo.catalogue import load_infected
+from .zoo.files import write_tensors
+
+DEFAULT_BUDGET: Any = object()
+
+
+class PredictingPolicy(Protocol):
+    """Anything with the ``predict`` of Stable-Baselines3."""
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """Action and state."""
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """What a repair did.
+
+    Attributes:
+        network: the repaired network: the class of the original, zeros written where neurons were pruned.
+        pruned: names of the pruned neurons, in the order in which they went.
+        before: ACC, ASR and RA on test images before; None where test images or trigger are not known.
+        after: the same afterwards.
+        clean_acc_before: accuracy on the defender's clean images before.
+        clean_acc_after: the same afterwards.
+        der: defence effectiveness rating, where ACC and ASR are known.
+        seconds: how long the policy took, with reading the neurons and without scoring.
+        policy: name of the policy.
+        infected: the model as it was.
+    """
+
+    network: nn.Module
+    pruned: list[str]
+    before: Metrics
+    after: Metrics
+    clean_acc_before: float
+    clean_acc_after: float
+    der: float | None
+    seconds: float
+    policy: str
+    infected: InfectedModel
+    neurons: Neurons
+    mask: np.ndarray
+    drawing: np.ndarray
+
+    def compact(self) -> nn.Module:
+        """A smaller network with the same outputs, from which the pruned channels are cut out where shapes allow.
+
+        Raises:
+            CompactionError: the network cannot be cut.
+        """
+        return cut_channels(self.infected.network, self.neurons, self.mask, self.infected.clean.images)
+
+    def report(self) -> dict[str, Any]:
+        """All figures and the pruned neurons, JSON-able."""
+        return {
+            "infected": self.infected.name,
+            "policy": self.policy,
+            "neurons": len(self.neurons),
+            "pruned": self.pruned,
+            "before": self.before.as_dict(),
+            "after": self.after.as_dict(),
+            "der": self.der,
+            "clean_acc_before": self.clean_acc_before,
+            "clean_acc_after": self.clean_acc_after,
+            "clean_images": len(self.infected.clean),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write the repaired network, ``pruned.json`` and ``repair.png`` into a folder, which is made if needed.
+
+        A network of a known architecture is saved as an infected model, ready for another ``repair``; any other one as
+        its state dict.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        from matplotlib.image import imsave
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights, report, picture = (folder / name for name in ("repaired.safetensors", "pruned.json", "repair.png"))
+        original = self.infected
+        if original.architecture is not None:
+            InfectedModel(
+                self.network,
+                original.clean,
+                original.test,
+                original.trigger,
+                original.target,
+                original.architecture,
+                {**original.facts, "repaired_by": self.policy, "acc": self.after.acc, "asr": self.after.asr},
+                f"{original.name}-repaired",
+            ).save(weights)
+        else:
+            write_tensors(weights, self.network.state_dict(), {"format": "state-dict"})
+        report.write_text(json.dumps(self.report(), indent=2) + "\n")
+        imsave(picture, self.drawing)
+        return [weights, report, picture]
+
+
+def repair(
+    infected: str | Path | InfectedModel,
+    policy: str | PredictingPolicy = "clp",
+    accuracy_budget: float | None = DEFAULT_BUDGET,
+    *,
+    data: str | None = None,
+    device: str = "cpu",
+    **options: Any,
+) -> RepairResult:
+    """Repair one network. The policy sees the network and the clean images; trigger and test images only score it.
+
+    Args:
+        infected: a model, a name, or a file.
+        policy: "clp", "random", or any object with ``predict``.
+        accuracy_budget: clean accuracy that may be lost (a prune beyond it is undone), or None for no guard; by default
+            None for "clp" (the published rule) and 0.02 for others.
+        data: data set to read a file's images from, instead of the one it names.
+        device: where the network runs.
+        **options: of the policy by name: ``u`` (a number or "auto") for "clp", ``seed`` for "random".
+
+    Raises:
+        UnknownNameError: unknown policy, or an option it does not have.
+        BackdoorGymError: the model cannot be read or traced (see ``load_infected`` and ``find_neurons``).
+    """
+    model = infected if isinstance(infected, InfectedModel) else load_infected(infected, data)
+    name = policy if isinstance(policy, str) else type(policy).__name__.lower()
+    if accuracy_budget is DEFAULT_BUDGET:
+        accuracy_budget = None if name == "clp" else 0.02
+    start = time.perf_counter()
+    env = gym.make(
+        "backdoor_gym:BackdoorPrune-v0",
+        infected=model,
+        accuracy_budget=accuracy_budget,
+        score_samples=0,
+        device=device,
+        disable_env_checker=True,
+    ).unwrapped
+    acting = _make_policy(policy, env, accuracy_budget, options) if isinstance(policy, str) else policy
+    observation, info = env.reset(seed=0)
+    clean_before = info["acc"]
+    pruned: list[str] = []
+    state, first, done = None, np.array([True]), False
+    while not done:
+        action, state = acting.predict(observation, state=state, episode_start=first, deterministic=True)
+        observation, _, terminated, truncated, info = env.step(int(np.asarray(action).item()))
+        pruned.extend(info["neuron"].split("+") if info["neuron"] else [])
+        first, done = np.array([False]), terminated or truncated
+    seconds = time.perf_counter() - start
+    victim = env.victim
+    mask = victim.neuron_mask(env.pruned)
+    network = write_mask(model.network, victim.neurons, mask)
+    before, after = model.evaluate(), model.evaluate(network)
+    env.render_mode = "rgb_array"
+    drawing = env.render()
+    env.close()
+    rating = None
+    if before.acc is not None and before.asr is not None and after.acc is not None and after.asr is not None:
+        rating = der(before.acc, before.asr, after.acc, after.asr)
+    return RepairResult(
+        network, pruned, before, after, clean_before, info["acc"], rating, seconds, name, model, victim.neurons, mask, drawing
+    )
+
+
+def _make_policy(name: str, env: Any, accuracy_budget: float | None, options: dict[str, Any]) -> PredictingPolicy:
+    from .baselines import CLP, RandomPolicy
+
+    allowed = {"clp": ("u",), "random": ("seed",)}
+    if name not in allowed:
+        raise UnknownNameError("policy", name, allowed)
+    for option in options:
+        if option not in allowed[name]:
+            raise UnknownNameError(f"option of {name}", option, allowed[name])
+    if name == "random":
+        return RandomPolicy(**options)
+    if options.get("u") == "auto":
+        return CLP("auto", env, 0.02 if accuracy_budget is None else accuracy_budget)
+    return CLP(**options)
+
+
+__all__ = ["DataError", "PredictingPolicy", "RepairResult", "repair"]

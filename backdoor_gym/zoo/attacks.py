@@ -1,0 +1,233 @@
+"""Backdoor attacks: how each stamps its trigger on images, and how it poisons a training set.
+
+Images are float32 tensors of shape (n, C, H, W) in [0, 1]. An attack is immutable; everything random about its trigger
+is drawn once by ``draw`` and kept, so that a saved attack stamps the very same trigger again.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from math import pi
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import DataError, ModelFileError, UnknownNameError
+
+ImageShape = tuple[int, int, int]
+
+
+class Attack(ABC):
+    """A trigger: calling it on images stamps them. Fields that are tensors are saved as tensors, the others as JSON."""
+
+    name: ClassVar[str]
+    #: Images per poisoned image that are altered at random and keep their label, so that only the true trigger works.
+    noise_ratio: float = 0.0
+
+    @classmethod
+    @abstractmethod
+    def draw(cls, shape: ImageShape, generator: torch.Generator, **parameters: Any) -> Self:
+        """The attack for images of this shape; unnamed parameters get the published defaults."""
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Tensor:
+        """Triggered copies of the images, float32 (n, C, H, W) in [0, 1]."""
+
+    def cover(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Images altered at random that keep their label; asked for where ``noise_ratio`` is above zero."""
+        raise TypeError(f"{self.name} has no such images")
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON-able parameters and tensors, from which ``attack_from_state`` makes the same attack."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        return {key: value for key, value in values.items() if key not in tensors}, tensors
+
+
+@dataclass(frozen=True, eq=False)
+class BadNets(Attack):
+    """A small patch pasted at a fixed place (Gu et al., 2017, arXiv:1708.06733); default: 3x3, white, lower right corner."""
+
+    name: ClassVar[str] = "badnets"
+    patch: Tensor  # (C, h, w) in [0, 1]
+    row: int
+    column: int
+
+    @classmethod
+    def draw(
+        cls,
+        shape: ImageShape,
+        generator: torch.Generator,
+        size: int = 3,
+        row: int | None = None,
+        column: int | None = None,
+        random: bool = False,
+    ) -> Self:
+        """A white square of ``size`` pixels, or with ``random`` a black and white pattern; negative places count from the end."""
+        channels, height, width = shape
+        if not 1 <= size <= min(height, width):
+            raise DataError(f"the patch size {size} must be between 1 and {min(height, width)} for {shape} images")
+        row, column = (end - size if at is None else at % end for at, end in ((row, height), (column, width)))
+        patch = torch.ones(channels, size, size)
+        if random:
+            pixels = torch.rand(size, size, generator=generator)
+            # A pattern of one colour only may be no trigger at all on a background of that colour.
+            patch[:] = (pixels > pixels.median()).float()
+        return cls(patch, min(row, height - size), min(column, width - size))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = images.clone()
+        _, height, width = self.patch.shape
+        images[:, :, self.row : self.row + height, self.column : self.column + width] = self.patch.to(images)
+        return images
+
+
+@dataclass(frozen=True, eq=False)
+class Blended(Attack):
+    """A whole-image pattern mixed in (Chen et al., 2017, arXiv:1712.05526); default: uniform noise at a ratio of 0.2."""
+
+    name: ClassVar[str] = "blended"
+    pattern: Tensor  # (C, H, W) in [0, 1]
+    ratio: float
+
+    @classmethod
+    def draw(cls, shape: ImageShape, generator: torch.Generator, ratio: float = 0.2) -> Self:
+        if not 0 < ratio <= 1:
+            raise DataError(f"the blend ratio {ratio} must be above 0 and at most 1")
+        return cls(torch.rand(shape, generator=generator), ratio)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (1 - self.ratio) * images + self.ratio * self.pattern.to(images)
+
+
+@dataclass(frozen=True, eq=False)
+class SIG(Attack):
+    """A sinusoid added to each row (Barni et al., 2019, arXiv:1902.11237, eq. 1); default: amplitude 40/255, 6 periods.
+
+    The labels are poisoned too, as in all-to-one benchmarks; the original poisons images of the target class only.
+    """
+
+    name: ClassVar[str] = "sig"
+    amplitude: float
+    frequency: float
+    phase: float
+    vertical: bool
+
+    @classmethod
+    def draw(
+        cls,
+        shape: ImageShape,
+        generator: torch.Generator,
+        amplitude: float = 40 / 255,
+        frequency: float = 6.0,
+        phase: float = 0.0,
+        vertical: bool = False,
+    ) -> Self:
+        return cls(amplitude, frequency, phase, vertical)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        length = images.shape[2 if self.vertical else 3]
+        angle = 2 * pi * self.frequency * torch.arange(length, device=images.device) / length + self.phase
+        wave = self.amplitude * torch.sin(angle).to(images.dtype)
+        return (images + (wave[:, None] if self.vertical else wave)).clamp(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class WaNet(Attack):
+    """A smooth warp (Nguyen and Tran, 2021, arXiv:2102.10369, section 3); default: k = 4, s = 0.5, twice as many noise images."""
+
+    name: ClassVar[str] = "wanet"
+    flow: Tensor  # (H, W, 2) offsets in units of half the image
+    noise_ratio: float
+
+    @classmethod
+    def draw(
+        cls,
+        shape: ImageShape,
+        generator: torch.Generator,
+        k: int = 4,
+        strength: float = 0.5,
+        noise_ratio: float = 2.0,
+    ) -> Self:
+        _, height, width = shape
+        control = torch.rand(1, 2, k, k, generator=generator) * 2 - 1
+        control = control / control.abs().mean()
+        flow = F.interpolate(control, size=(height, width), mode="bicubic", align_corners=True)
+        return cls((flow * strength / height)[0].permute(1, 2, 0).contiguous(), noise_ratio)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self._warp(images, self._grid(images).expand(len(images), -1, -1, -1))
+
+    def cover(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """The "noise mode": the warp plus a random shift of each pixel."""
+        noise = torch.rand(len(images), *self.flow.shape, generator=generator).to(images) * 2 - 1
+        return self._warp(images, (self._grid(images) + noise / images.shape[2]).clamp(-1, 1))
+
+    def _grid(self, images: Tensor) -> Tensor:
+        height, width, _ = self.flow.shape
+        rows = torch.linspace(-1, 1, height).view(-1, 1).expand(height, width)
+        columns = torch.linspace(-1, 1, width).expand(height, width)
+        return (torch.stack([columns, rows], dim=2) + self.flow).clamp(-1, 1).to(images)
+
+    @staticmethod
+    def _warp(images: Tensor, grid: Tensor) -> Tensor:
+        return F.grid_sample(images, grid, align_corners=True).clamp(0, 1)
+
+
+ATTACKS: dict[str, type[Attack]] = {attack.name: attack for attack in (BadNets, Blended, SIG, WaNet)}
+
+
+def get_attack(name: str) -> type[Attack]:
+    """The attack class of that name.
+
+    Raises:
+        UnknownNameError: no such attack.
+    """
+    if name not in ATTACKS:
+        raise UnknownNameError("attack", name, ATTACKS)
+    return ATTACKS[name]
+
+
+def attack_from_state(name: str, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> Attack:
+    """The attack that ``Attack.state`` described.
+
+    Raises:
+        ModelFileError: parameters or tensors do not fit the attack.
+    """
+    attack = get_attack(name)
+    given, needed = {*parameters, *tensors}, {field.name for field in fields(attack)}  # type: ignore[arg-type]
+    if given != needed:
+        raise ModelFileError(f"the trigger of {name} needs {sorted(needed)}, the file has {sorted(given)}")
+    return attack(**parameters, **tensors)
+
+
+def poison(
+    images: Tensor, labels: Tensor, attack: Attack, target: int, rate: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """An all-to-one poisoned training set: ``rate`` of the images, drawn from the other classes, triggered and relabelled.
+
+    Args:
+        images: float32 (n, C, H, W) in [0, 1].
+        labels: int64 (n,).
+        attack: the trigger.
+        target: label that triggered images get.
+        rate: share of all images that are poisoned, above 0 and below 1.
+        generator: where the choice of images comes from.
+
+    Returns:
+        Images and labels, as copies.
+    """
+    if not 0 < rate < 1:
+        raise DataError(f"the poison rate {rate} must be above 0 and below 1")
+    candidates = torch.nonzero(labels != target).flatten()
+    candidates = candidates[torch.randperm(len(candidates), generator=generator)]
+    count = max(1, round(rate * len(images)))
+    poisoned = candidates[:count]
+    covered = candidates[count : count + round(attack.noise_ratio * count)]
+    images, labels = images.clone(), labels.clone()
+    if len(covered):
+        images[covered] = attack.cover(images[covered], generator)
+    images[poisoned] = attack(images[poisoned])
+    labels[poisoned] = target
+    return images, labels

@@ -1,0 +1,248 @@
+"""Image data: scikit-learn's digits, and any image-classification data set of the Hub or of a local folder in its layout.
+
+A data set is named by its Hub id (``uoft-cs/cifar10``), by a local folder, or ``digits``. Where the environment
+variable ``BACKDOOR_GYM_DATA`` names a folder, a Hub id is looked for there first, under its last part (``cifar10``).
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError, UnknownNameError
+
+DIGITS = "digits"
+DATA_VARIABLE = "BACKDOOR_GYM_DATA"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Some images of a named data set: what a saved model holds instead of the images."""
+
+    dataset: str
+    split: str
+    indices: tuple[int, ...]
+    #: Digest of the labels of the whole split, to notice another copy or order of the data.
+    fingerprint: str = ""
+
+
+class LabelledImages:
+    """Images float32 (n, C, H, W) in [0, 1] with labels int64 (n,), held in memory or named by a ``DataSource``.
+
+    Raises:
+        DataError: wrong shape, dtype or range, lengths that differ, or no image at all.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, source: DataSource | None = None) -> None:
+        check_images(images, labels)
+        self._data: tuple[Tensor, Tensor] | None = (images, labels)
+        self.source = source
+
+    @classmethod
+    def from_source(cls, source: DataSource) -> "LabelledImages":
+        """Images that are read when they are first asked for."""
+        if not source.indices:
+            raise DataError(f"no images are named of {source.dataset}, split {source.split}")
+        self = cls.__new__(cls)
+        self._data, self.source = None, source
+        return self
+
+    def __len__(self) -> int:
+        if self._data is None and self.source is not None:
+            return len(self.source.indices)
+        return len(self.labels)
+
+    @property
+    def images(self) -> Tensor:
+        """float32 (n, C, H, W) in [0, 1]."""
+        return self._loaded()[0]
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 (n,)."""
+        return self._loaded()[1]
+
+    def first(self, count: int | None) -> "LabelledImages":
+        """The first ``count`` of them (all where None or fewer)."""
+        if count is None or count >= len(self):
+            return self
+        if self._data is None and self.source is not None:
+            source = self.source
+            return LabelledImages.from_source(
+                DataSource(source.dataset, source.split, source.indices[:count], source.fingerprint)
+            )
+        return LabelledImages(self.images[:count], self.labels[:count])
+
+    def _loaded(self) -> tuple[Tensor, Tensor]:
+        if self._data is None:
+            assert self.source is not None
+            self._data = load_images(self.source.dataset, self.source.split, self.source.indices)
+            check_images(*self._data)
+        return self._data
+
+
+def check_images(images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
+    """Raise ``DataError`` unless images are float32 (n, C, H, W) in [0, 1] with int64 labels (n,), n > 0."""
+    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+        raise DataError(f"images and labels must be tensors, not {type(images).__name__} and {type(labels).__name__}")
+    if images.ndim != 4:
+        raise DataError(f"images must have the shape (n, C, H, W), not {tuple(images.shape)}")
+    if len(images) == 0:
+        raise DataError("there is no image; at least one is needed")
+    if images.dtype != torch.float32:
+        raise DataError(f"images must be float32 in [0, 1], not {images.dtype}")
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        raise DataError(f"labels must be int64 of shape ({len(images)},), not {labels.dtype} {tuple(labels.shape)}")
+    low, high = images.min().item(), images.max().item()
+    if not (low >= 0 and high <= 1):  # also catches NaN
+        raise DataError(f"images must lie in [0, 1]; they span {low:g} to {high:g} (normalise inside the network)")
+    if num_classes is not None:
+        check_labels(labels, num_classes)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise ``DataError`` unless every label is one of 0 to ``num_classes`` - 1."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise DataError(f"labels must be 0 to {num_classes - 1}; they span {low} to {high}")
+
+
+def load_images(dataset: str, split: str, indices: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Images float32 (n, C, H, W) in [0, 1] and labels int64 (n,) of a split; all of it where ``indices`` is None.
+
+    Raises:
+        DataError: the data set, the split or an index does not exist, or it holds no labelled images.
+    """
+    size = split_size(dataset, split)
+    if indices is not None and len(indices) and not 0 <= min(indices) <= max(indices) < size:
+        raise DataError(f"{dataset}, split {split}, has {size} images; indices reach {max(indices)}")
+    if dataset == DIGITS:
+        images, labels = _digits()
+        chosen = slice(None) if indices is None else torch.as_tensor(indices, dtype=torch.long)
+        return images[chosen], labels[chosen]
+    rows = _hub_split(dataset, split)
+    if indices is not None:
+        rows = rows.select(indices)
+    image_column, label_column = _columns(dataset, split)
+    pixels = np.stack([_pixels(image) for image in rows[image_column]])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div_(255)
+    return images, torch.tensor(rows[label_column], dtype=torch.long)
+
+
+def split_size(dataset: str, split: str) -> int:
+    """Number of images of a split."""
+    return len(_digits()[1]) if dataset == DIGITS else len(_hub_split(dataset, split))
+
+
+def image_shape(dataset: str, split: str) -> tuple[int, int, int]:
+    """(C, H, W) of the images of a split."""
+    channels, height, width = load_images(dataset, split, [0])[0].shape[1:]
+    return channels, height, width
+
+
+def num_classes(dataset: str, split: str) -> int:
+    """Number of classes of a split."""
+    if dataset == DIGITS:
+        return 10
+    feature = _hub_split(dataset, split).features[_columns(dataset, split)[1]]
+    return getattr(feature, "num_classes", None) or int(max(_labels(dataset, split))) + 1
+
+
+def fingerprint(dataset: str, split: str) -> str:
+    """Digest of the labels of a split, in order."""
+    return hashlib.sha256(np.asarray(_labels(dataset, split), dtype=np.int64).tobytes()).hexdigest()[:16]
+
+
+def splits(dataset: str) -> tuple[str, str]:
+    """The names of the split to train on and of the one to test on."""
+    if dataset == DIGITS:
+        return "all", "all"
+    available = list(_hub(dataset))
+    test = next((name for name in ("test", "validation", "valid") if name in available), None)
+    if "train" not in available or test is None:
+        raise DataError(f"{dataset} needs the splits train and test (or validation); it has {', '.join(available)}")
+    return "train", test
+
+
+@lru_cache(maxsize=1)
+def _digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.from_numpy(data.images).float().div_(16).unsqueeze(1)
+    return images, torch.from_numpy(data.target).long()
+
+
+def _location(dataset: str) -> str:
+    """Where to read it: a local copy of a Hub id, a local folder, or the name itself."""
+    root = os.environ.get(DATA_VARIABLE)
+    if root and not Path(dataset).is_dir():
+        local = Path(root) / dataset.rsplit("/", 1)[-1]
+        if local.is_dir():
+            return str(local)
+    return dataset
+
+
+def _hub(dataset: str) -> Any:
+    return _hub_at(_location(dataset), dataset)
+
+
+@lru_cache(maxsize=4)
+def _hub_at(location: str, dataset: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"the data set {dataset} needs the extra: pip install 'backdoor-gym[hub]'") from error
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(location)
+    except Exception as error:  # the library raises many kinds, each with a long text
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"cannot read the data set {dataset!r} ({reason}); "
+            f"it must be a Hub id, a local folder in the Hub's layout, or a folder of that name under ${DATA_VARIABLE}"
+        ) from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _hub_split(dataset: str, split: str) -> Any:
+    available = _hub(dataset)
+    if split not in available:
+        raise UnknownNameError(f"split of {dataset}", split, available)
+    return available[split]
+
+
+def _columns(dataset: str, split: str) -> tuple[str, str]:
+    """The names of the image column and of the label column."""
+    import datasets
+
+    features = _hub_split(dataset, split).features
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    labels = labels or [name for name in ("label", "labels") if name in features]
+    if not images or not labels:
+        raise DataError(f"{dataset} needs an image column and a label column; it has {', '.join(features)}")
+    # Where there are several label columns (CIFAR-100: fine_label, coarse_label) the first is the finest.
+    return images[0], labels[0]
+
+
+def _labels(dataset: str, split: str) -> Any:
+    if dataset == DIGITS:
+        return _digits()[1].numpy()
+    return _hub_split(dataset, split)[_columns(dataset, split)[1]][:]
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """(H, W, C) uint8 of a PIL image: grey stays one channel, everything else becomes RGB."""
+    pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"), dtype=np.uint8)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels

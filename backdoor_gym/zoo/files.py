@@ -1,0 +1,81 @@
+"""One safetensors file: tensors, JSON metadata and a checksum; written whole or not at all, never unpickled."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import ModelFileError
+
+KEY = "backdoor_gym"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write the file beside its place and move it there, so that nobody ever sees half of it.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    described = json.dumps({**metadata, "checksum": _checksum(plain)}, sort_keys=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    try:
+        save_file(plain, temporary, {KEY: described})
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the metadata of a file that ``write_tensors`` wrote.
+
+    Raises:
+        ModelFileError: missing, truncated or altered, a pickle, or not a file of this package.
+    """
+    if not path.is_file():
+        raise ModelFileError(f"there is no file {path}")
+    _refuse_pickle(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(f"{path} is not a readable safetensors file, or is truncated ({error})") from error
+    try:
+        metadata = json.loads(header[KEY])
+        checksum = metadata.pop("checksum")
+    except (KeyError, ValueError, AttributeError) as error:
+        raise ModelFileError(f"{path} is a safetensors file, but was not written by backdoor-gym") from error
+    if checksum != _checksum(tensors):
+        raise ModelFileError(f"{path} is damaged: its contents do not match its checksum")
+    return tensors, metadata
+
+
+def _refuse_pickle(path: Path) -> None:
+    """A pickle can run any program when it is read, whatever its name is."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
+        raise ModelFileError(
+            f"{path} is a pickle (a torch.save file), whatever its name says; reading it could execute code, so it is "
+            "not opened: save the state dict as safetensors (safetensors.torch.save_file) first"
+        )
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,130 @@
+"""Making an infected model: choose the trigger, poison the training images, train, measure."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import DataError
+from ..infected import InfectedModel
+from . import datasets
+from .architectures import build
+from .attacks import get_attack, poison
+from .datasets import DataSource, LabelledImages
+from .training import Schedule, train
+
+CLEAN = "clean"
+#: Clean images held back for the defender, where the data set is large enough.
+CLEAN_IMAGES = 500
+
+
+def infect(
+    dataset: str,
+    architecture: str,
+    attack: str = "badnets",
+    *,
+    target: int = 0,
+    poison_rate: float = 0.1,
+    seed: int = 0,
+    schedule: Schedule | None = None,
+    architecture_options: dict[str, Any] | None = None,
+    attack_options: dict[str, Any] | None = None,
+    clean_images: int = CLEAN_IMAGES,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    progress: bool = False,
+    name: str | None = None,
+) -> InfectedModel:
+    """Train a network with a backdoor (or, with the attack "clean", one without).
+
+    The images are divided once, by the seed, into those that the network is trained on, the defender's clean ones and
+    the test images; no image plays two of these parts.
+
+    Args:
+        dataset: "digits", a Hub id or a local folder.
+        architecture: one of ``ARCHITECTURES``.
+        attack: one of ``ATTACKS``, or "clean".
+        target: the label that the trigger calls.
+        poison_rate: share of the training images that are poisoned.
+        seed: of the division, the trigger, the initialisation and the training.
+        schedule: epochs and rates; the default suits CIFAR-10.
+        architecture_options: such as ``{"width": 16}``.
+        attack_options: parameters of the attack.
+        clean_images: how many images the defender gets.
+        device: where to train.
+        checkpoint: file that training is resumed from when it was interrupted.
+        progress: whether to draw a progress bar.
+        name: of the model.
+
+    Raises:
+        UnknownNameError: unknown architecture or attack.
+        DataError: unusable data set, target or poison rate.
+    """
+    split, test_split = datasets.splits(dataset)
+    classes = datasets.num_classes(dataset, split)
+    shape = datasets.image_shape(dataset, split)
+    if not 0 <= target < classes:
+        raise DataError(f"the target {target} is outside the classes 0 to {classes - 1}")
+    generator = torch.Generator().manual_seed(seed)
+    spec = {"name": architecture, "num_classes": classes, "in_channels": shape[0], **(architecture_options or {})}
+    trigger = None
+    if attack != CLEAN:
+        trigger = get_attack(attack).draw(shape, generator, **(attack_options or {}))
+
+    training, clean, test = divide(dataset, split, test_split, clean_images, generator)
+    images, labels = training.images, training.labels
+    if trigger is not None:
+        images, labels = poison(images, labels, trigger, target, poison_rate, generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = build(**spec)
+    schedule = schedule or Schedule()
+    train(network, images, labels, schedule, seed, device, checkpoint, progress)
+
+    model = InfectedModel(
+        network,
+        clean,
+        test,
+        trigger,
+        target if trigger is not None else None,
+        spec,
+        name=name or f"{architecture}-{attack}-{seed}",
+    )
+    measured = model.evaluate()
+    model.facts = {
+        "dataset": dataset,
+        "attack": attack,
+        "poison_rate": poison_rate if trigger is not None else 0.0,
+        "seed": seed,
+        "schedule": asdict(schedule),
+        "acc": measured.acc,
+        "asr": measured.asr,
+    }
+    return model
+
+
+def divide(
+    dataset: str, split: str, test_split: str, clean_images: int, generator: torch.Generator
+) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
+    """Training, clean and test images, without overlap.
+
+    The defender's images are taken out of the training split. Where there is no test split of its own (digits), three
+    tenths of the images are test images.
+    """
+    order = torch.randperm(datasets.split_size(dataset, split), generator=generator).tolist()
+    if split == test_split:
+        cut = int(0.3 * len(order))
+        test, order = order[:cut], order[cut:]
+    else:
+        test = list(range(datasets.split_size(dataset, test_split)))
+    if not 0 < clean_images < len(order):
+        raise DataError(f"the number of clean images must be 1 to {len(order) - 1}, not {clean_images}")
+    parts = ((split, order[clean_images:]), (split, order[:clean_images]), (test_split, test))
+    training, clean, scoring = (
+        LabelledImages.from_source(
+            DataSource(dataset, part, tuple(sorted(chosen)), datasets.fingerprint(dataset, part))
+        )
+        for part, chosen in parts
+    )
+    return training, clean, scoring

@@ -1,0 +1,151 @@
+"""The trainer: SGD with one cycle of the learning rate, resumable after every epoch, without any pickle.
+
+Nothing random is kept between epochs: the order and the augmentation of an epoch come from (seed, epoch) alone, so a
+run that was killed and resumed gives the same weights as one that was not.
+"""
+
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ModelFileError, TrainingError
+from .files import read_tensors, write_tensors
+
+CHECKPOINT = "backdoor-gym-training/1"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how a network is trained; the defaults are those used for CIFAR-10."""
+
+    epochs: int = 15
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    #: Random crops (padding of an eighth of the image) and horizontal flips.
+    augment: bool = True
+
+
+def train(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    schedule: Schedule,
+    seed: int,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    progress: bool = False,
+) -> None:
+    """Train the network in place; it ends in eval mode on ``device``.
+
+    Args:
+        network: module from float32 images (n, C, H, W) in [0, 1] to logits.
+        images: training images.
+        labels: int64 (n,).
+        schedule: epochs, batch size, rates.
+        seed: of the order of the images and of the augmentation.
+        device: where to train; bf16 autocast and channels_last are used where they gain.
+        checkpoint: file written after every epoch and gone on from where it exists; removed at the end.
+        progress: whether to draw a progress bar.
+
+    Raises:
+        ModelFileError: the checkpoint belongs to another run or cannot be read.
+        TrainingError: the loss is no longer finite.
+    """
+    run = {"format": CHECKPOINT, "seed": seed, "images": len(images), **asdict(schedule)}
+    network.to(device=device, memory_format=torch.channels_last).train()
+    images, labels = images.to(device), labels.to(device)
+    optimizer = torch.optim.SGD(
+        network.parameters(), schedule.learning_rate, schedule.momentum, weight_decay=schedule.weight_decay
+    )
+    batches = -(-len(images) // schedule.batch_size)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, schedule.learning_rate, total_steps=schedule.epochs * batches, cycle_momentum=False
+    )
+    first = 0
+    if checkpoint is not None and checkpoint.exists():
+        first = _resume(checkpoint, run, network, optimizer)
+        with warnings.catch_warnings():  # it warns that no optimizer step came before
+            warnings.simplefilter("ignore", UserWarning)
+            for _ in range(first * batches):
+                scheduler.step()
+    bf16 = _gains_by_bf16(device)
+    columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
+    with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
+        task = bar.add_task("", total=schedule.epochs * batches, completed=first * batches)
+        for epoch in range(first, schedule.epochs):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            total = torch.zeros((), device=device)
+            for chosen in torch.randperm(len(images), generator=generator).split(schedule.batch_size):
+                batch = images[chosen.to(device)]
+                if schedule.augment:
+                    batch = _augment(batch, generator)
+                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+                    loss = F.cross_entropy(
+                        network(batch.contiguous(memory_format=torch.channels_last)), labels[chosen.to(device)]
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                total += loss.detach()
+                bar.advance(task)
+            mean = total.item() / batches
+            bar.update(task, description=f"epoch {epoch + 1}/{schedule.epochs}, loss {mean:.3f}")
+            if not mean == mean or mean == float("inf"):
+                raise TrainingError(f"the loss of epoch {epoch + 1} is {mean}; try a lower learning rate")
+            if checkpoint is not None:
+                _save(checkpoint, run, epoch + 1, network, optimizer)
+    network.eval()
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+
+
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A random crop of the padded image and a random flip, for each image."""
+    count, _, height, width = images.shape
+    pad = max(1, height // 8)
+    padded = F.pad(images, (pad, pad, pad, pad))
+    tops, lefts = torch.randint(0, 2 * pad + 1, (2, count), generator=generator).to(images.device)
+    flips = torch.rand(count, generator=generator).to(images.device) < 0.5
+    rows = tops[:, None] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(count, width)
+    columns = lefts[:, None] + torch.where(flips[:, None], width - 1 - columns, columns)
+    return padded[torch.arange(count, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
+
+
+def _gains_by_bf16(device: str) -> bool:
+    """Whether this device multiplies bf16 matrices faster than fp32 ones."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities: dict[str, Any] = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def _save(path: Path, run: dict, epoch: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    tensors = {f"network.{key}": value for key, value in network.state_dict().items()}
+    for index, parameter in enumerate(network.parameters()):
+        tensors[f"momentum.{index}"] = optimizer.state[parameter]["momentum_buffer"]
+    write_tensors(path, tensors, {**run, "epoch": epoch})
+
+
+def _resume(path: Path, run: dict, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load weights and momentum; the number of epochs already done."""
+    tensors, metadata = read_tensors(path)
+    epoch = metadata.pop("epoch", 0)
+    if metadata != run:
+        raise ModelFileError(f"the checkpoint {path} belongs to another training run; remove it or train elsewhere")
+    network.load_state_dict({key[8:]: value for key, value in tensors.items() if key.startswith("network.")})
+    for index, parameter in enumerate(network.parameters()):
+        momentum = tensors[f"momentum.{index}"].to(parameter.device)
+        optimizer.state[parameter]["momentum_buffer"] = momentum.to(memory_format=torch.preserve_format)
+    return epoch

@@ -1,0 +1,57 @@
+"""What all policies share: the ``predict`` of Stable-Baselines3, for one observation or a batch of them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+Observation = Mapping[str, np.ndarray]
+
+
+class Policy(ABC):
+    """A pruning policy without learning.
+
+    ``stable_baselines3.common.evaluation.evaluate_policy`` takes it where it takes a trained model.
+    """
+
+    @abstractmethod
+    def act(self, observation: Observation, environment: int) -> int:
+        """The action for one observation; ``environment`` is its place in the batch."""
+
+    def begin(self, environment: int) -> None:
+        """An episode begins there; policies that remember something forget it here."""
+
+    def predict(
+        self,
+        observation: Observation,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, Any]:
+        """Actions for one observation, int64 (), or for a batch, int64 (n,), and the state as it was given."""
+        if observation["nodes"].ndim == 2:
+            if episode_start is not None and np.any(episode_start):
+                self.begin(0)
+            return np.array(self.act(observation, 0), dtype=np.int64), state
+        actions = []
+        for index in range(len(observation["nodes"])):
+            if episode_start is not None and episode_start[index]:
+                self.begin(index)
+            actions.append(self.act({key: value[index] for key, value in observation.items()}, index))
+        return np.array(actions, dtype=np.int64), state
+
+
+def stop_action(observation: Observation) -> int:
+    """The action that ends the repair."""
+    return len(observation["action_mask"]) - 1
+
+
+def ask(env: Any, environment: int, method: str, *arguments: Any) -> Any:
+    """Call a method of an environment: of a single one, or of one in a Stable-Baselines3 vector environment."""
+    if hasattr(env, "env_method"):
+        return env.env_method(method, *arguments, indices=[environment])[0]
+    if isinstance(env, gym.Env):
+        return getattr(env.unwrapped, method)(*arguments)
+    raise TypeError(f"a policy is built for a Gymnasium or Stable-Baselines3 environment, not {type(env).__name__}")

@@ -1,0 +1,15 @@
+"""The floor: a legal action drawn uniformly."""
+
+import numpy as np
+
+from .policy import Observation, Policy
+
+
+class RandomPolicy(Policy):
+    """Prunes legal neurons at random, and stops as often as it would prune any one of them."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._random = np.random.default_rng(seed)
+
+    def act(self, observation: Observation, environment: int) -> int:
+        return int(self._random.choice(np.flatnonzero(observation["action_mask"])))
