@@ -10,7 +10,9 @@ import gymnasium as gym
 import numpy as np
 from torch import nn
 
-from .errors import DataError, UnknownNameError
+from .envs.prune import BackdoorPruneEnv
+from .envs.viewer import draw, to_rgb
+from .errors import UnknownNameError
 from .infected import InfectedModel
 from .metrics import Metrics, der
 from .pruning.applying import cut_channels, write_mask
@@ -155,6 +157,7 @@ def repair(
         device=device,
         disable_env_checker=True,
     ).unwrapped
+    assert isinstance(env, BackdoorPruneEnv)
     acting = _make_policy(policy, env, accuracy_budget, options) if isinstance(policy, str) else policy
     observation, info = env.reset(seed=0)
     clean_before = info["acc"]
@@ -170,14 +173,25 @@ def repair(
     mask = victim.neuron_mask(env.pruned)
     network = write_mask(model.network, victim.neurons, mask)
     before, after = model.evaluate(), model.evaluate(network)
-    env.render_mode = "rgb_array"
-    drawing = env.render()
+    drawing = to_rgb(draw(env.snapshot()))
     env.close()
     rating = None
     if before.acc is not None and before.asr is not None and after.acc is not None and after.asr is not None:
         rating = der(before.acc, before.asr, after.acc, after.asr)
     return RepairResult(
-        network, pruned, before, after, clean_before, info["acc"], rating, seconds, name, model, victim.neurons, mask, drawing
+        network,
+        pruned,
+        before,
+        after,
+        clean_before,
+        info["acc"],
+        rating,
+        seconds,
+        name,
+        model,
+        victim.neurons,
+        mask,
+        drawing,
     )
 
 
@@ -195,6 +209,3 @@ def _make_policy(name: str, env: Any, accuracy_budget: float | None, options: di
     if options.get("u") == "auto":
         return CLP("auto", env, 0.02 if accuracy_budget is None else accuracy_budget)
     return CLP(**options)
-
-
-__all__ = ["DataError", "PredictingPolicy", "RepairResult", "repair"]

@@ -21,7 +21,8 @@ class Policy(ABC):
         """The action for one observation; ``environment`` is its place in the batch."""
 
     def begin(self, environment: int) -> None:
-        """An episode begins there; policies that remember something forget it here."""
+        """An episode begins there; a policy that remembers something forgets it here."""
+        return
 
     def predict(
         self,

@@ -73,7 +73,7 @@ class ObservationBuilder:
         self._edge_links = np.zeros(0)
 
     def observe(self, victim: Victim, progress: Progress, action_mask: np.ndarray) -> dict[str, np.ndarray]:
-        """The observation of an episode's state; ``edges`` and ``edge_links`` are the same arrays at every step."""
+        """The observation of an episode's state."""
         if victim is not self._victim:
             self._lay_out(victim)
         count = len(victim)
@@ -95,8 +95,8 @@ class ObservationBuilder:
         )
         return {
             "nodes": nodes,
-            "edges": self._edges,
-            "edge_links": self._edge_links,
+            "edges": self._edges.copy(),
+            "edge_links": self._edge_links.copy(),
             "num_nodes": np.array([count], dtype=np.int64),
             "num_edges": np.array([len(victim.graph.edges)], dtype=np.int64),
             "action_mask": action_mask.astype(np.int8),

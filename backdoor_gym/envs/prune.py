@@ -1,7 +1,7 @@
 """BackdoorPrune-v0: prune the backdoor out of an infected network, one neuron a step."""
 
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -104,9 +104,12 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     ## Version history
 
     - v0: first version.
-    """
+    """  # noqa: E501 (tables)
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["human", "rgb_array", "ansi"], "render_fps": 4}
+    metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by gym.Env)
+        "render_modes": ["human", "rgb_array", "ansi"],
+        "render_fps": 4,
+    }
 
     def __init__(
         self,
@@ -144,7 +147,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             infected, VictimOptions(residual, connections, similar, clean_samples, score_samples, device), data
         )
         self._observer = ObservationBuilder(self.generator.max_units(), connections, similar)
-        self.observation_space = self._observer.space
+        self.observation_space = self._observer.space  # type: ignore[assignment]
         self.action_space = spaces.Discrete(self._observer.max_units + 1)
         self.stop_action = self._observer.max_units
         self._viewer: Viewer | None = None
@@ -160,7 +163,9 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             if option != "infected":
                 raise UnknownNameError("reset option", option, ("infected",))
         before = self._victim
-        victim = self.generator.get(options["infected"]) if "infected" in options else self.generator.draw(self.np_random)
+        victim = (
+            self.generator.get(options["infected"]) if "infected" in options else self.generator.draw(self.np_random)
+        )
         if len(victim) > self._observer.max_units:
             raise DataError(
                 f"{victim.name} has {len(victim)} neurons, and this environment's spaces have room for "
@@ -250,7 +255,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             gym.logger.warn('render() does nothing without a render_mode; pass render_mode="rgb_array" to gym.make')
             return None
         self._viewer = self._viewer or Viewer(self.metadata["render_fps"])
-        return self._viewer.render(self._snapshot(), self.render_mode)
+        return self._viewer.render(self.snapshot(), self.render_mode)
 
     def close(self) -> None:
         """Close the window and give back memory."""
@@ -287,7 +292,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             "infected": self.victim.name,
         }
 
-    def _snapshot(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
+        """What a drawing of the network needs."""
         victim = self.victim
         return Snapshot(
             victim.name,

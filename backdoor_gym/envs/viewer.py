@@ -8,7 +8,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
@@ -150,20 +149,15 @@ def _draw_network(figure: Figure, axes: Any, snapshot: Snapshot) -> None:
         s=float(np.clip(9000 / most / len(snapshot.layers), 3, 60)),
         linewidths=0,
     )
-    x, y = columns[snapshot.pruned], rows[snapshot.pruned]
-    half_x, half_y = 0.006, 0.18
-    strokes = [
-        [(a - sign * half_x, b - half_y), (a + sign * half_x, b + half_y)]
-        for a, b in zip(x, y, strict=True)
-        for sign in (-1, 1)
-    ]
-    axes.add_collection(LineCollection(strokes, colors="black", linewidths=1.0))
+    axes.scatter(columns[snapshot.pruned], rows[snapshot.pruned], marker="x", c="black", s=36, linewidths=1.2)
     axes.set_yticks(range(len(snapshot.layers)), [f"{name} ({size})" for name, size in snapshot.layers], fontsize=7)
     axes.set_ylim(len(snapshot.layers) - 0.4, -0.6)
     axes.set_xlim(-0.01, 1.01)
     axes.set_xticks([])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.set_title(f"{snapshot.name}: {int(snapshot.pruned.sum())} of {len(snapshot.pruned)} neurons pruned", fontsize=10)
+    axes.set_title(
+        f"{snapshot.name}: {int(snapshot.pruned.sum())} of {len(snapshot.pruned)} neurons pruned", fontsize=10
+    )
     bar = figure.colorbar(dots, ax=axes, location="bottom", shrink=0.6, aspect=40, extend="both")
     bar.set_label("UCLC, standardised within the layer (x: pruned)", fontsize=8)
     bar.ax.tick_params(labelsize=7)

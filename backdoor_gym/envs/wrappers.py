@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch_geometric.data import Data
 
 
-class GraphObservation(gym.Wrapper[GraphInstance, np.int64, dict[str, np.ndarray], np.int64]):
+class GraphObservation(gym.Wrapper[Any, np.int64, Any, np.int64]):
     """The observation as a sample of ``spaces.Graph``, without padding.
 
     What a graph does not hold goes into ``info``: ``action_mask`` int8 (N + 1,) and ``globals`` float32.
@@ -22,7 +22,7 @@ class GraphObservation(gym.Wrapper[GraphInstance, np.int64, dict[str, np.ndarray
         super().__init__(env)
         inner = env.observation_space
         assert isinstance(inner, spaces.Dict)
-        self.observation_space = spaces.Graph(  # type: ignore[assignment]
+        self.observation_space = spaces.Graph(
             node_space=_row_space(inner["nodes"]), edge_space=_row_space(inner["edges"])
         )
 
@@ -45,7 +45,9 @@ def to_graph(observation: Mapping[str, np.ndarray]) -> GraphInstance:
     """The observation as a ``GraphInstance`` without padding."""
     nodes, edges = int(observation["num_nodes"][0]), int(observation["num_edges"][0])
     return GraphInstance(
-        nodes=observation["nodes"][:nodes], edges=observation["edges"][:edges], edge_links=observation["edge_links"][:edges]
+        nodes=observation["nodes"][:nodes],
+        edges=observation["edges"][:edges],
+        edge_links=observation["edge_links"][:edges],
     )
 
 
@@ -59,8 +61,9 @@ def to_pyg(observation: Mapping[str, np.ndarray]) -> "Data":
     from torch_geometric.data import Data
 
     graph = to_graph(observation)
-    assert graph.edges is not None and graph.edge_links is not None
-    legal = np.append(observation["action_mask"][: len(graph.nodes)], observation["action_mask"][-1])
+    assert graph.edges is not None
+    assert graph.edge_links is not None
+    legal = np.append(observation["action_mask"][: int(observation["num_nodes"][0])], observation["action_mask"][-1])
     return Data(
         x=torch.tensor(graph.nodes),
         edge_index=torch.tensor(graph.edge_links.T.copy()),

@@ -68,7 +68,9 @@ def neuron_features(network: nn.Module, neurons: Neurons, images: Tensor, labels
     for index, layer in enumerate(neurons.layers):
         columns = {"uclc": bounds[index], **observed[index]}
         if layer.normalised:
-            columns |= _statistics_gap(network.get_submodule(layer.module), columns.pop("mean"), columns.pop("variance"))
+            columns |= _statistics_gap(
+                network.get_submodule(layer.module), columns.pop("mean"), columns.pop("variance")
+            )
         features = torch.zeros(layer.size, len(STATIC_FEATURES), dtype=torch.float64)
         for column, name in enumerate(STATIC_FEATURES[:-1]):
             if name in columns:
@@ -83,7 +85,8 @@ def neuron_features(network: nn.Module, neurons: Neurons, images: Tensor, labels
 def _statistics_gap(norm: nn.Module, mean: Tensor, variance: Tensor) -> dict[str, Tensor]:
     """How the clean images' BN inputs differ from the statistics kept from training."""
     assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     running = norm.running_var.double().to(mean.device) + norm.eps
     clean = variance + norm.eps
     shift = (mean - norm.running_mean.double().to(mean.device)).abs()
@@ -92,8 +95,8 @@ def _statistics_gap(norm: nn.Module, mean: Tensor, variance: Tensor) -> dict[str
         "kl": torch.log1p(divergence.clamp(min=0)),
         "log_variance_ratio": torch.log(clean / running),
         "mean_shift": shift / running.sqrt(),
-        "weight": norm.weight,
-        "bias": norm.bias,
+        "weight": norm.weight.detach(),
+        "bias": norm.bias.detach(),
     }
 
 

@@ -32,10 +32,8 @@ def spectral_norms(weight: Tensor) -> Tensor:
     """
     kernels = weight.detach().double().flatten(2) if weight.ndim > 2 else weight.detach().double().unsqueeze(1)
     if kernels.shape[1] > kernels.shape[2]:
-        gram = kernels.transpose(1, 2) @ kernels
-    else:
-        gram = kernels @ kernels.transpose(1, 2)
-    return torch.linalg.eigvalsh(gram)[:, -1].clamp(min=0).sqrt()
+        kernels = kernels.transpose(1, 2)
+    return torch.linalg.eigvalsh(kernels @ kernels.transpose(1, 2))[:, -1].clamp(min=0).sqrt()
 
 
 @torch.no_grad()

@@ -99,6 +99,7 @@ def _dead_channels(neurons: Neurons, mask: np.ndarray) -> list[tuple[str, list[i
             for source in read:
                 readers.setdefault(top(source), []).append(zeros[source])
             module = graph_module.get_submodule(str(node.target))
+            assert isinstance(module.weight, Tensor)
             zeros[node] = np.zeros(module.weight.shape[0], dtype=bool)
             space[node] = node
             writers[node] = node

@@ -22,14 +22,35 @@ _ZERO_PRESERVING_FUNCTIONS = {
     F.relu, F.relu6, F.leaky_relu, F.gelu, F.silu, F.hardswish, F.elu, F.tanh, torch.relu, torch.tanh, torch.flatten,
     F.dropout, F.dropout2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.mean,
 }  # fmt: skip
-_ZERO_PRESERVING_METHODS = {"relu", "tanh", "flatten", "view", "reshape", "mean", "contiguous", "squeeze", "float", "clone"}
+_ZERO_PRESERVING_METHODS = {
+    "relu",
+    "tanh",
+    "flatten",
+    "view",
+    "reshape",
+    "mean",
+    "contiguous",
+    "squeeze",
+    "float",
+    "clone",
+}
 # The same, but zero may become something else.
 _OTHER_MODULES = (nn.Sigmoid, nn.Softplus, nn.Softmax, nn.LogSoftmax, nn.Hardsigmoid)
 _OTHER_FUNCTIONS = {F.sigmoid, torch.sigmoid, F.softplus, F.softmax, F.log_softmax, torch.softmax, torch.log_softmax}
 _OTHER_METHODS = {"sigmoid", "softmax", "log_softmax"}
 # Sums keep channels apart too; with a constant operand the others do.
 _SUMS = {operator.add, operator.iadd, torch.add, "add"}
-_ARITHMETIC = _SUMS | {operator.sub, operator.mul, operator.truediv, torch.sub, torch.mul, torch.div, "sub", "mul", "div"}
+_ARITHMETIC = _SUMS | {
+    operator.sub,
+    operator.mul,
+    operator.truediv,
+    torch.sub,
+    torch.mul,
+    torch.div,
+    "sub",
+    "mul",
+    "div",
+}
 _FUNCTIONAL_MAX_POOL = getattr(F, "boolean_dispatch", None)
 
 
@@ -91,7 +112,9 @@ def kind_of(graph_module: fx.GraphModule, node: fx.Node) -> Kind:
     return Kind.OPAQUE
 
 
-def sources(graph_module: fx.GraphModule, start: fx.Node, stop: set[fx.Node]) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+def sources(
+    graph_module: fx.GraphModule, start: fx.Node, stop: set[fx.Node]
+) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
     """Walk back from a value to where its channels come from.
 
     Args:
@@ -119,7 +142,9 @@ def sources(graph_module: fx.GraphModule, start: fx.Node, stop: set[fx.Node]) ->
             raise UntraceableError(_refusal(graph_module, node))
         elif kind is not Kind.INPUT:
             passed = [*norms, node] if kind is Kind.NORM else norms
-            front.extend((source, passed) for source in tensor_inputs(node) if not source.name.startswith("neuron_mask"))
+            front.extend(
+                (source, passed) for source in tensor_inputs(node) if not source.name.startswith("neuron_mask")
+            )
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ..devices import find_device
 from .channels import mask_channels
 from .neurons import Neurons
 
@@ -31,8 +32,10 @@ class MaskedNetwork:
         self, neurons: Neurons, images: Tensor, device: str | torch.device = "cpu", kept_bytes: int = KEPT_BYTES
     ) -> None:
         self.neurons = neurons
-        self.device = torch.device(device)
-        self._interpreter = fx.Interpreter(neurons.graph.to(self.device, memory_format=torch.channels_last))
+        self.device = find_device(device)
+        self._interpreter = fx.Interpreter(
+            neurons.graph.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        )
         self._nodes = list(neurons.graph.graph.nodes)
         self._order = {node: position for position, node in enumerate(self._nodes)}
         self._inputs = [node for node in self._nodes if node.op == "placeholder"]
@@ -41,6 +44,7 @@ class MaskedNetwork:
         self._kept_nodes = self._choose_kept(images, kept_bytes)
         self._base: dict[fx.Node, Any] = {self._inputs[0]: images}
         self._base_mask = np.ones(len(neurons), dtype=bool)
+        self._pending: dict[fx.Node, Any] = {}
         self._evaluate(self._base_mask, set(self._nodes))
         self.keep()
         self._whole = self._base
@@ -48,14 +52,17 @@ class MaskedNetwork:
     def reset(self) -> None:
         """Make "nothing pruned" the base."""
         self._base, self._base_mask = self._whole, np.ones(len(self.neurons), dtype=bool)
-        self._pending, self._pending_mask = {}, self._base_mask
+        self._pending = {}
+        self._pending_mask = self._base_mask
 
     def logits(self, mask: np.ndarray) -> Tensor:
         """Logits (n, classes) under the mask, bool (neurons,), True where kept."""
         changed = [
             layer
             for layer in range(len(self.neurons.layers))
-            if not np.array_equal(mask[self.neurons.layers[layer].neurons], self._base_mask[self.neurons.layers[layer].neurons])
+            if not np.array_equal(
+                mask[self.neurons.layers[layer].neurons], self._base_mask[self.neurons.layers[layer].neurons]
+            )
         ]
         dirty: set[fx.Node] = set().union(*(self._behind[self._inputs[1 + layer]] for layer in changed))
         return self._evaluate(mask, dirty)

@@ -188,9 +188,6 @@ def _trace(network: nn.Module) -> fx.GraphModule:
     network = copy.deepcopy(network).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    for module in network.modules():
-        if hasattr(module, "inplace"):
-            module.inplace = False
     tracer = _Tracer()
     try:
         graph = tracer.trace(network)
@@ -200,23 +197,37 @@ def _trace(network: nn.Module) -> fx.GraphModule:
             f"torch.fx cannot trace {where} ({str(error).splitlines()[0]}); its forward must not branch or loop on the "
             "values or shapes of tensors: move such code out of the network"
         ) from error
-    _without_inplace(graph)
-    return fx.GraphModule(network, graph)
+    graph_module = fx.GraphModule(network, graph)
+    _without_inplace(graph_module)
+    return graph_module
 
 
-def _without_inplace(graph: fx.Graph) -> None:
-    """Replace in-place operations, which would overwrite activations that are kept, and ``view``, which needs one layout."""
-    in_place = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, F.relu_: F.relu}
-    for node in graph.nodes:
+def _without_inplace(graph_module: fx.GraphModule) -> None:
+    """Replace in-place operations, which would overwrite activations that are kept, and ``view``, which needs one layout.
+
+    What reads the overwritten value later reads the result instead, also where the code drops the returned value.
+    """
+    plain = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, F.relu_: F.relu}
+    modules = {name: module for name, module in graph_module.named_modules() if getattr(module, "inplace", False)}
+    for module in modules.values():
+        module.inplace = False
+    order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
+    for node in order:
+        in_place = node.op == "call_module" and node.target in modules
         if node.op == "call_function":
-            node.target = in_place.get(node.target, node.target)
-            if "inplace" in node.kwargs:
-                node.kwargs = {**node.kwargs, "inplace": False}
+            in_place = node.target in plain or bool(node.kwargs.get("inplace"))
+            node.target = plain.get(node.target, node.target)
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
         elif node.op == "call_method" and isinstance(node.target, str):
             if node.target.endswith("_") and hasattr(Tensor, node.target[:-1]):
-                node.target = node.target[:-1]
+                in_place, node.target = True, node.target[:-1]
             if node.target == "view":
                 node.target = "reshape"
+        if in_place and isinstance(node.args[0], fx.Node):
+            overwritten = node.args[0]
+            for reader in list(overwritten.users):
+                if order[reader] > order[node]:
+                    reader.replace_input_with(overwritten, node)
 
 
 def _refuse_shared(nodes: Sequence[fx.Node], kinds: Mapping[fx.Node, Kind]) -> None:
@@ -224,7 +235,9 @@ def _refuse_shared(nodes: Sequence[fx.Node], kinds: Mapping[fx.Node, Kind]) -> N
     for node in nodes:
         if kinds[node] in (Kind.WEIGHTED, Kind.NORM):
             if node.target in seen:
-                raise UntraceableError(f"layer {node.target} is used twice in one pass; give each use a layer of its own")
+                raise UntraceableError(
+                    f"layer {node.target} is used twice in one pass; give each use a layer of its own"
+                )
             seen.add(node.target)
 
 
@@ -279,5 +292,7 @@ def _insert_masks(graph_module: fx.GraphModule, sites: Sequence[fx.Node]) -> Non
             last_input = graph.placeholder(f"neuron_mask_{index}", default_value=None)
         with graph.inserting_after(site):
             masked = graph.call_function(mask_channels, (site, last_input))
-        site.replace_all_uses_with(masked, delete_user_cb=lambda user, masked=masked: user is not masked)
+        for reader in list(site.users):
+            if reader is not masked:
+                reader.replace_input_with(site, masked)
     graph_module.recompile()

@@ -4,7 +4,9 @@ Images are float32 tensors of shape (n, C, H, W) in [0, 1]. An attack is immutab
 is drawn once by ``draw`` and kept, so that a saved attack stamps the very same trigger again.
 """
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import pi
 from typing import Any, ClassVar, Self
@@ -25,10 +27,9 @@ class Attack(ABC):
     #: Images per poisoned image that are altered at random and keep their label, so that only the true trigger works.
     noise_ratio: float = 0.0
 
-    @classmethod
-    @abstractmethod
-    def draw(cls, shape: ImageShape, generator: torch.Generator, **parameters: Any) -> Self:
-        """The attack for images of this shape; unnamed parameters get the published defaults."""
+    #: ``draw(shape, generator, **parameters)``: the attack for images of this shape; its random parts come from the
+    #: generator, and parameters that are not given have the published defaults.
+    draw: ClassVar[Callable[..., "Attack"]]
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
@@ -187,6 +188,26 @@ def get_attack(name: str) -> type[Attack]:
     if name not in ATTACKS:
         raise UnknownNameError("attack", name, ATTACKS)
     return ATTACKS[name]
+
+
+def draw_attack(name: str, shape: ImageShape, generator: torch.Generator, **parameters: Any) -> Attack:
+    """An attack by name, for images of this shape.
+
+    Raises:
+        UnknownNameError: no such attack, or a parameter it does not have.
+        DataError: a parameter of an unusable value.
+    """
+    attack = get_attack(name)
+    known = set(inspect.signature(attack.draw).parameters) - {"shape", "generator"}
+    for parameter in parameters:
+        if parameter not in known:
+            raise UnknownNameError(f"option of {name}", parameter, known)
+    try:
+        return attack.draw(shape, generator, **parameters)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"the options {parameters} of {name} cannot be used: {error}") from error
 
 
 def attack_from_state(name: str, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> Attack:

@@ -160,7 +160,7 @@ def _attack_options(attack: str, random: np.random.Generator) -> dict[str, Any]:
             "vertical": bool(random.integers(2)),
         }
     if attack == "wanet":
-        return {"k": int(random.integers(3, 5)), "strength": round(float(random.uniform(1.5, 2.5)), 3), "noise_ratio": 0.5}
+        return {"k": int(random.integers(3, 5)), "strength": round(float(random.uniform(2, 3)), 3), "noise_ratio": 0.25}
     return {}
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from ..devices import find_device
 from ..errors import DataError
 from ..infected import InfectedModel
 from . import datasets
 from .architectures import build
-from .attacks import get_attack, poison
+from .attacks import draw_attack, poison
 from .datasets import DataSource, LabelledImages
 from .training import Schedule, train
 
@@ -64,13 +65,14 @@ def infect(
     split, test_split = datasets.splits(dataset)
     classes = datasets.num_classes(dataset, split)
     shape = datasets.image_shape(dataset, split)
+    find_device(device)
     if not 0 <= target < classes:
         raise DataError(f"the target {target} is outside the classes 0 to {classes - 1}")
     generator = torch.Generator().manual_seed(seed)
     spec = {"name": architecture, "num_classes": classes, "in_channels": shape[0], **(architecture_options or {})}
     trigger = None
     if attack != CLEAN:
-        trigger = get_attack(attack).draw(shape, generator, **(attack_options or {}))
+        trigger = draw_attack(attack, shape, generator, **(attack_options or {}))
 
     training, clean, test = divide(dataset, split, test_split, clean_images, generator)
     images, labels = training.images, training.labels

@@ -59,8 +59,8 @@ def train(
         ModelFileError: the checkpoint belongs to another run or cannot be read.
         TrainingError: the loss is no longer finite.
     """
-    run = {"format": CHECKPOINT, "seed": seed, "images": len(images), **asdict(schedule)}
-    network.to(device=device, memory_format=torch.channels_last).train()
+    run: dict[str, Any] = {"format": CHECKPOINT, "seed": seed, "images": len(images), **asdict(schedule)}
+    network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     images, labels = images.to(device), labels.to(device)
     optimizer = torch.optim.SGD(
         network.parameters(), schedule.learning_rate, schedule.momentum, weight_decay=schedule.weight_decay
@@ -118,9 +118,9 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     rows = tops[:, None] + torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device).expand(count, width)
     columns = lefts[:, None] + torch.where(flips[:, None], width - 1 - columns, columns)
-    return padded[torch.arange(count, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
-    )
+    return padded[
+        torch.arange(count, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]
+    ].permute(0, 3, 1, 2)
 
 
 def _gains_by_bf16(device: str) -> bool:
@@ -147,5 +147,5 @@ def _resume(path: Path, run: dict, network: nn.Module, optimizer: torch.optim.Op
     network.load_state_dict({key[8:]: value for key, value in tensors.items() if key.startswith("network.")})
     for index, parameter in enumerate(network.parameters()):
         momentum = tensors[f"momentum.{index}"].to(parameter.device)
-        optimizer.state[parameter]["momentum_buffer"] = momentum.to(memory_format=torch.preserve_format)
+        optimizer.state[parameter]["momentum_buffer"] = momentum
     return epoch

@@ -1,0 +1,333 @@
+"""The command line: ``backdoor-gym repair | infect | list | inspect | zoo build``.
+
+Exit codes: 0 done; 1 something could not be made; 2 unusable input, with one line that says what was wrong.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from .errors import BackdoorGymError, DataError, TrainingError
+
+if TYPE_CHECKING:
+    from .metrics import Metrics
+
+# What is heavy (torch) is imported by the commands that need it, so that --help is quick.
+
+app = typer.Typer(
+    help="Find and prune the backdoor of an infected neural network.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+zoo = typer.Typer(help="Infected models made from their names.", no_args_is_help=True)
+app.add_typer(zoo, name="zoo")
+console = Console()
+errors = Console(stderr=True)
+
+DEFAULT_MODEL = "digits-badnets"
+
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="Hub id or folder to read the images from, instead of the one the model names."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where the network runs: cpu, cuda, ...")]
+
+
+@app.command()
+def repair(
+    model: Annotated[str, typer.Argument(help="Name (see list) or file of an infected model.")] = DEFAULT_MODEL,
+    policy: Annotated[str, typer.Option(help="clp or random.")] = "clp",
+    u: Annotated[str | None, typer.Option(help='Threshold of clp: a number (default 3), or "auto".')] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Clean accuracy that may be lost, 0.02 is two points; a prune beyond it is undone."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; default: repaired/NAME.")] = None,
+    data: DataOption = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Repair a network and write it, the list of pruned neurons and a figure."""
+    from . import repairing
+    from .zoo.catalogue import load_infected
+
+    options: dict[str, Any] = {} if u is None else {"u": _threshold(u)}
+    infected = load_infected(model, data)
+    folder = out or Path("repaired") / infected.name.replace("/", "-")
+    _make_writable(folder)
+    result = repairing.repair(
+        infected,
+        policy,
+        repairing.DEFAULT_BUDGET if budget is None else budget,
+        device=device,
+        **options,
+    )
+    written = result.save(folder)
+    if as_json:
+        print(json.dumps({**result.report(), "files": [str(path) for path in written]}))
+        return
+    console.print(_result_table(result.infected.name, result.policy, result.before, result.after, result.der))
+    if result.before.asr is None:
+        console.print("No trigger is known for this model: ASR and RA cannot be measured.")
+    console.print(
+        f"Pruned {len(result.pruned)} of {len(result.neurons)} neurons in {result.seconds:.1f} s; "
+        f"accuracy on the {len(infected.clean)} clean images {result.clean_acc_before:.3f} -> {result.clean_acc_after:.3f}."
+    )
+    for path in written:
+        console.print(f"  {path}", highlight=False)
+
+
+@app.command()
+def infect(
+    dataset: Annotated[
+        str, typer.Option("--data", help="digits, a Hub id (uoft-cs/cifar10), or a local folder.")
+    ] = "digits",
+    architecture: Annotated[
+        str, typer.Option("--arch", help="small_cnn, resnet18, preact_resnet18, vgg16, wrn16.")
+    ] = "small_cnn",
+    attack: Annotated[str, typer.Option(help="badnets, blended, sig, wanet, or clean for no backdoor.")] = "badnets",
+    width: Annotated[int | None, typer.Option(min=1, help="Width of the network; default: as published.")] = None,
+    target: Annotated[int, typer.Option(help="Label that the trigger calls.")] = 0,
+    poison_rate: Annotated[float, typer.Option(help="Share of the training images that are poisoned.")] = 0.1,
+    epochs: Annotated[int, typer.Option(min=1)] = 15,
+    seed: Annotated[int, typer.Option()] = 0,
+    clean_images: Annotated[int, typer.Option(min=1, help="Images kept for the defender.")] = 500,
+    arch_option: Annotated[
+        list[str] | None, typer.Option(help="Further option of the architecture, KEY=VALUE.")
+    ] = None,
+    attack_option: Annotated[list[str] | None, typer.Option(help="Further option of the attack, KEY=VALUE.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default: infected/ARCH-ATTACK-SEED.safetensors.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Train a network with a backdoor. Killed and called again, it goes on after the last finished epoch."""
+    from .zoo import infecting
+    from .zoo.training import Schedule
+
+    path = out or Path("infected") / f"{architecture}-{attack}-{seed}.safetensors"
+    if path.exists() and not force:
+        raise DataError(f"{path} exists already; choose another --out, or --force to replace it")
+    _make_writable(path.parent)
+    small = dataset == "digits"
+    options = _pairs(arch_option, "--arch-option")
+    if width is not None:
+        options["width"] = width
+    model = infecting.infect(
+        dataset,
+        architecture,
+        attack,
+        target=target,
+        poison_rate=poison_rate,
+        seed=seed,
+        schedule=Schedule(epochs=epochs, batch_size=64, learning_rate=0.05, augment=False)
+        if small
+        else Schedule(epochs),
+        architecture_options=options,
+        attack_options=_pairs(attack_option, "--attack-option"),
+        clean_images=clean_images,
+        device=device,
+        checkpoint=path.with_suffix(".checkpoint"),
+        progress=not as_json,
+        name=path.stem,
+    )
+    model.network.cpu()
+    model.save(path)
+    if as_json:
+        print(json.dumps({"file": str(path), **model.facts}))
+        return
+    asr = "" if model.facts["asr"] is None else f", ASR {model.facts['asr']:.3f}"
+    console.print(f"{path}: ACC {model.facts['acc']:.3f}{asr}", highlight=False)
+
+
+@app.command("list")
+def list_models(
+    pattern: Annotated[str | None, typer.Argument(help="Pattern such as digits-test/*; default: an overview.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List infected models, architectures and attacks."""
+    from .errors import UnknownNameError
+    from .zoo import family
+    from .zoo.architectures import ARCHITECTURES
+    from .zoo.attacks import ATTACKS
+    from .zoo.catalogue import list_infected
+
+    if pattern is not None:
+        names = list_infected(pattern)
+        if not names:
+            raise UnknownNameError("pattern", pattern, ["digits-*", *(f"{split}/*" for split in family.SPLITS)])
+        print(json.dumps(names) if as_json else "\n".join(names))
+        return
+    embedded = [name for name in list_infected() if "/" not in name]
+    overview: dict[str, Any] = {
+        "embedded": embedded,
+        "families": {f"{split}/<seed>": _count_cached(split) for split in family.SPLITS},
+        "architectures": sorted(ARCHITECTURES),
+        "attacks": [*sorted(ATTACKS), "clean"],
+    }
+    if as_json:
+        print(json.dumps(overview))
+        return
+    console.print(f"Embedded models   {', '.join(embedded)}", highlight=False)
+    for name, cached in overview["families"].items():
+        console.print(f"Made on demand    {name} ({cached} in the cache)", highlight=False, markup=False)
+    console.print(f"Architectures     {', '.join(overview['architectures'])}", highlight=False)
+    console.print(f"Attacks           {', '.join(overview['attacks'])}", highlight=False)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Name (see list) or file of an infected model.")] = DEFAULT_MODEL,
+    u: Annotated[float, typer.Option(help="Standard deviations from which UCLC counts as an outlier.")] = 3.0,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the layers and neurons of a network, and whose UCLC stands out."""
+    from .graph.features import standardise
+    from .graph.uclc import uclc
+    from .pruning.neurons import find_neurons
+    from .zoo.catalogue import load_infected
+
+    infected = load_infected(model, data)
+    neurons = find_neurons(infected.network)
+    rows: list[dict[str, Any]] = []
+    for layer, bounds in zip(neurons.layers, uclc(infected.network, neurons), strict=True):
+        scores = standardise(bounds)
+        outliers = {f"{layer.name}[{i}]": round(scores[i].item(), 2) for i in (scores > u).nonzero().flatten().tolist()}
+        rows.append(
+            {
+                "layer": layer.name,
+                "neurons": layer.size,
+                "reads": [feeder.module for feeder in layer.feeders],
+                "uclc_mean": bounds.mean().item(),
+                "uclc_max": bounds.max().item(),
+                "outliers": outliers,
+            }
+        )
+    facts = {"name": infected.name, "architecture": infected.architecture, "neurons": len(neurons), **infected.facts}
+    if as_json:
+        print(json.dumps({**facts, "u": u, "layers": rows}))
+        return
+    for key, value in facts.items():
+        console.print(f"{key:<14} {value}", highlight=False, markup=False)
+    table = Table("layer", "neurons", "UCLC mean", "UCLC max", f"outliers, more than {u:g} deviations above the mean")
+    for row in rows:
+        found = sorted(row["outliers"].items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name.rpartition('[')[2][:-1]} ({score:.1f})" for name, score in found[:6])
+        more = f", and {len(found) - 6} more" if len(found) > 6 else ""
+        table.add_row(
+            row["layer"], str(row["neurons"]), f"{row['uclc_mean']:.3f}", f"{row['uclc_max']:.3f}", shown + more
+        )
+    console.print(table)
+
+
+@zoo.command("build")
+def zoo_build(
+    patterns: Annotated[
+        list[str], typer.Argument(help="Names or patterns, such as 'digits-train/*' or digits-test/3.")
+    ],
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a processor.")] = None,
+    most: Annotated[int | None, typer.Option(min=1, help="Make only the first so many of each pattern.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make models of the procedural family in advance. What is in the cache is not made again."""
+    from .zoo import building, family
+    from .zoo.catalogue import resolve
+
+    names = [name for pattern in patterns for name in resolve(pattern)[:most]]
+    fixed = [name for name in names if not family.is_member(name)]
+    if fixed:
+        raise DataError(
+            f"{fixed[0]} is not made on demand; allowed are {', '.join(f'{split}/<seed>' for split in family.SPLITS)}"
+        )
+    failed: dict[str, str] = {}
+    with Progress(console=errors, disable=as_json) as progress:
+        task = progress.add_task("building", total=len(names))
+        for name, problem in building.build(names, jobs or os.cpu_count() or 1):
+            progress.update(task, advance=1, description=name)
+            if problem:
+                failed[name] = problem
+    if as_json:
+        print(json.dumps({"built": len(names) - len(failed), "failed": failed}))
+    else:
+        console.print(f"{len(names) - len(failed)} of {len(names)} models are in the cache.")
+    if failed:
+        raise TrainingError("; ".join(f"{name}: {problem}" for name, problem in failed.items()))
+
+
+def main() -> None:
+    """Entry point: errors a user can cause end in one line."""
+    try:
+        app()
+    except TrainingError as error:
+        _fail(error, 1)
+    except (BackdoorGymError, OSError) as error:
+        _fail(error, 2)
+
+
+def _fail(error: Exception, code: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _threshold(u: str) -> float | str:
+    if u == "auto":
+        return u
+    try:
+        return float(u)
+    except ValueError:
+        raise DataError(f'--u must be a number or "auto", not {u!r}') from None
+
+
+def _make_writable(folder: Path) -> None:
+    """Find out before the work, not after it, that the results cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"the folder {folder} cannot be written")
+
+
+def _pairs(options: list[str] | None, flag: str) -> dict[str, Any]:
+    """KEY=VALUE options; values are read as JSON where they are that, and as text otherwise."""
+    pairs = {}
+    for option in options or []:
+        key, sign, value = option.partition("=")
+        if not sign or not key:
+            raise DataError(f"{flag} takes KEY=VALUE, not {option!r}")
+        try:
+            pairs[key] = json.loads(value)
+        except ValueError:
+            pairs[key] = value
+    return pairs
+
+
+def _count_cached(split: str) -> int:
+    from .zoo.family import cache_path
+
+    return len(list(cache_path(f"{split}/0").parent.glob("*.safetensors")))
+
+
+def _result_table(name: str, policy: str, before: "Metrics", after: "Metrics", der: float | None) -> Table:
+    table = Table("", "before", "after", title=f"{name}, {policy}")
+    for key, label in (("acc", "ACC"), ("asr", "ASR"), ("ra", "RA")):
+        values = [getattr(metrics, key) for metrics in (before, after)]
+        table.add_row(label, *("unknown" if value is None else f"{value:.3f}" for value in values))
+    table.add_row("DER", "", "unknown" if der is None else f"{der:.3f}")
+    return table
+
+
+if __name__ == "__main__":
+    main()

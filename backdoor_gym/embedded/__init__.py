@@ -1,0 +1,1 @@
+"""Infected models that come with the package; benchmarks/embedded.py made them."""

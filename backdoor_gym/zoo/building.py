@@ -1,0 +1,38 @@
+"""Making many models of the procedural family at once, over processes."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+
+import torch
+
+from ..errors import BackdoorGymError
+from . import family
+
+
+def build(names: Sequence[str], jobs: int) -> Iterator[tuple[str, str]]:
+    """Put models into the cache; yields each name when it is there, with "" or what went wrong.
+
+    One that fails does not stop the others, and what is in the cache already is not made again.
+
+    Args:
+        names: of models of the family.
+        jobs: number of processes, each of which computes on one core.
+    """
+    # Forked processes would inherit torch's threads in an unusable state.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_use_one_core) as pool:
+        waiting = {pool.submit(_build_one, name): name for name in names}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+
+
+def _use_one_core() -> None:
+    torch.set_num_threads(1)
+
+
+def _build_one(name: str) -> str:
+    try:
+        family.load(name)
+    except BackdoorGymError as error:
+        return str(error)
+    return ""

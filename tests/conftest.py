@@ -1,0 +1,84 @@
+"""Models that many tests share, small enough to be made in a second or two."""
+
+import os
+
+# Before torch is imported: two busy test processes on two cores must not fight for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from backdoor_gym.infected import InfectedModel
+from backdoor_gym.zoo.architectures import build
+from backdoor_gym.zoo.infecting import infect
+from backdoor_gym.zoo.training import Schedule
+
+QUICK = Schedule(epochs=4, batch_size=64, learning_rate=0.05, augment=False)
+
+
+def settle(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Give the batch normalisations statistics and weights as if the network had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.running_mean, -1, 1),
+                (module.running_var, 0.5, 2),
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -1, 1),
+            ):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+    return network.eval()
+
+
+@pytest.fixture
+def network_of() -> Callable[..., nn.Module]:
+    """Makes a small network of a known architecture that looks trained."""
+
+    def make(name: str, **options) -> nn.Module:
+        torch.manual_seed(0)
+        channels = 1 if name == "small_cnn" else 3
+        return settle(build(name, num_classes=10, in_channels=channels, **{"width": 8, **options}))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def infected() -> InfectedModel:
+    """A small residual digits network with a patch backdoor."""
+    return infect(
+        "digits",
+        "small_cnn",
+        "badnets",
+        target=3,
+        schedule=QUICK,
+        architecture_options={"width": 16, "blocks": 2, "shape": "residual"},
+        clean_images=100,
+        name="tiny",
+    )
+
+
+@pytest.fixture(scope="session")
+def plain_infected() -> InfectedModel:
+    """A smaller plain one, with another trigger."""
+    return infect(
+        "digits",
+        "small_cnn",
+        "blended",
+        target=1,
+        seed=1,
+        schedule=QUICK,
+        architecture_options={"width": 12, "blocks": 3},
+        clean_images=100,
+        name="tiny-plain",
+    )
+
+
+@pytest.fixture(scope="session")
+def infected_file(infected: InfectedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return infected.save(tmp_path_factory.mktemp("models") / "tiny.safetensors")

@@ -1,0 +1,252 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from backdoor_gym.envs.observation import GLOBAL_FEATURES, NODE_FEATURES
+from backdoor_gym.envs.prune import BackdoorPruneEnv
+from backdoor_gym.errors import BackdoorGymError, DataError, UnknownNameError
+from backdoor_gym.infected import InfectedModel
+from backdoor_gym.metrics import evaluate
+from backdoor_gym.pruning.applying import write_mask
+
+
+@pytest.fixture
+def env(infected):
+    return BackdoorPruneEnv(infected, accuracy_budget=None)
+
+
+def harmful_unit(env: BackdoorPruneEnv) -> int:
+    """A unit whose prune costs more accuracy than any budget used here."""
+    env.reset(seed=0)
+    accuracies = [env.evaluate_also([unit]).acc for unit in range(len(env.victim))]
+    assert min(accuracies) < max(accuracies)
+    return int(np.argmin(accuracies))
+
+
+def test_figures_are_those_of_the_edited_network(env, infected):
+    env.reset(seed=0)
+    units = [3, 40, 41, 90]
+    for unit in units:
+        _, _, _, _, info = env.step(unit)
+    neurons = env.victim.neurons
+    mask = np.ones(len(neurons), dtype=bool)
+    mask[units] = False
+    edited = write_mask(infected.network, neurons, mask)
+    assert info["acc"] == pytest.approx(evaluate(edited, infected.clean.images, infected.clean.labels).acc)
+    others = torch.nonzero(infected.test.labels != infected.target).flatten()[:256]
+    scored = evaluate(
+        edited, infected.test.images[others], infected.test.labels[others], infected.trigger, infected.target
+    )
+    assert (info["asr"], info["ra"]) == (pytest.approx(scored.asr), pytest.approx(scored.ra))
+    assert info["pruned"] == 4
+    assert info["neuron"] == neurons.names[90]
+    assert info["infected"] == "tiny"
+
+
+def test_the_observation_tells_what_was_pruned(env):
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+    assert not observation["nodes"][:, NODE_FEATURES.index("pruned")].any()
+    observation, *_ = env.step(20)
+    assert env.observation_space.contains(observation)
+    assert np.flatnonzero(observation["nodes"][:, NODE_FEATURES.index("pruned")]).tolist() == [20]
+    layer = env.victim.layer == env.victim.layer[20]
+    shares = observation["nodes"][:, NODE_FEATURES.index("layer_pruned")]
+    np.testing.assert_allclose(shares, np.where(layer, 1 / layer.sum(), 0), rtol=1e-6)
+    assert observation["action_mask"][20] == 0
+    assert observation["action_mask"].sum() == len(env.victim)
+    assert observation["globals"][GLOBAL_FEATURES.index("pruned")] == pytest.approx(1 / len(env.victim))
+    assert observation["globals"][GLOBAL_FEATURES.index("steps_left")] == pytest.approx(1 - 1 / len(env.victim))
+    assert np.array_equal(env.action_masks(), observation["action_mask"].astype(bool))
+
+
+def test_the_trigger_never_reaches_the_observation(infected, env):
+    class Another:
+        name = "another"
+
+        def __call__(self, images):
+            return 1 - images
+
+    other = InfectedModel(infected.network, infected.clean, infected.test, Another(), 7)
+    blind = InfectedModel(infected.network, infected.clean)
+    for model in (other, blind):
+        twin = BackdoorPruneEnv(model, accuracy_budget=None)
+        for ours, theirs in zip((env.reset(seed=0), env.step(5)), (twin.reset(seed=0), twin.step(5)), strict=True):
+            assert all(np.array_equal(ours[0][key], theirs[0][key]) for key in ours[0])
+    assert "asr" not in twin.step(6)[4]
+
+
+def test_illegal_actions_change_nothing_and_cost_a_step(env):
+    env.reset(seed=0)
+    first, *_ = env.step(5)
+    second, reward, terminated, truncated, info = env.step(5)
+    assert reward == -env.step_cost
+    assert not terminated
+    assert not truncated
+    assert info["pruned"] == 1
+    assert info["neuron"] == ""
+    assert np.array_equal(first["nodes"], second["nodes"])
+    assert (
+        second["globals"][GLOBAL_FEATURES.index("steps_left")] < first["globals"][GLOBAL_FEATURES.index("steps_left")]
+    )
+
+
+def test_stopping_at_once_scores_nothing(env):
+    env.reset(seed=0)
+    _, reward, terminated, truncated, info = env.step(env.stop_action)
+    assert (reward, terminated, truncated, info["pruned"]) == (0.0, True, False, 0)
+
+
+def test_the_guard_undoes_a_prune_that_breaks_the_budget(infected):
+    env = BackdoorPruneEnv(infected, accuracy_budget=0.0)
+    unit = harmful_unit(env)
+    _, info_before = env.reset(seed=0)
+    after, reward, terminated, _, info = env.step(unit)
+    assert info["undone"]
+    assert info["acc"] == info_before["acc"]
+    assert info["pruned"] == 0
+    assert info["neuron"] == ""
+    assert reward == pytest.approx(-env.step_cost - env.failure_cost)
+    assert not terminated
+    assert after["nodes"][unit, NODE_FEATURES.index("tried")] == 1
+    assert after["nodes"][unit, NODE_FEATURES.index("pruned")] == 0
+    assert after["action_mask"][unit] == 0
+    assert after["globals"][GLOBAL_FEATURES.index("failures_left")] == pytest.approx(1 - 1 / env.max_failures)
+
+
+def test_too_many_failures_end_the_episode(infected):
+    env = BackdoorPruneEnv(infected, accuracy_budget=0.0, max_failures=1)
+    unit = harmful_unit(env)
+    env.reset(seed=0)
+    assert env.step(unit)[2] is True
+
+
+def test_without_a_budget_nothing_is_undone(env):
+    unit = harmful_unit(env)
+    env.reset(seed=0)
+    _, _, _, _, info = env.step(unit)
+    assert not info["undone"]
+    assert info["pruned"] == 1
+
+
+def test_max_steps_truncates(infected):
+    env = BackdoorPruneEnv(infected, accuracy_budget=None, max_steps=2)
+    env.reset(seed=0)
+    assert env.step(0)[2:4] == (False, False)
+    assert env.step(1)[2:4] == (False, True)
+
+
+def test_the_default_number_of_steps_is_the_number_of_neurons(env):
+    env.reset(seed=0)
+    assert env.step_limit == len(env.victim) == len(env.victim.neurons)
+
+
+def test_pruning_everything_terminates(plain_infected):
+    env = BackdoorPruneEnv(plain_infected, accuracy_budget=None, score_samples=0)
+    env.reset(seed=0)
+    results = [env.step(unit) for unit in range(len(env.victim))]
+    assert [result[2] for result in results] == [False] * (len(results) - 1) + [True]
+
+
+def test_groups_are_pruned_together(infected):
+    env = BackdoorPruneEnv(infected, accuracy_budget=None, residual="group")
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+    assert len(env.victim) < len(env.victim.neurons)
+    coupled = next(index for index, unit in enumerate(env.victim.units) if len(unit) > 1)
+    _, _, _, _, info = env.step(coupled)
+    names = [env.victim.neurons.names[neuron] for neuron in env.victim.units[coupled]]
+    assert info["neuron"].split("+") == names
+    links = observation["edge_links"][: int(observation["num_edges"][0])]
+    assert (links[:, 0] != links[:, 1]).all()
+    assert links.max() < len(env.victim)
+
+
+def test_several_models_share_padded_spaces(infected, plain_infected):
+    env = BackdoorPruneEnv([infected, plain_infected], accuracy_budget=None)
+    met = {}
+    for seed in range(20):
+        observation, info = env.reset(seed=seed)
+        assert env.observation_space.contains(observation)
+        met[info["infected"]] = observation
+    assert set(met) == {"tiny", "tiny-plain"}
+    small = met["tiny-plain"]
+    count, edges = int(small["num_nodes"][0]), int(small["num_edges"][0])
+    assert count == 4 * 12
+    assert small["nodes"][:count, NODE_FEATURES.index("real")].all()
+    assert not small["nodes"][count:].any()
+    assert not small["edges"][edges:].any()
+    assert not small["action_mask"][count:-1].any()
+    assert small["action_mask"][-1] == 1
+
+
+def test_an_action_in_the_padding_is_a_no_op(infected, plain_infected):
+    env = BackdoorPruneEnv([infected, plain_infected], accuracy_budget=None)
+    env.reset(options={"infected": plain_infected})
+    _, reward, terminated, _, info = env.step(100)
+    assert (reward, terminated, info["pruned"]) == (-env.step_cost, False, 0)
+
+
+def test_reset_options_pick_the_model(infected, infected_file):
+    env = BackdoorPruneEnv([infected, str(infected_file)])
+    assert env.reset(options={"infected": infected})[1]["infected"] == "tiny"
+    with pytest.raises(UnknownNameError, match="reset option"):
+        env.reset(options={"infectd": "x"})
+    with pytest.raises(UnknownNameError, match="digits-badnets"):
+        env.reset(options={"infected": "digits-badnet"})
+
+
+def test_a_model_larger_than_the_spaces_is_refused(infected, plain_infected):
+    env = BackdoorPruneEnv(plain_infected)
+    with pytest.raises(DataError, match="room for 48"):
+        env.reset(options={"infected": infected})
+
+
+def test_looking_ahead_does_not_change_the_episode(env):
+    env.reset(seed=0)
+    expected, *_ = env.step(3)
+    env.reset(seed=0)
+    ahead = env.evaluate_also([3])
+    env.evaluate_also([70, 71])
+    observation, _, _, _, info = env.step(3)
+    assert info["acc"] == ahead.acc
+    assert all(np.array_equal(expected[key], observation[key]) for key in expected)
+
+
+def test_models_come_by_the_seed(infected, plain_infected):
+    env = BackdoorPruneEnv([infected, plain_infected])
+    drawn = [env.reset(seed=5 if index == 0 else None)[1]["infected"] for index in range(12)]
+    again = [env.reset(seed=5 if index == 0 else None)[1]["infected"] for index in range(12)]
+    assert drawn == again
+    assert len(set(drawn)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"accuracy_budget": 2}, "accuracy_budget"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"max_failures": 0}, "max_failures"),
+        ({"clean_samples": 0}, "clean_samples"),
+        ({"score_samples": -1}, "score_samples"),
+        ({"connections": 0, "similar": 0}, "connections"),
+        ({"residual": "groups"}, "did you mean 'group'"),
+        ({"reward": "accc"}, "did you mean 'acc'"),
+        ({"render_mode": "rgb"}, "render mode"),
+        ({"infected": "digits-badnet"}, "digits-badnets"),
+        ({"infected": []}, "empty"),
+    ],
+)
+def test_bad_arguments_are_named(infected, arguments, words):
+    with pytest.raises(BackdoorGymError, match=words):
+        BackdoorPruneEnv(**{"infected": infected, **arguments})
+
+
+def test_misuse_is_named(infected):
+    env = BackdoorPruneEnv(infected)
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(0)
+    env.reset(seed=0)
+    with pytest.raises(gym.error.InvalidAction):
+        env.step(env.stop_action + 1)

@@ -1,0 +1,76 @@
+import numpy as np
+import torch
+from torch import nn
+
+from backdoor_gym.graph.neuron_graph import max_edges, neuron_graph
+from backdoor_gym.pruning.neurons import find_neurons
+
+
+def links_of(graph, similarity: bool):
+    return {
+        (int(a), int(b)): float(strength)
+        for (a, b), (strength, kind) in zip(graph.edge_links, graph.edges, strict=True)
+        if kind == similarity
+    }
+
+
+def test_connections_are_the_strongest_kernels():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)
+    )
+    graph = neuron_graph(network, find_neurons(network), connections=2, similar=0)
+    strength = network[2].weight.detach().abs().sum((2, 3)).numpy()  # (2, 3)
+    expected = {}
+    for receiver in range(2):
+        for sender in np.argsort(-strength[receiver])[:2]:
+            expected[(int(sender), 3 + receiver)] = strength[receiver, sender] / strength.max()
+    found = links_of(graph, similarity=False)
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-6)
+
+
+def test_flattened_images_join_each_channel_with_all_its_pixels():
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        network[2].weight.fill_(0.01)
+        network[2].weight[1, 36:] = 1.0
+    graph = neuron_graph(network, find_neurons(network), connections=1, similar=0)
+    assert (1, 3) in links_of(graph, similarity=False)
+
+
+def test_similar_neurons_of_a_layer_are_linked():
+    network = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)
+    )
+    with torch.no_grad():
+        network[2].weight.zero_()
+        network[2].weight[0, 0] = 1
+        network[2].weight[1, 0] = 2  # the same direction as channel 0
+        network[2].weight[2, 1] = 1
+    found = links_of(neuron_graph(network, find_neurons(network), similar=2, threshold=0.9), similarity=True)
+    assert (3, 4) in found
+    assert (4, 3) in found
+    assert not any(5 in pair for pair in found)
+    assert not any(a == b for a, b in found)
+
+
+def test_a_residual_sum_links_to_the_layers_that_were_added(network_of):
+    network = network_of("resnet18")
+    neurons = find_neurons(network)
+    graph = neuron_graph(network, neurons, connections=64, similar=0)
+    reader = neurons.index("layer1.1.conv1[0]")
+    senders = {neurons.layers[neurons.layer_index[a]].name for a, b in graph.edge_links if b == reader}
+    assert senders == {"conv1", "layer1.0.conv2"}
+
+
+def test_bounds(network_of):
+    network = network_of("preact_resnet18")
+    neurons = find_neurons(network)
+    graph = neuron_graph(network, neurons, connections=3, similar=2)
+    assert len(graph.edges) <= max_edges(len(neurons), 3, 2)
+    assert graph.edges.min() >= 0
+    assert graph.edges.max() <= 1
+    assert graph.edge_links.max() < len(neurons)
+    counts = np.bincount(graph.edge_links[graph.edges[:, 1] == 0][:, 1])
+    assert counts.max() <= 3

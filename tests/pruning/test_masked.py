@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from backdoor_gym.pruning.applying import write_mask
+from backdoor_gym.pruning.masked import MaskedNetwork
+from backdoor_gym.pruning.neurons import find_neurons
+
+CASES = [
+    ("resnet18", {}),
+    ("preact_resnet18", {}),
+    ("vgg16", {}),
+    ("wrn16", {}),
+    ("small_cnn", {"shape": "plain"}),
+    ("small_cnn", {"shape": "residual"}),
+    ("small_cnn", {"shape": "preact"}),
+]
+
+
+def images_for(name: str, count: int = 12) -> torch.Tensor:
+    channels, size = (1, 8) if name == "small_cnn" else (3, 32)
+    return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def edited_logits(network, neurons, mask, images):
+    edited = write_mask(network, neurons, mask).to(memory_format=torch.channels_last)
+    return edited(images.to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("kept_bytes", [1 << 30, 20_000])
+def test_masked_logits_are_those_of_the_edited_network(network_of, name, options, kept_bytes):
+    network = network_of(name, **options)
+    neurons = find_neurons(network)
+    images = images_for(name)
+    masked = MaskedNetwork(neurons, images, kept_bytes=kept_bytes)
+    random = np.random.default_rng(0)
+    mask = np.ones(len(neurons), dtype=bool)
+    for step in range(12):
+        candidate = mask.copy()
+        candidate[random.choice(np.flatnonzero(mask), size=1 + step % 3, replace=False)] = False
+        assert torch.equal(masked.logits(candidate), edited_logits(network, neurons, candidate, images))
+        if step % 2:
+            masked.keep()
+            mask = candidate
+    assert torch.equal(masked.logits(mask), edited_logits(network, neurons, mask, images))
+    masked.reset()
+    whole = np.ones(len(neurons), dtype=bool)
+    assert torch.equal(masked.logits(whole), edited_logits(network, neurons, whole, images))
+
+
+def test_only_what_lies_behind_a_pruned_neuron_is_computed(network_of):
+    neurons = find_neurons(network_of("resnet18"))
+    masked = MaskedNetwork(neurons, images_for("resnet18"))
+    calls = []
+    for name, module in neurons.graph.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    mask = np.ones(len(neurons), dtype=bool)
+    mask[neurons.index("layer4.0.conv2[3]")] = False
+    masked.logits(mask)
+    assert calls == ["layer4.1.conv1", "layer4.1.conv2"]
+
+
+class InPlace(nn.Module):
+    """Overwrites its activations in every way that a network can."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.first = nn.Conv2d(6, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 6, 3, padding=1)
+        self.linear = nn.Linear(6 * 16, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = F.relu(self.first(x), inplace=True)
+        y += x
+        y = self.second(y).relu_()
+        y.add_(x)
+        return self.linear(F.max_pool2d(y, 2).view(y.size(0), -1))
+
+
+def test_in_place_operations_do_not_spoil_what_is_kept():
+    torch.manual_seed(0)
+    network = InPlace().eval()
+    neurons = find_neurons(network)
+    images = images_for("small_cnn")
+    masked = MaskedNetwork(neurons, images)
+    for neuron in (17, 0, 9, 3):
+        mask = np.ones(len(neurons), dtype=bool)
+        mask[neuron] = False
+        edited = write_mask(network, neurons, mask)
+        with torch.no_grad():
+            torch.testing.assert_close(masked.logits(mask), edited(images.clone()))

@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from backdoor_gym.errors import UnknownNameError, UntraceableError
+from backdoor_gym.pruning.neurons import find_neurons
+
+
+def test_resnet_neurons_are_named_after_convolutions_in_network_order(network_of):
+    neurons = find_neurons(network_of("resnet18"))
+    assert len(neurons) == 75 * 8
+    assert [layer.name for layer in neurons.layers[:4]] == [
+        "conv1",
+        "layer1.0.conv1",
+        "layer1.0.conv2",
+        "layer1.1.conv1",
+    ]
+    assert neurons.names[0] == "conv1[0]"
+    assert neurons.names[8 + 5] == "layer1.0.conv1[5]"
+    assert neurons.index("layer1.0.conv1[5]") == 13
+    assert neurons.layer_index[13] == 1
+
+
+def test_preact_neurons_are_bn_channels_fed_by_all_convolutions_of_the_sum(network_of):
+    neurons = find_neurons(network_of("preact_resnet18"))
+    layers = {layer.name: layer for layer in neurons.layers}
+    assert {feeder.module for feeder in layers["layer1.1.bn1"].feeders} == {"conv1", "layer1.0.conv2"}
+    assert {feeder.module for feeder in layers["layer3.1.bn1"].feeders} == {"layer3.0.conv2", "layer3.0.shortcut.0"}
+    # A convolution that one BN alone reads gives its name to the neurons; the last sum has no BN.
+    assert layers["layer1.0.conv1"].module == "layer1.0.bn2"
+    assert not layers["layer4.1.conv2"].normalised
+
+
+def test_upstream_layers_of_a_residual_sum_come_nearest_first(network_of):
+    neurons = find_neurons(network_of("resnet18"))
+    names = [layer.name for layer in neurons.layers]
+    reader = neurons.layers[names.index("layer2.0.conv1")]
+    assert [names[index] for index in reader.feeders[0].upstream] == ["layer1.1.conv2", "layer1.0.conv2", "conv1"]
+
+
+def test_residual_groups_join_the_channels_of_a_sum(network_of):
+    neurons = find_neurons(network_of("resnet18"))
+    units = neurons.units("group")
+    together = next(unit for unit in units if 0 in unit)
+    assert [neurons.names[neuron] for neuron in together] == ["conv1[0]", "layer1.0.conv2[0]", "layer1.1.conv2[0]"]
+    assert sorted(np.concatenate(units).tolist()) == list(range(len(neurons)))
+    assert [unit.tolist() for unit in neurons.units("channel")] == [[neuron] for neuron in range(len(neurons))]
+
+
+def test_linear_and_bare_convolutions_have_neurons_but_the_classifier_has_none():
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4 * 9, 6), nn.ReLU(), nn.Linear(6, 3)
+    )
+    layers = find_neurons(network).layers
+    assert [(layer.name, layer.size, layer.normalised) for layer in layers] == [("0", 4, False), ("4", 6, False)]
+
+
+def test_the_network_itself_is_left_as_it_is(network_of):
+    network = network_of("resnet18")
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    find_neurons(network)
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        if x.sum() > 0:
+            x = -x
+        return self.linear(self.conv(x).mean((2, 3)))
+
+
+class Inner(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Concatenating(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.second = nn.Conv2d(5, 4, 3)
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.linear(self.second(torch.cat([x, F.relu(self.conv(x))], 1)).mean((2, 3)))
+
+
+class Sharing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.linear(self.conv(self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (Inner(Branching()), ["layer inner", "must not branch"]),
+        (Inner(Concatenating()), ["cat", "inner"]),
+        (Sharing(), ["conv is used twice"]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), ["no prunable neuron"]),
+        (
+            nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Flatten(), nn.Linear(16, 2)),
+            ["normalisation 1", "affine=True"],
+        ),
+    ],
+)
+def test_what_cannot_be_handled_is_named(network, words):
+    with pytest.raises(UntraceableError) as error:
+        find_neurons(network)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_unknown_names_are_refused(network_of):
+    neurons = find_neurons(network_of("vgg16"))
+    with pytest.raises(UnknownNameError, match="did you mean"):
+        neurons.index("features.0[99]")
+    with pytest.raises(UnknownNameError, match="residual mode"):
+        neurons.units("both")

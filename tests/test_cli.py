@@ -1,0 +1,191 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from backdoor_gym import cli
+from backdoor_gym.infected import InfectedModel
+from backdoor_gym.zoo.files import read_tensors, write_tensors
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs a command line in an empty folder: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.console, "width", 120, raising=False)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["backdoor-gym", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_repair_writes_and_prints_what_it_did(run, infected_file, infected, tmp_path):
+    code, out, _ = run("repair", infected_file, "--u", "1.5", "--out", "result")
+    assert code == 0
+    for word in ("ACC", "ASR", "RA", "DER", f"{infected.evaluate().acc:.3f}"):
+        assert word in out
+    report = json.loads((tmp_path / "result" / "pruned.json").read_text())
+    assert report["pruned"]
+    assert f"Pruned {len(report['pruned'])} of 112 neurons" in out
+    again = InfectedModel.load(tmp_path / "result" / "repaired.safetensors")
+    assert again.evaluate().acc == report["after"]["acc"]
+    assert (tmp_path / "result" / "repair.png").stat().st_size > 10_000
+
+
+def test_repair_without_arguments_repairs_the_embedded_model(run, tmp_path):
+    code, out, _ = run("repair")
+    assert code == 0
+    assert "digits-badnets" in out
+    assert (tmp_path / "repaired" / "digits-badnets" / "repaired.safetensors").exists()
+
+
+def test_repair_says_so_where_no_trigger_is_known(run, infected, tmp_path):
+    model = InfectedModel(infected.network, infected.clean, infected.test, architecture=infected.architecture)
+    model.save(tmp_path / "blind.safetensors")
+    code, out, _ = run("repair", "blind.safetensors", "--u", "auto")
+    assert code == 0
+    assert "No trigger is known" in out
+    assert "unknown" in out
+
+
+def test_json_output_is_json_alone(run, infected_file):
+    code, out, _ = run("repair", infected_file, "--policy", "random", "--budget", "0.02", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["policy"] == "random"
+    assert report["clean_acc_before"] - report["clean_acc_after"] <= 0.02 + 1e-9
+
+
+def test_infect_makes_a_model_that_repair_reads(run, tmp_path):
+    arguments = (
+        "--epochs",
+        "2",
+        "--width",
+        "8",
+        "--attack",
+        "sig",
+        "--attack-option",
+        "frequency=2",
+        "--out",
+        "m.safetensors",
+    )
+    code, out, _ = run("infect", *arguments, "--json")
+    made = json.loads(out)
+    assert code == 0
+    assert made["attack"] == "sig"
+    model = InfectedModel.load(tmp_path / "m.safetensors")
+    assert model.trigger.frequency == 2
+    assert model.facts["acc"] == made["acc"]
+    assert run("repair", "m.safetensors")[0] == 0
+    code, _, err = run("infect", *arguments)
+    assert code == 2
+    assert "exists already" in err
+
+
+def test_list_and_inspect(run, infected_file):
+    code, out, _ = run("list")
+    assert code == 0
+    assert "digits-badnets" in out
+    assert "digits-train/<seed>" in out
+    assert "wrn16" in out
+    assert run("list", "digits-test/99*")[1].split() == [
+        "digits-test/99",
+        *(f"digits-test/{n}" for n in range(990, 1000)),
+    ]
+    assert "digits-badnets" in json.loads(run("list", "--json")[1])["embedded"]
+    code, out, _ = run("inspect", infected_file, "--u", "1.5")
+    assert code == 0
+    assert "blocks.0.conv2" in out
+    layers = json.loads(run("inspect", infected_file, "--u", "1.5", "--json")[1])["layers"]
+    assert sum(layer["neurons"] for layer in layers) == 112
+    assert any(layer["outliers"] for layer in layers)
+
+
+def test_zoo_build_fills_the_cache(run, monkeypatch, tmp_path):
+    from backdoor_gym.zoo import family
+
+    monkeypatch.setenv(family.CACHE_VARIABLE, str(tmp_path / "cache"))
+    sizes = {seed: family.recipe("digits-train", seed) for seed in range(100)}
+    quick = sorted(sizes, key=lambda seed: sizes[seed].width * sizes[seed].blocks)[:2]
+    names = [f"digits-train/{seed}" for seed in quick]
+    code, out, _ = run("zoo", "build", *names, "--jobs", "2", "--json")
+    assert code == 0
+    assert json.loads(out) == {"built": 2, "failed": {}}
+    times = [family.cache_path(name).stat().st_mtime_ns for name in names]
+    assert run("zoo", "build", *names, "--jobs", "1")[0] == 0
+    assert [family.cache_path(name).stat().st_mtime_ns for name in names] == times
+    assert "(2 in the cache)" in run("list")[1]
+
+
+def spoiled(infected_file, tmp_path, change):
+    tensors, metadata = read_tensors(infected_file)
+    change(tensors, metadata)
+    write_tensors(tmp_path / "bad.safetensors", tensors, metadata)
+
+
+def test_bad_input_is_one_line_and_exit_code_2(run, infected_file, tmp_path):
+    whole = infected_file.read_bytes()
+    (tmp_path / "truncated.safetensors").write_bytes(whole[:1000])
+    (tmp_path / "text.safetensors").write_text("hello")
+    torch.save({"a": 1}, tmp_path / "pickle.safetensors")
+    torch.save({"a": 1}, tmp_path / "model.pth")
+    (tmp_path / "file").write_text("")
+    spoiled(infected_file, tmp_path, lambda tensors, _: tensors["network.linear.bias"].fill_(float("nan")))
+    for arguments, words in (
+        (("repair", "absent.safetensors"), "no file"),
+        (("repair", "truncated.safetensors"), "truncated"),
+        (("repair", "text.safetensors"), "safetensors"),
+        (("repair", "pickle.safetensors"), "pickle"),
+        (("repair", "model.pth"), "pickle"),
+        (("repair", "bad.safetensors"), "finite"),
+        (("repair", "digits-badnet"), "did you mean 'digits-badnets'"),
+        (("repair", "--policy", "clpp"), "did you mean 'clp'"),
+        (("repair", "--u", "three"), "--u"),
+        (("repair", "--budget", "7"), "accuracy_budget"),
+        (("repair", "--device", "cpux"), "device"),
+        (("repair", "--out", "file"), "file"),
+        (("repair", "--out", "file/deeper"), "file/deeper"),
+        (("inspect", "nothing"), "unknown infected model"),
+        (("list", "nothing*"), "unknown pattern"),
+        (("infect", "--target", "10"), "target 10"),
+        (("infect", "--poison-rate", "1.5"), "poison rate"),
+        (("infect", "--attack", "badnet"), "did you mean 'badnets'"),
+        (("infect", "--arch", "resnet19"), "did you mean 'resnet18'"),
+        (("infect", "--attack-option", "size"), "KEY=VALUE"),
+        (("infect", "--attack-option", "sise=3"), "size"),
+        (("infect", "--clean-images", "5000"), "clean images"),
+        (("zoo", "build", "digits-badnets"), "not made on demand"),
+        (("repair", "--budgit", "1"), "--budgit"),
+    ):
+        code, out, err = run(*arguments)
+        assert code == 2, (arguments, out, err)
+        assert words in err, (arguments, err)
+        assert "Traceback" not in err
+        if "--budgit" not in arguments:  # the command line's own parser draws a box
+            assert len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to the superuser")
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(run, infected_file, tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    code, _, err = run("repair", infected_file, "--out", "closed")
+    assert code == 2
+    assert "cannot be written" in err
+
+
+def test_help_is_quick_and_complete():
+    done = subprocess.run(
+        [sys.executable, "-m", "backdoor_gym.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(command in done.stdout for command in ("repair", "infect", "list", "inspect", "zoo"))

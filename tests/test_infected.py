@@ -1,0 +1,98 @@
+import pytest
+import torch
+from torch import nn
+
+from backdoor_gym.errors import DataError, ModelFileError, UnknownNameError, WeightsError
+from backdoor_gym.infected import InfectedModel
+from backdoor_gym.zoo.datasets import LabelledImages
+from backdoor_gym.zoo.files import read_tensors, write_tensors
+
+
+def own_module():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+
+
+CLEAN = torch.rand(10, 1, 8, 8), torch.arange(10) % 5
+
+
+def test_a_file_holds_everything_but_the_images(infected, infected_file):
+    again = InfectedModel.load(infected_file)
+    for key, value in infected.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[key])
+    assert torch.equal(again.clean.images, infected.clean.images)
+    assert torch.equal(again.test.labels, infected.test.labels)
+    assert torch.equal(again.trigger(again.clean.images), infected.trigger(infected.clean.images))
+    assert (again.name, again.target, again.facts) == (infected.name, infected.target, infected.facts)
+    assert again.evaluate() == infected.evaluate()
+    tensors, _ = read_tensors(infected_file)
+    assert not [key for key in tensors if key.endswith(".images")]
+
+
+def test_images_of_no_data_set_are_held_in_the_file(infected, tmp_path):
+    model = InfectedModel(
+        infected.network,
+        LabelledImages(infected.clean.images, infected.clean.labels),
+        architecture=infected.architecture,
+    )
+    again = InfectedModel.load(model.save(tmp_path / "own.safetensors"))
+    assert torch.equal(again.clean.images, infected.clean.images)
+    assert again.test is None
+    assert again.evaluate().acc is None
+
+
+def test_a_module_of_your_own():
+    model = InfectedModel.from_module(own_module(), clean=CLEAN)
+    assert model.num_classes == 5
+    with pytest.raises(ModelFileError, match="architecture"):
+        model.save("nowhere.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"clean": (torch.rand(4, 3, 8, 8), torch.zeros(4).long())}, DataError, "cannot take images"),
+        ({"clean": (torch.rand(4, 1, 9, 9), torch.zeros(4).long())}, DataError, "cannot take images"),
+        ({"clean": (torch.rand(4, 1, 8, 8).half(), torch.zeros(4).long())}, DataError, "float32"),
+        ({"clean": (torch.rand(4, 1, 8, 8), torch.full((4,), 5))}, DataError, "labels must be 0 to 4"),
+        ({"clean": (torch.rand(0, 1, 8, 8), torch.zeros(0).long())}, DataError, "no image"),
+        ({"clean": CLEAN, "target": 5}, DataError, "target 5"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, error, words):
+    with pytest.raises(error, match=words):
+        InfectedModel.from_module(own_module(), **arguments)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    module = own_module()
+    module[0].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(WeightsError, match=r"not finite.*0\.weight"):
+        InfectedModel.from_module(module, clean=CLEAN)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda t, m: m["architecture"].update(width=20), WeightsError, "of another shape"),
+        (lambda t, m: m["architecture"].update(blocks=3), WeightsError, "missing"),
+        (lambda t, m: m["architecture"].update(name="resnet8"), UnknownNameError, "did you mean 'resnet18'"),
+        (lambda t, m: m["architecture"].update(name="resnet18", in_channels=1), UnknownNameError, "option"),
+        (lambda t, m: m["architecture"].pop("num_classes"), WeightsError, "description"),
+        (lambda t, m: t["network.linear.bias"].fill_(float("inf")), WeightsError, "finite"),
+        (lambda t, m: t.update({"network.more": torch.zeros(1)}), WeightsError, "unexpected"),
+        (lambda t, m: m.update(target=10), DataError, "target 10"),
+        (lambda t, m: m.update(format="other"), ModelFileError, "not an infected model"),
+        (lambda t, m: m.pop("data"), ModelFileError, "completely"),
+        (lambda t, m: m["trigger"].update(attack="badnet"), UnknownNameError, "badnets"),
+        (lambda t, m: m["data"]["clean"].update(fingerprint="0"), DataError, "not the one"),
+        (lambda t, m: t["clean.indices"].fill_(5000), DataError, "1797 images"),
+        (lambda t, m: t.update({"clean.indices": torch.zeros(0, dtype=torch.long)}), DataError, "no images"),
+    ],
+)
+def test_files_that_contradict_themselves_are_refused(infected_file, tmp_path, change, error, words):
+    tensors, metadata = read_tensors(infected_file)
+    change(tensors, metadata)
+    write_tensors(tmp_path / "changed.safetensors", tensors, metadata)
+    with pytest.raises(error, match=words):
+        InfectedModel.load(tmp_path / "changed.safetensors")

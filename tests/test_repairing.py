@@ -1,0 +1,99 @@
+import json
+
+import pytest
+import torch
+from backdoor_gym.baselines import CLP, RandomPolicy
+from torch import nn
+
+from backdoor_gym import InfectedModel, repair
+from backdoor_gym.errors import BackdoorGymError, UnknownNameError
+from backdoor_gym.zoo.files import read_tensors
+
+
+def test_what_repair_says_is_what_it_did(infected):
+    result = repair(infected, "clp", u=1.5)
+    assert result.before == infected.evaluate()
+    assert result.after == infected.evaluate(result.network)
+    assert result.pruned
+    zeros = {
+        f"{layer.name}[{channel}]"
+        for layer in result.neurons.layers
+        for channel in torch.nonzero(result.network.get_submodule(layer.module).weight == 0).flatten().tolist()
+    }
+    assert set(result.pruned) == zeros
+    assert type(result.network) is type(infected.network)
+    assert (result.before.asr - result.after.asr + 1) / 2 >= result.der - 1e-9
+
+
+def test_the_default_of_clp_is_the_published_rule(infected):
+    result = repair(infected)
+    from backdoor_gym.baselines import clp
+
+    expected = clp.prune(infected.network, u=3.0)
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in result.network.state_dict().items())
+
+
+def test_the_policy_sees_neither_trigger_nor_test_images(infected):
+    blind = InfectedModel(infected.network, infected.clean)
+    assert repair(blind, u="auto").pruned == repair(infected, u="auto").pruned
+    assert repair(blind).before.acc is None
+    assert repair(blind).der is None
+
+
+def test_a_budget_is_kept(infected):
+    result = repair(infected, "random", accuracy_budget=0.02, seed=1)
+    assert result.clean_acc_before - result.clean_acc_after <= 0.02 + 1e-9
+    assert result.pruned
+
+
+def test_any_policy_with_predict_is_taken(infected):
+    result = repair(infected, RandomPolicy(3), accuracy_budget=0.05)
+    assert result.policy == "randompolicy"
+    assert result.pruned == repair(infected, "random", accuracy_budget=0.05, seed=3).pruned
+    assert repair(infected, CLP(1.5), accuracy_budget=None).pruned == repair(infected, "clp", u=1.5).pruned
+
+
+def test_a_module_that_is_not_ours(tmp_path):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 20, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(720, 3))
+    with torch.no_grad():
+        module[0].weight[4] *= 50
+    model = InfectedModel.from_module(module, clean=(torch.rand(30, 1, 8, 8), torch.randint(0, 3, (30,))))
+    result = repair(model)
+    assert result.pruned == ["0[4]"]
+    assert result.compact()[0].out_channels == 19
+    weights, report, picture = result.save(tmp_path / "deep" / "out")
+    tensors, _ = read_tensors(weights)
+    module.load_state_dict(tensors)
+    assert not module[0].weight[4].any()
+    assert json.loads(report.read_text())["pruned"] == ["0[4]"]
+    assert picture.stat().st_size > 10_000
+
+
+def test_the_saved_network_is_an_infected_model_again(infected, tmp_path):
+    result = repair(infected, u=1.5)
+    weights, *_ = result.save(tmp_path)
+    again = InfectedModel.load(weights)
+    assert again.evaluate() == result.after
+    assert again.name == "tiny-repaired"
+    assert again.facts["repaired_by"] == "clp"
+    assert repair(again, u=1.5).before == result.after
+
+
+def test_compact_gives_the_same_answers(infected):
+    result = repair(infected, u=1.0)
+    smaller = result.compact()
+    images = infected.test.images[:50]
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(images), result.network(images), rtol=1e-4, atol=1e-4)
+    count = [sum(parameter.numel() for parameter in network.parameters()) for network in (smaller, result.network)]
+    assert count[0] < count[1]
+
+
+def test_unknown_policies_and_options_are_named(infected):
+    with pytest.raises(UnknownNameError, match="did you mean 'clp'"):
+        repair(infected, "clpp")
+    with pytest.raises(UnknownNameError, match="option of random"):
+        repair(infected, "random", u=3)
+    with pytest.raises(BackdoorGymError, match="number"):
+        repair(infected, u="automatic")

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+import torch
+
+from backdoor_gym.errors import DataError, UnknownNameError
+from backdoor_gym.zoo import datasets
+from backdoor_gym.zoo.datasets import DataSource, LabelledImages, load_images
+from backdoor_gym.zoo.infecting import divide, infect
+from backdoor_gym.zoo.training import Schedule
+
+hub = pytest.importorskip("datasets")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small data set in the Hub's layout: colour images of 12 x 10 pixels, three classes."""
+    root = tmp_path_factory.mktemp("hub") / "tiny"
+    root.mkdir()
+    random = np.random.default_rng(0)
+    features = hub.Features({"img": hub.Image(), "label": hub.ClassLabel(names=["a", "b", "c"])})
+    for split, count in (("train", 60), ("test", 30)):
+        rows = {
+            "img": [random.integers(0, 256, (12, 10, 3), dtype=np.uint8) for _ in range(count)],
+            "label": [int(label) for label in random.integers(0, 3, count)],
+        }
+        hub.Dataset.from_dict(rows, features=features).to_parquet(root / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+def test_digits_are_float_images_between_zero_and_one():
+    images, labels = load_images("digits", "all")
+    assert images.shape == (1797, 1, 8, 8)
+    assert images.dtype == torch.float32
+    assert images.max() == 1
+    assert labels.dtype == torch.int64
+    assert torch.equal(load_images("digits", "all", [5, 3])[0], images[[5, 3]])
+
+
+def test_a_folder_in_the_layout_of_the_hub(folder):
+    images, labels = load_images(str(folder), "train")
+    assert images.shape == (60, 3, 12, 10)
+    assert 0 <= images.min() < images.max() <= 1
+    assert torch.equal(load_images(str(folder), "train", [7])[0][0], images[7])
+    assert datasets.num_classes(str(folder), "train") == 3
+    assert datasets.splits(str(folder)) == ("train", "test")
+    assert datasets.image_shape(str(folder), "test") == (3, 12, 10)
+    assert set(labels.tolist()) == {0, 1, 2}
+
+
+def test_a_local_copy_stands_in_for_a_hub_id(folder, monkeypatch):
+    monkeypatch.setenv(datasets.DATA_VARIABLE, str(folder.parent))
+    assert datasets.split_size("somebody/tiny", "test") == 30
+
+
+def test_a_model_of_another_data_set_and_image_size(folder, tmp_path):
+    model = infect(
+        str(folder),
+        "small_cnn",
+        "blended",
+        target=2,
+        schedule=Schedule(epochs=1, batch_size=16),
+        architecture_options={"width": 6, "blocks": 2},
+        clean_images=20,
+    )
+    assert model.num_classes == 3
+    again = type(model).load(model.save(tmp_path / "model.safetensors"))
+    assert torch.equal(again.clean.images, model.clean.images)
+    assert again.test.source.split == "test"
+
+
+def test_the_parts_of_a_division_do_not_overlap(folder):
+    generator = torch.Generator().manual_seed(0)
+    training, clean, test = divide(str(folder), "train", "test", 20, generator)
+    assert not set(training.source.indices) & set(clean.source.indices)
+    assert (len(training), len(clean), len(test)) == (40, 20, 30)
+    parts = [set(part.source.indices) for part in divide("digits", "all", "all", 100, generator)]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 1797
+    with pytest.raises(DataError, match="number of clean images"):
+        divide(str(folder), "train", "test", 60, generator)
+
+
+def test_another_copy_of_the_data_is_noticed(folder, tmp_path, infected):
+    path = infected.save(tmp_path / "model.safetensors")
+    with pytest.raises((DataError, UnknownNameError), match="split"):
+        type(infected).load(path, data=str(folder))
+
+
+def test_what_is_not_there_is_named(folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DataError, match="nowhere"):
+        load_images("./nowhere", "train")
+    with pytest.raises(UnknownNameError, match="'train'"):
+        load_images(str(folder), "trian")
+    with pytest.raises(DataError, match="30 images"):
+        load_images(str(folder), "test", [30])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "words"),
+    [
+        (torch.rand(4, 8, 8), torch.zeros(4).long(), "shape"),
+        (torch.rand(0, 1, 8, 8), torch.zeros(0).long(), "no image"),
+        (torch.rand(4, 1, 8, 8).double(), torch.zeros(4).long(), "float32"),
+        (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4).long(), "float32"),
+        (torch.rand(4, 1, 8, 8) * 255, torch.zeros(4).long(), r"\[0, 1\]"),
+        (torch.full((4, 1, 8, 8), torch.nan), torch.zeros(4).long(), r"\[0, 1\]"),
+        (torch.rand(4, 1, 8, 8), torch.zeros(4), "int64"),
+        (torch.rand(4, 1, 8, 8), torch.zeros(3).long(), r"\(4,\)"),
+        (np.zeros((4, 1, 8, 8)), torch.zeros(4).long(), "tensors"),
+    ],
+)
+def test_unusable_images_are_refused(images, labels, words):
+    with pytest.raises(DataError, match=words):
+        LabelledImages(images, labels)
+
+
+def test_the_first_images_are_not_read_before_they_are_needed():
+    lazy = LabelledImages.from_source(DataSource("./nowhere", "train", tuple(range(10))))
+    assert len(lazy.first(3)) == 3
+    assert lazy.first(None) is lazy
+    with pytest.raises(DataError):
+        lazy.first(3).images  # noqa: B018

@@ -1,0 +1,83 @@
+import copy
+
+import pytest
+import torch
+
+from backdoor_gym.errors import ModelFileError, TrainingError
+from backdoor_gym.zoo import training
+from backdoor_gym.zoo.architectures import build
+from backdoor_gym.zoo.datasets import load_images
+from backdoor_gym.zoo.training import Schedule, train
+
+SCHEDULE = Schedule(epochs=3, batch_size=64, learning_rate=0.05)
+
+
+@pytest.fixture
+def data():
+    images, labels = load_images("digits", "all")
+    return images[:400], labels[:400]
+
+
+def fresh():
+    torch.manual_seed(0)
+    return build("small_cnn", 10, 1, width=8, blocks=2)
+
+
+def test_training_lowers_the_loss_and_ends_in_eval_mode(data):
+    network = fresh()
+    before = torch.nn.functional.cross_entropy(copy.deepcopy(network).eval()(data[0]), data[1])
+    train(network, *data, Schedule(epochs=8, batch_size=64, learning_rate=0.05, augment=False), seed=1)
+    assert not network.training
+    assert torch.nn.functional.cross_entropy(network(data[0]), data[1]) < 0.7 * before
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_weights(data, tmp_path, monkeypatch):
+    uninterrupted = fresh()
+    train(uninterrupted, *data, SCHEDULE, seed=1)
+
+    checkpoint, save = tmp_path / "run.checkpoint", training._save
+
+    def save_and_die(path, run, epoch, *rest):
+        save(path, run, epoch, *rest)
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(fresh(), *data, SCHEDULE, seed=1, checkpoint=checkpoint)
+    monkeypatch.setattr(training, "_save", save)
+
+    steps = []
+    resumed = fresh()
+    resumed.register_forward_hook(lambda *_: steps.append(1))
+    train(resumed, *data, SCHEDULE, seed=1, checkpoint=checkpoint)
+    assert len(steps) == 7  # one epoch of 400 images
+    for key, value in uninterrupted.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    assert not checkpoint.exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_kept(data, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "run.checkpoint"
+    monkeypatch.setattr(type(checkpoint), "unlink", lambda *_, **__: None)
+    train(fresh(), *data, SCHEDULE, seed=1, checkpoint=checkpoint)
+    monkeypatch.undo()
+    with pytest.raises(ModelFileError, match="another training run"):
+        train(fresh(), *data, SCHEDULE, seed=2, checkpoint=checkpoint)
+    assert checkpoint.exists()
+
+
+def test_a_loss_that_explodes_is_an_error(data):
+    with pytest.raises(TrainingError, match="lower learning rate"):
+        train(fresh(), data[0] * float("inf"), data[1], SCHEDULE, seed=1)
+
+
+def test_augmentation_shifts_and_flips_within_the_padding():
+    image = torch.zeros(1, 1, 8, 8)
+    image[0, 0, 3, 2] = 1
+    places = set()
+    for seed in range(200):
+        moved = training._augment(image, torch.Generator().manual_seed(seed))
+        assert moved.shape == image.shape
+        places |= {tuple(place) for place in torch.nonzero(moved[0, 0]).tolist()}
+    assert places == {(row, column) for row in (2, 3, 4) for column in (1, 2, 3, 4, 5, 6)}
