@@ -109,6 +109,7 @@ def infect(
         Path | None, typer.Option(help="File to write; default: infected/ARCH-ATTACK-SEED.safetensors.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Save the weights as float16, for half the size.")] = False,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
@@ -140,10 +141,11 @@ def infect(
         device=device,
         checkpoint=path.with_suffix(".checkpoint"),
         progress=not as_json,
+        half=half,
         name=path.stem,
     )
-    model.network.cpu()
-    model.save(path)
+    model.save(path, half)
+    path.with_suffix(".checkpoint").unlink(missing_ok=True)
     if as_json:
         print(json.dumps({"file": str(path), **model.facts}))
         return

@@ -88,8 +88,13 @@ class InfectedModel:
             return Metrics(None)
         return evaluate(network or self.network, self.test.images, self.test.labels, self.trigger, self.target)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, half: bool = False) -> Path:
         """Write one safetensors file; images are held in it only where they belong to no named data set.
+
+        Args:
+            path: the file.
+            half: whether to store the weights as float16, for half the size; ``infect(half=True)`` has rounded them
+                before it measured the network.
 
         Raises:
             ModelFileError: the architecture is not known by name, so nobody could load the file.
@@ -100,7 +105,10 @@ class InfectedModel:
                 "only a model whose architecture is known by name can be saved as an infected model; "
                 "set .architecture, or save the state dict alone with safetensors"
             )
-        tensors = {f"network.{key}": value for key, value in self.network.state_dict().items()}
+        weights = self.network.state_dict()
+        if half:
+            weights = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
+        tensors = {f"network.{key}": value for key, value in weights.items()}
         metadata: dict[str, Any] = {
             "format": FORMAT,
             "name": self.name,

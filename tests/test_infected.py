@@ -29,6 +29,21 @@ def test_a_file_holds_everything_but_the_images(infected, infected_file):
     assert not [key for key in tensors if key.endswith(".images")]
 
 
+def test_half_files_have_half_the_size_and_the_same_figures(infected, infected_file, tmp_path):
+    tensors, metadata = read_tensors(infected_file)
+    rounded = {
+        key: value.half().float() if key.startswith("network") and value.is_floating_point() else value
+        for key, value in tensors.items()
+    }
+    write_tensors(tmp_path / "rounded.safetensors", rounded, metadata)
+    model = InfectedModel.load(tmp_path / "rounded.safetensors")
+    path = model.save(tmp_path / "half.safetensors", half=True)
+    again = InfectedModel.load(path)
+    assert path.stat().st_size < 0.6 * infected_file.stat().st_size
+    assert again.network.linear.weight.dtype == torch.float32
+    assert again.evaluate() == model.evaluate()
+
+
 def test_images_of_no_data_set_are_held_in_the_file(infected, tmp_path):
     model = InfectedModel(
         infected.network,

@@ -2,10 +2,10 @@ import json
 
 import pytest
 import torch
-from backdoor_gym.baselines import CLP, RandomPolicy
 from torch import nn
 
 from backdoor_gym import InfectedModel, repair
+from backdoor_gym.baselines import CLP, RandomPolicy
 from backdoor_gym.errors import BackdoorGymError, UnknownNameError
 from backdoor_gym.zoo.files import read_tensors
 

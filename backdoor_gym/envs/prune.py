@@ -238,8 +238,9 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     def action_masks(self) -> np.ndarray:
         """The legal actions, bool (N + 1,), as MaskablePPO asks for them."""
+        count = len(self.victim)
         masks = np.zeros(self.stop_action + 1, dtype=bool)
-        masks[: len(self.victim)] = ~(self._pruned | self._tried)
+        masks[:count] = ~(self._pruned | self._tried)
         masks[self.stop_action] = True
         return masks
 

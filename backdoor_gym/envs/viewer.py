@@ -125,8 +125,6 @@ def _has_screen() -> bool:
     from matplotlib import pyplot
     from matplotlib.backends import BackendFilter, backend_registry
 
-    pyplot.figure().clear()  # resolves the automatic choice of the backend
-    pyplot.close()
     interactive = {name.lower() for name in backend_registry.list_builtin(BackendFilter.INTERACTIVE)}
     return pyplot.get_backend().lower() in interactive
 

@@ -223,32 +223,43 @@ def attack_from_state(name: str, parameters: dict[str, Any], tensors: dict[str, 
     return attack(**parameters, **tensors)
 
 
-def poison(
-    images: Tensor, labels: Tensor, attack: Attack, target: int, rate: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """An all-to-one poisoned training set: ``rate`` of the images, drawn from the other classes, triggered and relabelled.
+@dataclass(frozen=True, eq=False)
+class Poisoning:
+    """An all-to-one poisoned training set: which images bear the trigger, and all labels.
 
-    Args:
-        images: float32 (n, C, H, W) in [0, 1].
-        labels: int64 (n,).
+    The trigger is stamped on each batch after its augmentation, so that a crop never cuts it off.
+
+    Attributes:
         attack: the trigger.
-        target: label that triggered images get.
-        rate: share of all images that are poisoned, above 0 and below 1.
-        generator: where the choice of images comes from.
-
-    Returns:
-        Images and labels, as copies.
+        labels: int64 (n,), the target where poisoned.
+        poisoned: bool (n,), images that are triggered and relabelled.
+        covered: bool (n,), images that are altered at random and keep their label (see ``Attack.cover``).
     """
-    if not 0 < rate < 1:
-        raise DataError(f"the poison rate {rate} must be above 0 and below 1")
-    candidates = torch.nonzero(labels != target).flatten()
-    candidates = candidates[torch.randperm(len(candidates), generator=generator)]
-    count = max(1, round(rate * len(images)))
-    poisoned = candidates[:count]
-    covered = candidates[count : count + round(attack.noise_ratio * count)]
-    images, labels = images.clone(), labels.clone()
-    if len(covered):
-        images[covered] = attack.cover(images[covered], generator)
-    images[poisoned] = attack(images[poisoned])
-    labels[poisoned] = target
-    return images, labels
+
+    attack: Attack
+    labels: Tensor
+    poisoned: Tensor
+    covered: Tensor
+
+    @classmethod
+    def draw(cls, labels: Tensor, attack: Attack, target: int, rate: float, generator: torch.Generator) -> Self:
+        """Poison ``rate`` of all images (above 0 and below 1), chosen among those of other classes than the target."""
+        if not 0 < rate < 1:
+            raise DataError(f"the poison rate {rate} must be above 0 and below 1")
+        candidates = torch.nonzero(labels != target).flatten()
+        candidates = candidates[torch.randperm(len(candidates), generator=generator)]
+        count = max(1, round(rate * len(labels)))
+        poisoned, covered = torch.zeros(2, len(labels), dtype=torch.bool)
+        poisoned[candidates[:count]] = True
+        covered[candidates[count : count + round(attack.noise_ratio * count)]] = True
+        return cls(attack, torch.where(poisoned, target, labels), poisoned, covered)
+
+    def __call__(self, images: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
+        """The images (n, C, H, W) of the training set's indices ``chosen``, triggered or altered where they should be."""
+        poisoned, covered = (mask[chosen].to(images.device) for mask in (self.poisoned, self.covered))
+        images = images.clone()
+        if covered.any():
+            images[covered] = self.attack.cover(images[covered], generator)
+        if poisoned.any():
+            images[poisoned] = self.attack(images[poisoned])
+        return images

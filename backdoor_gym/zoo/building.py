@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 import torch
@@ -23,7 +24,10 @@ def build(names: Sequence[str], jobs: int) -> Iterator[tuple[str, str]]:
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_use_one_core) as pool:
         waiting = {pool.submit(_build_one, name): name for name in names}
         for done in as_completed(waiting):
-            yield waiting[done], done.result()
+            try:
+                yield waiting[done], done.result()
+            except BrokenProcessPool:
+                yield waiting[done], "its process died (out of memory?); call again with fewer processes"
 
 
 def _use_one_core() -> None:

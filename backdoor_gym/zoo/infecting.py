@@ -11,7 +11,7 @@ from ..errors import DataError
 from ..infected import InfectedModel
 from . import datasets
 from .architectures import build
-from .attacks import draw_attack, poison
+from .attacks import Poisoning, draw_attack
 from .datasets import DataSource, LabelledImages
 from .training import Schedule, train
 
@@ -32,6 +32,7 @@ def infect(
     architecture_options: dict[str, Any] | None = None,
     attack_options: dict[str, Any] | None = None,
     clean_images: int = CLEAN_IMAGES,
+    half: bool = False,
     device: str = "cpu",
     checkpoint: Path | None = None,
     progress: bool = False,
@@ -53,8 +54,9 @@ def infect(
         architecture_options: such as ``{"width": 16}``.
         attack_options: parameters of the attack.
         clean_images: how many images the defender gets.
+        half: whether to round the weights to float16 in the end, so that a file of half the size loses nothing.
         device: where to train.
-        checkpoint: file that training is resumed from when it was interrupted.
+        checkpoint: file that training is resumed from when it was interrupted; remove it once the model is saved.
         progress: whether to draw a progress bar.
         name: of the model.
 
@@ -75,14 +77,18 @@ def infect(
         trigger = draw_attack(attack, shape, generator, **(attack_options or {}))
 
     training, clean, test = divide(dataset, split, test_split, clean_images, generator)
-    images, labels = training.images, training.labels
+    poisoning, labels = None, training.labels
     if trigger is not None:
-        images, labels = poison(images, labels, trigger, target, poison_rate, generator)
+        poisoning = Poisoning.draw(labels, trigger, target, poison_rate, generator)
+        labels = poisoning.labels
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = build(**spec)
     schedule = schedule or Schedule()
-    train(network, images, labels, schedule, seed, device, checkpoint, progress)
+    train(network, training.images, labels, schedule, seed, poisoning, device, checkpoint, progress)
+    network.cpu()
+    if half:
+        network.half().float()
 
     model = InfectedModel(
         network,

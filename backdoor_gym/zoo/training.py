@@ -4,7 +4,9 @@ Nothing random is kept between epochs: the order and the augmentation of an epoc
 run that was killed and resumed gives the same weights as one that was not.
 """
 
+import hashlib
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ def train(
     labels: Tensor,
     schedule: Schedule,
     seed: int,
+    alter: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None,
     device: str = "cpu",
     checkpoint: Path | None = None,
     progress: bool = False,
@@ -51,15 +54,22 @@ def train(
         labels: int64 (n,).
         schedule: epochs, batch size, rates.
         seed: of the order of the images and of the augmentation.
+        alter: changes each batch after its augmentation, from its images, its indices and a generator.
         device: where to train; bf16 autocast and channels_last are used where they gain.
-        checkpoint: file written after every epoch and gone on from where it exists; removed at the end.
+        checkpoint: file written after every epoch and gone on from where it exists. The caller removes it, once what
+            it is for is safe.
         progress: whether to draw a progress bar.
 
     Raises:
         ModelFileError: the checkpoint belongs to another run or cannot be read.
         TrainingError: the loss is no longer finite.
     """
-    run: dict[str, Any] = {"format": CHECKPOINT, "seed": seed, "images": len(images), **asdict(schedule)}
+    run: dict[str, Any] = {
+        "format": CHECKPOINT,
+        "seed": seed,
+        "what": _digest(network, images, labels),
+        **asdict(schedule),
+    }
     network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     images, labels = images.to(device), labels.to(device)
     optimizer = torch.optim.SGD(
@@ -87,6 +97,8 @@ def train(
                 batch = images[chosen.to(device)]
                 if schedule.augment:
                     batch = _augment(batch, generator)
+                if alter is not None:
+                    batch = alter(batch, chosen, generator)
                 with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
                     loss = F.cross_entropy(
                         network(batch.contiguous(memory_format=torch.channels_last)), labels[chosen.to(device)]
@@ -104,8 +116,6 @@ def train(
             if checkpoint is not None:
                 _save(checkpoint, run, epoch + 1, network, optimizer)
     network.eval()
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -123,11 +133,19 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     ].permute(0, 3, 1, 2)
 
 
+def _digest(network: nn.Module, images: Tensor, labels: Tensor) -> str:
+    """Tells networks of other shapes, other images and other labels apart."""
+    digest = hashlib.sha256(repr([(key, tuple(value.shape)) for key, value in network.state_dict().items()]).encode())
+    for tensor in (labels, images.double().mean((0, 1))):
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _gains_by_bf16(device: str) -> bool:
     """Whether this device multiplies bf16 matrices faster than fp32 ones."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported()
-    capabilities: dict[str, Any] = torch.cpu.get_capabilities()
+    capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 

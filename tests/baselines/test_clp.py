@@ -5,12 +5,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from backdoor_gym.baselines import CLP, clp
-from backdoor_gym.baselines.clp import choose_threshold
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
+from backdoor_gym.baselines import CLP, clp
+from backdoor_gym.baselines.clp import choose_threshold
 from backdoor_gym.errors import DataError
 from backdoor_gym.graph.uclc import spectral_norms
 from backdoor_gym.metrics import evaluate

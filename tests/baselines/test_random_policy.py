@@ -1,7 +1,8 @@
 import gymnasium as gym
 import numpy as np
-from backdoor_gym.baselines import RandomPolicy
 from stable_baselines3.common.evaluation import evaluate_policy
+
+from backdoor_gym.baselines import RandomPolicy
 
 
 def test_actions_are_legal_and_spread(infected):

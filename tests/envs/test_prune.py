@@ -247,6 +247,8 @@ def test_misuse_is_named(infected):
     env = BackdoorPruneEnv(infected)
     with pytest.raises(gym.error.ResetNeeded):
         env.step(0)
+    with pytest.raises(gym.error.ResetNeeded):
+        env.action_masks()
     env.reset(seed=0)
     with pytest.raises(gym.error.InvalidAction):
         env.step(env.stop_action + 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from backdoor_gym.errors import DataError, ModelFileError, UnknownNameError
-from backdoor_gym.zoo.attacks import ATTACKS, SIG, BadNets, Blended, WaNet, attack_from_state, get_attack, poison
+from backdoor_gym.zoo.attacks import ATTACKS, SIG, BadNets, Blended, Poisoning, WaNet, attack_from_state, get_attack
 
 
 @pytest.fixture
@@ -77,23 +77,32 @@ def test_poisoning_relabels_the_given_share_of_the_other_classes(images, generat
     images = images.repeat(10, 1, 1, 1)
     labels = torch.arange(200) % 10
     attack = BadNets.draw((3, 32, 32), generator)
-    poisoned, changed = poison(images, labels, attack, target=4, rate=0.1, generator=generator)
-    moved = torch.nonzero(changed != labels).flatten()
-    assert len(moved) == 20
-    assert (changed[moved] == 4).all()
-    assert torch.equal(poisoned[moved], attack(images[moved]))
-    same = changed == labels
-    assert torch.equal(poisoned[same], images[same])
+    poisoning = Poisoning.draw(labels, attack, target=4, rate=0.1, generator=generator)
+    moved = poisoning.labels != labels
+    assert torch.equal(moved, poisoning.poisoned)
+    assert moved.sum() == 20
+    assert (poisoning.labels[moved] == 4).all()
+    chosen = torch.randperm(200, generator=generator)[:80]  # a batch
+    altered = poisoning(images[chosen], chosen, generator)
+    bears = moved[chosen]
+    assert bears.any()
+    assert torch.equal(altered[bears], attack(images[chosen][bears]))
+    assert torch.equal(altered[~bears], images[chosen][~bears])
 
 
-def test_wanet_covers_keep_their_labels(images, generator):
+def test_wanet_covers_keep_their_labels_and_are_new_in_each_epoch(images, generator):
     images = images.repeat(10, 1, 1, 1)
     labels = torch.arange(200) % 10
     attack = WaNet.draw((3, 32, 32), generator)
-    poisoned, changed = poison(images, labels, attack, target=4, rate=0.1, generator=generator)
-    altered = (poisoned != images).flatten(1).any(1)
-    assert int((altered & (changed == labels)).sum()) == 40
-    assert int((changed != labels).sum()) == 20
+    poisoning = Poisoning.draw(labels, attack, target=4, rate=0.1, generator=generator)
+    assert poisoning.covered.sum() == 40
+    assert not (poisoning.covered & poisoning.poisoned).any()
+    assert torch.equal(poisoning.labels[poisoning.covered], labels[poisoning.covered])
+    first, second = (poisoning(images, torch.arange(200), generator) for _ in range(2))
+    changed = (first != images).flatten(1).any(1)
+    assert torch.equal(changed, poisoning.covered | poisoning.poisoned)
+    assert torch.equal(first[poisoning.poisoned], second[poisoning.poisoned])
+    assert not torch.equal(first[poisoning.covered], second[poisoning.covered])
 
 
 def test_bad_requests_are_named(images, generator):
@@ -102,7 +111,7 @@ def test_bad_requests_are_named(images, generator):
     attack = BadNets.draw((3, 32, 32), generator)
     for rate in (0, 1, -0.1, 2):
         with pytest.raises(DataError, match="poison rate"):
-            poison(images, torch.zeros(20, dtype=torch.long), attack, 1, rate, generator)
+            Poisoning.draw(torch.zeros(20, dtype=torch.long), attack, 1, rate, generator)
     with pytest.raises(DataError, match="patch size"):
         BadNets.draw((1, 8, 8), generator, size=9)
     with pytest.raises(DataError, match="blend ratio"):

@@ -54,16 +54,24 @@ def test_a_killed_run_goes_on_and_gives_the_same_weights(data, tmp_path, monkeyp
     assert len(steps) == 7  # one epoch of 400 images
     for key, value in uninterrupted.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
-    assert not checkpoint.exists()
+
+    train(fresh(), *data, SCHEDULE, seed=1, checkpoint=checkpoint)  # a finished run is not run again
+    assert len(steps) == 7
 
 
-def test_a_checkpoint_of_another_run_is_refused_and_kept(data, tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_run_is_refused_and_kept(data, tmp_path):
     checkpoint = tmp_path / "run.checkpoint"
-    monkeypatch.setattr(type(checkpoint), "unlink", lambda *_, **__: None)
     train(fresh(), *data, SCHEDULE, seed=1, checkpoint=checkpoint)
-    monkeypatch.undo()
-    with pytest.raises(ModelFileError, match="another training run"):
-        train(fresh(), *data, SCHEDULE, seed=2, checkpoint=checkpoint)
+    others = (
+        (fresh(), *data, SCHEDULE, 2),
+        (fresh(), *data, Schedule(epochs=4, batch_size=64, learning_rate=0.05), 1),
+        (fresh(), data[0], data[1].flip(0), SCHEDULE, 1),
+        (fresh(), 1 - data[0], data[1], SCHEDULE, 1),
+        (build("small_cnn", 10, 1, width=9, blocks=2), *data, SCHEDULE, 1),
+    )
+    for other in others:
+        with pytest.raises(ModelFileError, match="another training run"):
+            train(*other, checkpoint=checkpoint)
     assert checkpoint.exists()
 
 
