@@ -64,13 +64,14 @@ def repair(
     infected = load_infected(model, data)
     folder = out or Path("repaired") / infected.name.replace("/", "-")
     _make_writable(folder)
-    result = repairing.repair(
-        infected,
-        policy,
-        repairing.DEFAULT_BUDGET if budget is None else budget,
-        device=device,
-        **options,
-    )
+    with errors.status("repairing, then scoring on the test images"):
+        result = repairing.repair(
+            infected,
+            policy,
+            repairing.DEFAULT_BUDGET if budget is None else budget,
+            device=device,
+            **options,
+        )
     written = result.save(folder)
     if as_json:
         print(json.dumps({**result.report(), "files": [str(path) for path in written]}))

@@ -188,7 +188,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     def step(self, action: np.int64 | int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Prune a neuron or stop."""
         victim = self.victim
-        if not self.action_space.contains(np.int64(action)):
+        if not self.action_space.contains(action):
             raise gym.error.InvalidAction(f"the action {action!r} is none of 0 to {self.stop_action}")
         unit = int(action)
         self._steps += 1

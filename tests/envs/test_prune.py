@@ -250,5 +250,6 @@ def test_misuse_is_named(infected):
     with pytest.raises(gym.error.ResetNeeded):
         env.action_masks()
     env.reset(seed=0)
-    with pytest.raises(gym.error.InvalidAction):
-        env.step(env.stop_action + 1)
+    for action in (env.stop_action + 1, -1, 1.5, "3", None):
+        with pytest.raises(gym.error.InvalidAction):
+            env.step(action)
