@@ -51,7 +51,12 @@ _ARITHMETIC = _SUMS | {
     "mul",
     "div",
 }
-_FUNCTIONAL_MAX_POOL = getattr(F, "boolean_dispatch", None)
+
+
+# Of those, what keeps channels apart only with the right arguments: (n, C, H, W) to (n, C * H * W), or means over pixels.
+_RESHAPING = {"view", "reshape"}
+_FLATTENING = {"flatten", torch.flatten}
+_REDUCING = {"mean", torch.mean, "squeeze"}
 
 
 class Kind(Enum):
@@ -100,6 +105,8 @@ def kind_of(graph_module: fx.GraphModule, node: fx.Node) -> Kind:
     target = node.target
     if target is mask_channels:
         return Kind.MASK
+    if not _keeps_channels(node):
+        return Kind.OPAQUE
     if target in _ZERO_PRESERVING_FUNCTIONS or (node.op == "call_method" and target in _ZERO_PRESERVING_METHODS):
         return Kind.ZERO_PRESERVING
     if target in _OTHER_FUNCTIONS or (node.op == "call_method" and target in _OTHER_METHODS):
@@ -145,6 +152,21 @@ def sources(
             front.extend(
                 (source, passed) for source in tensor_inputs(node) if not source.name.startswith("neuron_mask")
             )
+
+
+def _keeps_channels(node: fx.Node) -> bool:
+    """Whether the arguments of a reshaping or reducing operation leave each channel in its place."""
+    arguments = node.args[1:]
+    if node.target in _RESHAPING:
+        shape = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], tuple | list) else arguments
+        return len(shape) == 2
+    if node.target in _FLATTENING:
+        return (arguments or (node.kwargs.get("start_dim", 0),)) == (1,)
+    if node.target in _REDUCING:
+        axes = arguments[0] if arguments else node.kwargs.get("dim")
+        pixels = {2, 3, -1, -2}
+        return set(axes) <= pixels if isinstance(axes, tuple | list) else axes in pixels
+    return True
 
 
 def _is_number(node: fx.Node) -> bool:

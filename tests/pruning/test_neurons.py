@@ -126,6 +126,49 @@ def test_what_cannot_be_handled_is_named(network, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+class Reshaping(nn.Module):
+    def __init__(self, reshape):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.reshape = reshape
+        self.hidden = nn.Linear(4, 3)
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.linear(F.relu(self.hidden(self.reshape(F.relu(self.conv(x))))))
+
+
+@pytest.mark.parametrize(
+    "reshape",
+    [
+        lambda x: x.mean((2, 3)),
+        lambda x: torch.mean(x, dim=[2, 3]),
+        lambda x: F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1),
+        lambda x: F.adaptive_avg_pool2d(x, 1).reshape((x.shape[0], 4)),
+        lambda x: torch.flatten(F.adaptive_avg_pool2d(x, 1), 1),
+        lambda x: F.adaptive_avg_pool2d(x, 1).flatten(start_dim=1),
+        lambda x: F.adaptive_avg_pool2d(x, 1).squeeze(-1).squeeze(-1),
+    ],
+)
+def test_ways_to_flatten_are_understood(reshape):
+    assert [layer.feeders[0].upstream for layer in find_neurons(Reshaping(reshape)).layers] == [(), (0,)]
+
+
+@pytest.mark.parametrize(
+    "reshape",
+    [
+        lambda x: x.view(x.size(0), 2, -1).mean(2),
+        lambda x: x.mean(1).flatten(1),
+        lambda x: x.flatten(2).mean(1),
+        lambda x: x.permute(0, 2, 3, 1).flatten(1),
+        lambda x: x.mean(),
+    ],
+)
+def test_ways_to_mix_channels_are_refused(reshape):
+    with pytest.raises(UntraceableError, match="own forward"):
+        find_neurons(Reshaping(reshape))
+
+
 def test_unknown_names_are_refused(network_of):
     neurons = find_neurons(network_of("vgg16"))
     with pytest.raises(UnknownNameError, match="did you mean"):
