@@ -122,6 +122,7 @@ def infect(
     if path.exists() and not force:
         raise DataError(f"{path} exists already; choose another --out, or --force to replace it")
     _make_writable(path.parent)
+    checkpoint = path.with_name(f"{path.name}.checkpoint")
     small = dataset == "digits"
     options = _pairs(arch_option, "--arch-option")
     if width is not None:
@@ -140,13 +141,13 @@ def infect(
         attack_options=_pairs(attack_option, "--attack-option"),
         clean_images=clean_images,
         device=device,
-        checkpoint=path.with_suffix(".checkpoint"),
+        checkpoint=checkpoint,
         progress=not as_json,
         half=half,
         name=path.stem,
     )
     model.save(path, half)
-    path.with_suffix(".checkpoint").unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     if as_json:
         print(json.dumps({"file": str(path), **model.facts}))
         return

@@ -4,6 +4,7 @@ Images are float32 tensors of shape (n, C, H, W) in [0, 1]. An attack is immutab
 is drawn once by ``draw`` and kept, so that a saved attack stamps the very same trigger again.
 """
 
+import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -45,10 +46,21 @@ class Attack(ABC):
         tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
         return {key: value for key, value in values.items() if key not in tensors}, tensors
 
+    def digest(self) -> str:
+        """Tells triggers apart."""
+        parameters, tensors = self.state()
+        digest = hashlib.sha256(repr((self.name, sorted(parameters.items()))).encode())
+        for key in sorted(tensors):
+            digest.update(tensors[key].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
 
 @dataclass(frozen=True, eq=False)
 class BadNets(Attack):
-    """A small patch pasted at a fixed place (Gu et al., 2017, arXiv:1708.06733); default: 3x3, white, lower right corner."""
+    """A small patch pasted at a fixed place (Gu et al., 2017, arXiv:1708.06733).
+
+    Default: a 3x3 checkerboard in the lower right corner, as in the evaluation of CLP.
+    """
 
     name: ClassVar[str] = "badnets"
     patch: Tensor  # (C, h, w) in [0, 1]
@@ -65,17 +77,18 @@ class BadNets(Attack):
         column: int | None = None,
         random: bool = False,
     ) -> Self:
-        """A white square of ``size`` pixels, or with ``random`` a black and white pattern; negative places count from the end."""
+        """A checkerboard of ``size`` pixels, or with ``random`` any pattern; negative places count from the end."""
         channels, height, width = shape
         if not 1 <= size <= min(height, width):
             raise DataError(f"the patch size {size} must be between 1 and {min(height, width)} for {shape} images")
         row, column = (end - size if at is None else at % end for at, end in ((row, height), (column, width)))
-        patch = torch.ones(channels, size, size)
         if random:
+            # Half of the pixels are white: one colour alone may be no trigger on a background of that colour.
             pixels = torch.rand(size, size, generator=generator)
-            # A pattern of one colour only may be no trigger at all on a background of that colour.
-            patch[:] = (pixels > pixels.median()).float()
-        return cls(patch, min(row, height - size), min(column, width - size))
+            pattern = (pixels > pixels.median()).float()
+        else:
+            pattern = (torch.arange(size)[:, None] + torch.arange(size) + 1).remainder(2).float()
+        return cls(pattern.expand(channels, -1, -1).clone(), min(row, height - size), min(column, width - size))
 
     def __call__(self, images: Tensor) -> Tensor:
         images = images.clone()

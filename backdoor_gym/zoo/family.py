@@ -27,7 +27,7 @@ from .training import Schedule
 
 CACHE_VARIABLE = "BACKDOOR_GYM_CACHE"
 #: Part of every cache key: a new recipe never serves networks of an old one.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 SPLITS = {"digits-train": 1, "digits-val": 2, "digits-test": 3}
 #: Seeds that a pattern such as digits-train/* stands for.
 PATTERN_SEEDS = 1000
@@ -62,13 +62,14 @@ class Recipe:
 
 def recipe(split: str, seed: int, attempt: int = 0) -> Recipe:
     """The recipe of a model; attempts share attack, shape, width and depth."""
-    fixed = np.random.default_rng((RECIPE_VERSION, SPLITS[split], seed))
+    # Numbers at the end of a seed tell streams apart only where they are not zero.
+    fixed = np.random.default_rng((RECIPE_VERSION, SPLITS[split], seed, 1))
     attack = str(fixed.choice(["badnets", "blended", "sig", "wanet", CLEAN]))
     shape = str(fixed.choice(list(_LAYERS)))
     neurons = int(fixed.integers(MIN_NEURONS, MAX_NEURONS + 1))
     layers, depths = _LAYERS[shape]
     blocks = int(fixed.choice([depth for depth in depths if MIN_WIDTH <= neurons // layers(depth) <= MAX_WIDTH]))
-    free = np.random.default_rng((RECIPE_VERSION, SPLITS[split], seed, attempt))
+    free = np.random.default_rng((RECIPE_VERSION, SPLITS[split], seed, 2, 1 + attempt))
     return Recipe(
         attack=attack,
         attack_options=_attack_options(attack, free),

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..devices import find_device
@@ -70,7 +71,8 @@ def infect(
     find_device(device)
     if not 0 <= target < classes:
         raise DataError(f"the target {target} is outside the classes 0 to {classes - 1}")
-    generator = torch.Generator().manual_seed(seed)
+    drawing, initialising, ordering = (int(part) for part in np.random.SeedSequence(seed).generate_state(3))
+    generator = torch.Generator().manual_seed(drawing)
     spec = {"name": architecture, "num_classes": classes, "in_channels": shape[0], **(architecture_options or {})}
     trigger = None
     if attack != CLEAN:
@@ -82,10 +84,11 @@ def infect(
         poisoning = Poisoning.draw(labels, trigger, target, poison_rate, generator)
         labels = poisoning.labels
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(initialising)
         network = build(**spec)
     schedule = schedule or Schedule()
-    train(network, training.images, labels, schedule, seed, poisoning, device, checkpoint, progress)
+    identity = repr((spec, attack, seed, poison_rate, trigger and trigger.digest()))
+    train(network, training.images, labels, schedule, ordering, poisoning, device, checkpoint, identity, progress)
     network.cpu()
     if half:
         network.half().float()

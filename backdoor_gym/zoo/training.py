@@ -44,6 +44,7 @@ def train(
     alter: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None,
     device: str = "cpu",
     checkpoint: Path | None = None,
+    identity: str = "",
     progress: bool = False,
 ) -> None:
     """Train the network in place; it ends in eval mode on ``device``.
@@ -58,6 +59,7 @@ def train(
         device: where to train; bf16 autocast and channels_last are used where they gain.
         checkpoint: file written after every epoch and gone on from where it exists. The caller removes it, once what
             it is for is safe.
+        identity: what else tells this run from others, beside shapes, images, labels, seed and schedule.
         progress: whether to draw a progress bar.
 
     Raises:
@@ -68,6 +70,7 @@ def train(
         "format": CHECKPOINT,
         "seed": seed,
         "what": _digest(network, images, labels),
+        "identity": identity,
         **asdict(schedule),
     }
     network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]

@@ -37,9 +37,10 @@ def test_a_saved_attack_stamps_the_same_trigger(name, images, generator):
     assert torch.equal(again(images), attack(images))
 
 
-def test_badnets_pastes_a_white_square_into_the_lower_right_corner(images, generator):
+def test_badnets_pastes_a_checkerboard_into_the_lower_right_corner(images, generator):
     triggered = BadNets.draw((3, 32, 32), generator)(images)
-    assert (triggered[:, :, 29:, 29:] == 1).all()
+    board = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 0, 1]])
+    assert (triggered[:, :, 29:, 29:] == board).all()
     assert torch.equal(triggered[:, :, :29], images[:, :, :29])
     assert torch.equal(triggered[:, :, :, :29], images[:, :, :, :29])
 
