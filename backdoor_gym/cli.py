@@ -63,7 +63,7 @@ def repair(
     options: dict[str, Any] = {} if u is None else {"u": _threshold(u)}
     infected = load_infected(model, data)
     folder = out or Path("repaired") / infected.name.replace("/", "-")
-    _make_writable(folder)
+    _check_writable(folder)
     with errors.status("repairing, then scoring on the test images"):
         result = repairing.repair(
             infected,
@@ -80,7 +80,7 @@ def repair(
     if result.before.asr is None:
         console.print("No trigger is known for this model: ASR and RA cannot be measured.")
     console.print(
-        f"Pruned {len(result.pruned)} of {len(result.neurons)} neurons in {result.seconds:.1f} s; "
+        f"Pruned {len(result.pruned)} of {len(result.neurons)} neurons{_said(result.settings)} in {result.seconds:.1f} s; "
         f"accuracy on the {len(infected.clean)} clean images {result.clean_acc_before:.3f} -> {result.clean_acc_after:.3f}."
     )
     for path in written:
@@ -100,7 +100,7 @@ def infect(
     target: Annotated[int, typer.Option(help="Label that the trigger calls.")] = 0,
     poison_rate: Annotated[float, typer.Option(help="Share of the training images that are poisoned.")] = 0.1,
     epochs: Annotated[int, typer.Option(min=1)] = 15,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     clean_images: Annotated[int, typer.Option(min=1, help="Images kept for the defender.")] = 500,
     arch_option: Annotated[
         list[str] | None, typer.Option(help="Further option of the architecture, KEY=VALUE.")
@@ -121,7 +121,7 @@ def infect(
     path = out or Path("infected") / f"{architecture}-{attack}-{seed}.safetensors"
     if path.exists() and not force:
         raise DataError(f"{path} exists already; choose another --out, or --force to replace it")
-    _make_writable(path.parent)
+    _check_writable(path.parent)
     checkpoint = path.with_name(f"{path.name}.checkpoint")
     small = dataset == "digits"
     options = _pairs(arch_option, "--arch-option")
@@ -294,14 +294,11 @@ def _threshold(u: str) -> float | str:
         raise DataError(f'--u must be a number or "auto", not {u!r}') from None
 
 
-def _make_writable(folder: Path) -> None:
+def _check_writable(folder: Path) -> None:
     """Find out before the work, not after it, that the results cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"the folder {folder} cannot be made: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise DataError(f"the folder {folder} cannot be written")
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise DataError(f"the folder {folder} cannot be written: {there} is no folder, or closed to you")
 
 
 def _pairs(options: list[str] | None, flag: str) -> dict[str, Any]:
@@ -316,6 +313,10 @@ def _pairs(options: list[str] | None, flag: str) -> dict[str, Any]:
         except ValueError:
             pairs[key] = value
     return pairs
+
+
+def _said(settings: dict[str, Any]) -> str:
+    return f" ({', '.join(f'{key} = {value:g}' for key, value in settings.items())})" if settings else ""
 
 
 def _count_cached(split: str) -> int:

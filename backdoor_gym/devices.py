@@ -1,8 +1,15 @@
 """Where networks run."""
 
+import os
+
 import torch
 
 from .errors import DataError
+
+# A forked process (AsyncVectorEnv) inherits the state of torch's threads, but not the threads, and would wait for them
+# forever; with one thread it asks for none.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def find_device(name: str | torch.device) -> torch.device:

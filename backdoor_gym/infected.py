@@ -1,6 +1,6 @@
 """An infected model: a network, the defender's clean images, and, for scoring only, test images, trigger and target."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .errors import DataError, ModelFileError, WeightsError
+from .errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from .metrics import Metrics, evaluate
 from .zoo.architectures import build_from_spec
 from .zoo.attacks import Attack, attack_from_state
@@ -51,8 +51,12 @@ class InfectedModel:
         self.network.eval()
         check_finite(self.network)
         check_labels(self.clean.labels, self.num_classes)
-        if self.target is not None and not 0 <= self.target < self.num_classes:
+        if self.test is not None:
+            self._check_test(self.test)
+        if self.target is not None and not (type(self.target) is int and 0 <= self.target < self.num_classes):
             raise DataError(f"the target {self.target} is outside the classes 0 to {self.num_classes - 1}")
+        if self.trigger is not None:
+            check_trigger(self.trigger, self.clean.images[:1])
 
     @classmethod
     def from_module(
@@ -73,19 +77,40 @@ class InfectedModel:
         """Number of logits, found by running the network on one clean image."""
         try:
             with torch.no_grad():
-                device = next(self.network.parameters()).device
-                logits = self.network(self.clean.images[:1].to(device))
-        except (RuntimeError, ValueError) as error:
+                device = next((parameter.device for parameter in self.network.parameters()), "cpu")
+                logits = self.network(self.clean.images[:1].clone().to(device))
+        except Exception as error:  # the user's code, which can raise anything
             shape = tuple(self.clean.images.shape[1:])
-            raise DataError(f"the network cannot take images of shape {shape}: {str(error).splitlines()[0]}") from error
-        if logits.ndim != 2:
-            raise DataError(f"the network must give logits (n, classes), not a tensor of {tuple(logits.shape)}")
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(f"the network cannot take images of shape {shape}: {reason}") from error
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+            what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise DataError(f"the network must give logits (n, classes), not {what}")
         return logits.shape[1]
+
+    def _check_test(self, test: LabelledImages) -> None:
+        """Test images must fit the network as the clean ones do, and be others than those."""
+        ours, theirs = self.clean.source, test.source
+        if ours is not None and theirs is not None:
+            same = (ours.dataset, ours.split) == (theirs.dataset, theirs.split)
+            if same and set(ours.indices) & set(theirs.indices):
+                raise DataError("some of the test images are the defender's clean images")
+        if test.loaded:
+            self._check_fit(test)
+
+    def _check_fit(self, test: LabelledImages) -> None:
+        if test.images.shape[1:] != self.clean.images.shape[1:]:
+            raise DataError(
+                f"test images of shape {tuple(test.images.shape[1:])} do not fit clean images of shape "
+                f"{tuple(self.clean.images.shape[1:])}"
+            )
+        check_labels(test.labels, self.num_classes)
 
     def evaluate(self, network: nn.Module | None = None) -> Metrics:
         """ACC, ASR and RA of a network (by default this one) on the test images; None for what is not known."""
         if self.test is None:
             return Metrics(None)
+        self._check_fit(self.test)
         return evaluate(network or self.network, self.test.images, self.test.labels, self.trigger, self.target)
 
     def save(self, path: str | Path, half: bool = False) -> Path:
@@ -145,6 +170,9 @@ class InfectedModel:
         if metadata.get("format") != FORMAT:
             raise ModelFileError(f"{path} holds {metadata.get('format')!r}, not an infected model ({FORMAT})")
         try:
+            for key, kind in (("name", str), ("facts", dict), ("architecture", dict)):
+                if not isinstance(metadata[key], kind):
+                    raise ModelFileError(f"{path}: {key} must be a {kind.__name__}, not {metadata[key]!r}")
             network = build_from_spec(metadata["architecture"])
             load_weights(network, _part(tensors, "network."))
             described = metadata["data"]
@@ -164,8 +192,11 @@ class InfectedModel:
                 metadata["facts"],
                 metadata["name"],
             )
-        except (KeyError, TypeError) as error:
-            raise ModelFileError(f"{path} does not describe an infected model completely: {error}") from error
+        except BackdoorGymError:
+            raise
+        except Exception as error:  # whatever a file says, reading it must end in one clear line
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ModelFileError(f"{path} does not describe an infected model completely ({reason})") from error
 
 
 def check_finite(network: nn.Module) -> None:
@@ -173,6 +204,16 @@ def check_finite(network: nn.Module) -> None:
     for name, value in network.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise WeightsError(f"the weights hold values that are not finite (first in {name})")
+
+
+def check_trigger(trigger: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    """Raise ``DataError`` unless the trigger turns these images into finite ones of the same shape in [0, 1]."""
+    try:
+        triggered = trigger(images.clone())
+    except Exception as error:  # parameters of a file or of a user, in any combination
+        raise DataError(f"the trigger cannot be stamped on images of {tuple(images.shape[1:])}: {error}") from error
+    if triggered.shape != images.shape or not bool(((triggered >= 0) & (triggered <= 1)).all()):
+        raise DataError(f"the trigger must give images of shape {tuple(images.shape[1:])} with values in [0, 1]")
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -221,5 +262,8 @@ def _unpack_images(
             f"the split {split} of {dataset} is not the one that the model names (other labels or another order); "
             "its clean images might be training images"
         )
-    indices = tuple(tensors[f"{role}.indices"].tolist())
+    stored = tensors[f"{role}.indices"]
+    if stored.dtype != torch.int64 or stored.ndim != 1:
+        raise ModelFileError(f"{role}.indices must be int64 (n,), not {stored.dtype} {tuple(stored.shape)}")
+    indices = tuple(stored.tolist())
     return LabelledImages.from_source(DataSource(dataset, split, indices, found))

@@ -30,7 +30,8 @@ def predict_logits(network: nn.Module, images: Tensor, batch_size: int = 500) ->
     parameter = next(network.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     network.eval()
-    batches = (batch.to(device, memory_format=torch.channels_last) for batch in images.split(batch_size))
+    # Copies: a network may work in place on what it is given.
+    batches = (batch.to(device, memory_format=torch.channels_last, copy=True) for batch in images.split(batch_size))
     return torch.cat([network(batch).float().cpu() for batch in batches])
 
 

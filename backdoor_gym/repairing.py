@@ -1,5 +1,7 @@
 """repair(): run a pruning policy on one network, and say what it did."""
 
+import copy
+import inspect
 import json
 import time
 from dataclasses import dataclass
@@ -46,6 +48,7 @@ class RepairResult:
         der: defence effectiveness rating, where ACC and ASR are known.
         seconds: how long the policy took, with reading the neurons and without scoring.
         policy: name of the policy.
+        settings: what the policy chose by itself, such as the threshold of CLP.
         infected: the model as it was.
     """
 
@@ -58,6 +61,7 @@ class RepairResult:
     der: float | None
     seconds: float
     policy: str
+    settings: dict[str, Any]
     infected: InfectedModel
     neurons: Neurons
     mask: np.ndarray
@@ -76,6 +80,7 @@ class RepairResult:
         return {
             "infected": self.infected.name,
             "policy": self.policy,
+            "settings": self.settings,
             "neurons": len(self.neurons),
             "pruned": self.pruned,
             "before": self.before.as_dict(),
@@ -125,6 +130,8 @@ def repair(
     policy: str | PredictingPolicy = "clp",
     accuracy_budget: float | None = DEFAULT_BUDGET,
     *,
+    max_steps: int | None = None,
+    residual: str = "channel",
     data: str | None = None,
     device: str = "cpu",
     **options: Any,
@@ -136,6 +143,8 @@ def repair(
         policy: "clp", "random", or any object with ``predict``.
         accuracy_budget: clean accuracy that may be lost (a prune beyond it is undone), or None for no guard; by default
             None for "clp" (the published rule) and 0.02 for others.
+        max_steps: most steps of the policy, None for as many as there are neurons.
+        residual: "channel", or "group" to prune neurons that share a residual sum together.
         data: data set to read a file's images from, instead of the one it names.
         device: where the network runs.
         **options: of the policy by name: ``u`` (a number or "auto") for "clp", ``seed`` for "random".
@@ -153,18 +162,24 @@ def repair(
         "backdoor_gym:BackdoorPrune-v0",
         infected=model,
         accuracy_budget=accuracy_budget,
+        max_steps=max_steps,
+        residual=residual,
         score_samples=0,
         device=device,
         disable_env_checker=True,
     ).unwrapped
     assert isinstance(env, BackdoorPruneEnv)
+    if options and not isinstance(policy, str):
+        raise UnknownNameError(f"option of a {type(policy).__name__} that is made already", next(iter(options)), ())
     acting = _make_policy(policy, env, accuracy_budget, options) if isinstance(policy, str) else policy
+    takes_masks = "action_masks" in inspect.signature(acting.predict).parameters  # MaskablePPO's does
     observation, info = env.reset(seed=0)
     clean_before = info["acc"]
     pruned: list[str] = []
     state, first, done = None, np.array([True]), False
     while not done:
-        action, state = acting.predict(observation, state=state, episode_start=first, deterministic=True)
+        masks = {"action_masks": env.action_masks()} if takes_masks else {}
+        action, state = acting.predict(observation, state=state, episode_start=first, deterministic=True, **masks)
         observation, _, terminated, truncated, info = env.step(int(np.asarray(action).item()))
         pruned.extend(info["neuron"].split("+") if info["neuron"] else [])
         first, done = np.array([False]), terminated or truncated
@@ -172,7 +187,9 @@ def repair(
     victim = env.victim
     mask = victim.neuron_mask(env.pruned)
     network = write_mask(model.network, victim.neurons, mask)
-    before, after = model.evaluate(), model.evaluate(network)
+    before = model.evaluate(copy.deepcopy(model.network).to(device))
+    after = model.evaluate(network.to(device))
+    network.cpu()
     drawing = to_rgb(draw(env.snapshot()))
     env.close()
     rating = None
@@ -188,6 +205,7 @@ def repair(
         rating,
         seconds,
         name,
+        getattr(acting, "settings", dict)(),
         model,
         victim.neurons,
         mask,

@@ -4,19 +4,22 @@ Prune, in each layer, the channels whose UCLC lies above mean + u * standard dev
 published default is u = 3 on ResNet-18). No data and no training. ``backdoor_gym.graph.uclc`` defines the bound, also
 where the paper is silent: residual sums, linear layers, layers without batch normalisation.
 
-``u="auto"`` needs clean images: it lowers u from 6 in steps of 0.1 for as long as clean accuracy stays within the
-budget.
+``u="auto"`` needs clean images: it lowers u in steps of 0.1, from where nothing is pruned, for as long as clean accuracy
+stays within the budget.
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
 
+from backdoor_gym.envs.observation import GLOBAL_FEATURES
 from backdoor_gym.errors import DataError
 from backdoor_gym.graph.features import STATIC_FEATURES, standardise
 from backdoor_gym.graph.uclc import uclc
+from backdoor_gym.infected import check_finite
 from backdoor_gym.pruning.applying import write_mask
 from backdoor_gym.pruning.masked import MaskedNetwork
 from backdoor_gym.pruning.neurons import find_neurons
@@ -26,10 +29,9 @@ from .policy import Observation, Policy, ask, stop_action
 
 U = 3.0
 AUTO = "auto"
-#: Thresholds that "auto" tries, downwards.
-AUTO_GRID = tuple(round(6 - 0.1 * step, 1) for step in range(61))
 ACCURACY_BUDGET = 0.02
 _UCLC = STATIC_FEATURES.index("uclc")
+_STEPS_LEFT = GLOBAL_FEATURES.index("steps_left")
 
 Threshold = float | Literal["auto"]
 
@@ -62,6 +64,10 @@ class CLP(Policy):
     def begin(self, environment: int) -> None:
         self._chosen.pop(environment, None)
 
+    def settings(self) -> dict[str, float]:
+        """The threshold that was used last in the first environment."""
+        return {"u": float(self.u) if self.u != AUTO else self._chosen.get(0, float("nan"))}
+
     def act(self, observation: Observation, environment: int) -> int:
         threshold = self._threshold(observation, environment)
         scores = np.where(observation["action_mask"][:-1] == 1, observation["nodes"][:, _UCLC], -np.inf)
@@ -71,7 +77,8 @@ class CLP(Policy):
     def _threshold(self, observation: Observation, environment: int) -> float:
         if self.u != AUTO:
             return float(self.u)
-        if environment not in self._chosen:
+        fresh = observation["globals"][_STEPS_LEFT] == 1
+        if environment not in self._chosen or fresh:
             scores = observation["nodes"][: int(observation["num_nodes"][0]), _UCLC]
             self._chosen[environment] = choose_threshold(
                 scores,
@@ -102,6 +109,7 @@ def prune(
         DataError: an unusable threshold, or "auto" without clean images.
     """
     check_threshold(u)
+    check_finite(network)
     neurons = find_neurons(network)
     scores = np.concatenate([standardise(bounds).numpy() for bounds in uclc(network, neurons)])
     if u == AUTO:
@@ -121,7 +129,7 @@ def prune(
 def choose_threshold(
     scores: np.ndarray, clean_accuracy: Callable[[np.ndarray], float], accuracy_budget: float
 ) -> float:
-    """The lowest threshold of the grid down to which accuracy stays within the budget.
+    """The lowest threshold, in steps of 0.1 and not below 0, down to which accuracy stays within the budget.
 
     Args:
         scores: standardised UCLC, float (neurons,).
@@ -129,8 +137,10 @@ def choose_threshold(
         accuracy_budget: tolerated loss.
     """
     initial = clean_accuracy(np.zeros(len(scores), dtype=bool))
-    chosen, last = np.inf, 0
-    for u in AUTO_GRID:
+    top = int(np.ceil(10 * scores.max()))
+    chosen, last = top / 10, 0
+    for step in range(top, -1, -1):
+        u = step / 10
         pruned = scores > u
         if pruned.sum() != last and initial - clean_accuracy(pruned) > accuracy_budget + 1e-9:
             break
@@ -140,5 +150,5 @@ def choose_threshold(
 
 def check_threshold(u: Any) -> None:
     """Raise ``DataError`` unless ``u`` is a finite number or "auto"."""
-    if u != AUTO and not (isinstance(u, int | float) and np.isfinite(u)):
+    if u != AUTO and not (isinstance(u, Real) and not isinstance(u, bool) and np.isfinite(u)):
         raise DataError(f'u must be a number or "auto", not {u!r}')

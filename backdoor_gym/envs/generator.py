@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from ..pruning.neurons import find_neurons
 from ..zoo.catalogue import load_infected, max_neurons, resolve
 from .victim import Victim, VictimOptions
 
-Infected = str | InfectedModel | Sequence[str | InfectedModel]
+Infected = str | Path | InfectedModel | Sequence[str | Path | InfectedModel]
 
 #: Models that stay ready between episodes (without their activations).
 READY = 128
@@ -29,10 +30,10 @@ class InfectedGenerator:
     def __init__(self, infected: Infected, options: VictimOptions, data: str | None = None) -> None:
         self.options = options
         self.data = data
-        given = [infected] if isinstance(infected, str | InfectedModel) else list(infected)
+        given = [infected] if isinstance(infected, str | Path | InfectedModel) else list(infected)
         self._entries: list[str | InfectedModel] = []
         for entry in given:
-            self._entries.extend([entry] if isinstance(entry, InfectedModel) else resolve(entry))
+            self._entries.extend([entry] if isinstance(entry, InfectedModel) else resolve(str(entry)))
         if not self._entries:
             raise DataError("no infected model was given: infected=[] is empty")
         self._ready: OrderedDict[str | int, Victim] = OrderedDict()

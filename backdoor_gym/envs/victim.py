@@ -173,8 +173,9 @@ class Victim:
         model, count = self.model, self.options.score_samples
         if model.test is None or model.trigger is None or model.target is None or count == 0:
             return torch.empty(0), torch.empty(0)
-        others = torch.nonzero(model.test.labels != model.target).flatten()[:count]
-        return model.trigger(model.test.images[others]), model.test.labels[others]
+        test = model.test.first(4 * count)  # not the whole test split, which may be large
+        others = torch.nonzero(test.labels != model.target).flatten()[:count]
+        return model.trigger(test.images[others]), test.labels[others]
 
     def _score(self, logits: Tensor) -> tuple[float, float, float]:
         target = self.model.target

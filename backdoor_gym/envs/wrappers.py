@@ -12,14 +12,15 @@ if TYPE_CHECKING:
     from torch_geometric.data import Data
 
 
-class GraphObservation(gym.Wrapper[Any, np.int64, Any, np.int64]):
+class GraphObservation(gym.Wrapper[Any, np.int64, Any, np.int64], gym.utils.RecordConstructorArgs):
     """The observation as a sample of ``spaces.Graph``, without padding.
 
     What a graph does not hold goes into ``info``: ``action_mask`` int8 (N + 1,) and ``globals`` float32.
     """
 
     def __init__(self, env: gym.Env[dict[str, np.ndarray], np.int64]) -> None:
-        super().__init__(env)
+        gym.utils.RecordConstructorArgs.__init__(self)
+        gym.Wrapper.__init__(self, env)
         inner = env.observation_space
         assert isinstance(inner, spaces.Dict)
         self.observation_space = spaces.Graph(

@@ -60,7 +60,7 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dependencies = torch_pruning.DependencyGraph().build_dependency(compact, example_inputs=images[:1])
+            dependencies = torch_pruning.DependencyGraph().build_dependency(compact, example_inputs=images[:1].clone())
             for writer, dead in _dead_channels(neurons, mask):
                 module = compact.get_submodule(writer)
                 cut = (
@@ -70,7 +70,7 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
                 )
                 dependencies.get_pruning_group(module, cut, idxs=dead).prune()
         with torch.no_grad():
-            before, after = masked(images), compact(images)
+            before, after = masked(images.clone()), compact(images.clone())
     except Exception as error:
         raise CompactionError(f"channels cannot be cut out of {type(network).__name__}: {error}") from error
     if before.shape != after.shape or not torch.allclose(before, after, rtol=1e-3, atol=1e-3):
@@ -96,9 +96,10 @@ def _dead_channels(neurons: Neurons, mask: np.ndarray) -> list[tuple[str, list[i
         kind = kind_of(graph_module, node)
         read = [source for source in tensor_inputs(node) if source in zeros]
         if kind is Kind.WEIGHTED:
-            for source in read:
-                readers.setdefault(top(source), []).append(zeros[source])
             module = graph_module.get_submodule(str(node.target))
+            grouped = getattr(module, "groups", 1) > 1  # its inputs cannot be cut one by one
+            for source in read:
+                readers.setdefault(top(source), []).append(zeros[source] & ~np.bool_(grouped))
             assert isinstance(module.weight, Tensor)
             zeros[node] = np.zeros(module.weight.shape[0], dtype=bool)
             space[node] = node

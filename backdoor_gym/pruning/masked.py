@@ -11,7 +11,8 @@ from ..devices import find_device
 from .channels import mask_channels
 from .neurons import Neurons
 
-#: Upper bound of the activations kept between calls, in bytes; the largest are given up first.
+#: Upper bound of the activations kept between calls, in bytes: of the whole network, of the base and of the last mask
+#: together. The largest are given up first.
 KEPT_BYTES = 1 << 30
 
 
@@ -121,7 +122,7 @@ class MaskedNetwork:
         total = 0
         for node in sorted(candidates, key=lambda node: sizes.bytes.get(node, 0)):
             total += sizes.bytes.get(node, 0) * len(images)
-            if total > kept_bytes:
+            if 3 * total > kept_bytes:
                 break
             kept.add(node)
         return kept

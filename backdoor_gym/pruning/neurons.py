@@ -8,6 +8,7 @@ neurons of its own. Pruning a neuron makes that channel zero.
 """
 
 import copy
+import inspect
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import UnknownNameError, UntraceableError
 from .channels import Kind, kind_of, mask_channels, module_of, sources, tensor_inputs
@@ -136,7 +138,7 @@ def find_neurons(network: nn.Module) -> Neurons:
     for node in nodes:
         if kinds[node] is Kind.NORM:
             found = list(sources(graph_module, tensor_inputs(node)[0], set()))
-            if found:
+            if any(conv not in classifiers for conv, _ in found):
                 _check_norm(graph_module, node)
                 feeders[node] = found
     normalised = [conv for found in feeders.values() for conv, _ in found]
@@ -149,11 +151,14 @@ def find_neurons(network: nn.Module) -> Neurons:
         raise UntraceableError(
             f"{type(network).__name__} has no prunable neuron: no convolution or linear layer before its last one"
         )
+    inputs = [node for node in nodes if node.op == "placeholder" and node.users]
+    if len(inputs) != 1:
+        raise UntraceableError(f"{type(network).__name__}.forward must take images alone, not {len(inputs)} arguments")
     spaces = _spaces(nodes, kinds)
     layers: list[NeuronLayer] = []
     for site in sites:
         found = feeders[site]
-        alone = len(found) == 1 and not found[0][1] and normalised.count(found[0][0]) <= 1
+        alone = len(found) == 1 and not found[0][1] and (found[0][0] is site or len(found[0][0].users) == 1)
         layers.append(
             NeuronLayer(
                 name=str(found[0][0].target if alone else site.target),
@@ -185,12 +190,13 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(network: nn.Module) -> fx.GraphModule:
+    _refuse_computed_weights(network)
     network = copy.deepcopy(network).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     tracer = _Tracer()
     try:
-        graph = tracer.trace(network)
+        graph = tracer.trace(network, concrete_args=_defaults(network))
     except Exception as error:  # tracing runs the user's code, which can raise anything on symbolic values
         where = f"layer {tracer.path[-1]}" if tracer.path else "the network's own forward"
         raise UntraceableError(
@@ -200,6 +206,23 @@ def _trace(network: nn.Module) -> fx.GraphModule:
     graph_module = fx.GraphModule(network, graph)
     _without_inplace(graph_module)
     return graph_module
+
+
+def _refuse_computed_weights(network: nn.Module) -> None:
+    """Zeros written into a weight that is computed from other parameters would be lost."""
+    for name, module in network.named_modules():
+        hooks = module._forward_pre_hooks.values()
+        if is_parametrized(module) or any(type(hook).__name__ in ("WeightNorm", "SpectralNorm") for hook in hooks):
+            raise UntraceableError(
+                f"the weights of layer {name} are computed from others (weight or spectral normalisation); make them "
+                "plain first (torch.nn.utils.parametrize.remove_parametrizations, or remove_weight_norm)"
+            )
+
+
+def _defaults(network: nn.Module) -> dict[str, Any]:
+    """The defaults of all arguments of ``forward`` but the first: the network is traced as it is called with images alone."""
+    arguments = list(inspect.signature(network.forward).parameters.values())[1:]
+    return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
 
 
 def _without_inplace(graph_module: fx.GraphModule) -> None:
@@ -286,7 +309,9 @@ def _spaces(nodes: Sequence[fx.Node], kinds: Mapping[fx.Node, Kind]) -> dict[fx.
 def _insert_masks(graph_module: fx.GraphModule, sites: Sequence[fx.Node]) -> None:
     """Give the graph one more input a layer, and multiply the layer's value by it."""
     graph = graph_module.graph
-    last_input = next(node for node in reversed(list(graph.nodes)) if node.op == "placeholder")
+    for unused in [node for node in graph.nodes if node.op == "placeholder" and not node.users]:
+        graph.erase_node(unused)
+    last_input = next(node for node in graph.nodes if node.op == "placeholder")
     for index, site in enumerate(sites):
         with graph.inserting_after(last_input):
             last_input = graph.placeholder(f"neuron_mask_{index}", default_value=None)

@@ -7,7 +7,6 @@ from multiprocessing import get_context
 
 import torch
 
-from ..errors import BackdoorGymError
 from . import family
 
 
@@ -21,13 +20,16 @@ def build(names: Sequence[str], jobs: int) -> Iterator[tuple[str, str]]:
         jobs: number of processes, each of which computes on one core.
     """
     # Forked processes would inherit torch's threads in an unusable state.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_use_one_core) as pool:
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_use_one_core)
+    try:
         waiting = {pool.submit(_build_one, name): name for name in names}
         for done in as_completed(waiting):
             try:
                 yield waiting[done], done.result()
             except BrokenProcessPool:
                 yield waiting[done], "its process died (out of memory?); call again with fewer processes"
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _use_one_core() -> None:
@@ -37,6 +39,6 @@ def _use_one_core() -> None:
 def _build_one(name: str) -> str:
     try:
         family.load(name)
-    except BackdoorGymError as error:
-        return str(error)
+    except Exception as error:  # whatever went wrong with one, the others go on
+        return str(error) or type(error).__name__
     return ""

@@ -37,12 +37,14 @@ def resolve(name: str) -> list[str]:
         UnknownNameError: nothing of that name.
         ModelFileError: a file that does not exist.
     """
+    if _is_file(name):
+        return [name]
     if any(sign in name for sign in "*?["):
         found = list_infected(name)
         if not found:
             raise UnknownNameError("pattern", name, [*_embedded(), *(f"{split}/*" for split in family.SPLITS)])
         return found
-    if name in _embedded() or family.is_member(name) or _is_file(name):
+    if name in _embedded() or family.is_member(name):
         return [name]
     if name.endswith(SUFFIX) or "\\" in name or name.startswith((".", "/", "~")):
         raise ModelFileError(f"there is no file {name}")

@@ -54,6 +54,11 @@ class LabelledImages:
         self._data, self.source = None, source
         return self
 
+    @property
+    def loaded(self) -> bool:
+        """Whether the images are in memory."""
+        return self._data is not None
+
     def __len__(self) -> int:
         if self._data is None and self.source is not None:
             return len(self.source.indices)
@@ -131,9 +136,13 @@ def load_images(dataset: str, split: str, indices: Sequence[int] | None = None) 
     if indices is not None:
         rows = rows.select(indices)
     image_column, label_column = _columns(dataset, split)
-    pixels = np.stack([_pixels(image) for image in rows[image_column]])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div_(255)
-    return images, torch.tensor(rows[label_column], dtype=torch.long)
+    grey = rows[0][image_column].mode == "L" if len(rows) else False
+    pixels = [_pixels(image, grey) for image in rows[image_column]]
+    sizes = sorted({image.shape[:2] for image in pixels})
+    if len(sizes) > 1:
+        raise DataError(f"the images of {dataset} have different sizes ({sizes[0]} and {sizes[-1]}); resize them first")
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().float().div_(255)
+    return images, torch.tensor(_integers(dataset, rows[label_column]), dtype=torch.long)
 
 
 def split_size(dataset: str, split: str) -> int:
@@ -239,10 +248,18 @@ def _columns(dataset: str, split: str) -> tuple[str, str]:
 def _labels(dataset: str, split: str) -> Any:
     if dataset == DIGITS:
         return _digits()[1].numpy()
-    return _hub_split(dataset, split)[_columns(dataset, split)[1]][:]
+    return _integers(dataset, _hub_split(dataset, split)[_columns(dataset, split)[1]][:])
 
 
-def _pixels(image: Any) -> np.ndarray:
-    """(H, W, C) uint8 of a PIL image: grey stays one channel, everything else becomes RGB."""
-    pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"), dtype=np.uint8)
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+def _integers(dataset: str, labels: Any) -> np.ndarray:
+    """Labels as int64 (n,): class numbers from 0."""
+    array = np.asarray(labels)
+    if array.size and not (np.issubdtype(array.dtype, np.integer) and array.min() >= 0):
+        raise DataError(f"the labels of {dataset} must be class numbers from 0; it has {labels[0]!r} and the like")
+    return array.astype(np.int64)
+
+
+def _pixels(image: Any, grey: bool) -> np.ndarray:
+    """(H, W, C) uint8 of a PIL image, one channel or RGB."""
+    pixels = np.asarray(image.convert("L" if grey else "RGB"), dtype=np.uint8)
+    return pixels[:, :, None] if grey else pixels

@@ -32,7 +32,7 @@ SPLITS = {"digits-train": 1, "digits-val": 2, "digits-test": 3}
 #: Seeds that a pattern such as digits-train/* stands for.
 PATTERN_SEEDS = 1000
 MIN_NEURONS, MAX_NEURONS = 200, 900
-MIN_WIDTH, MAX_WIDTH = 24, 128
+MIN_WIDTH, MAX_WIDTH = 24, 100
 MIN_ACC, MIN_ASR = 0.95, 0.90
 CLEAN_IMAGES = 200
 MAX_ATTEMPTS = 20
@@ -40,7 +40,7 @@ SCHEDULE = Schedule(epochs=10, batch_size=64, learning_rate=0.05, augment=False)
 
 #: Neuron layers of a small_cnn of so many blocks, and the numbers of blocks drawn from.
 _LAYERS: dict[str, tuple[Callable[[int], int], range]] = {
-    "plain": (lambda blocks: 1 + blocks, range(3, 8)),
+    "plain": (lambda blocks: 1 + blocks, range(3, 9)),
     "residual": (lambda blocks: 3 + 2 * blocks, range(2, 5)),
     "preact": (lambda blocks: 1 + 2 * blocks, range(2, 5)),
 }
@@ -66,9 +66,9 @@ def recipe(split: str, seed: int, attempt: int = 0) -> Recipe:
     fixed = np.random.default_rng((RECIPE_VERSION, SPLITS[split], seed, 1))
     attack = str(fixed.choice(["badnets", "blended", "sig", "wanet", CLEAN]))
     shape = str(fixed.choice(list(_LAYERS)))
-    neurons = int(fixed.integers(MIN_NEURONS, MAX_NEURONS + 1))
+    neurons = int(fixed.integers(MIN_NEURONS, MAX_NEURONS - 10))  # rounded up to whole layers below
     layers, depths = _LAYERS[shape]
-    blocks = int(fixed.choice([depth for depth in depths if MIN_WIDTH <= neurons // layers(depth) <= MAX_WIDTH]))
+    blocks = int(fixed.choice([depth for depth in depths if MIN_WIDTH <= -(-neurons // layers(depth)) <= MAX_WIDTH]))
     free = np.random.default_rng((RECIPE_VERSION, SPLITS[split], seed, 2, 1 + attempt))
     return Recipe(
         attack=attack,
@@ -76,7 +76,7 @@ def recipe(split: str, seed: int, attempt: int = 0) -> Recipe:
         target=int(free.integers(10)),
         poison_rate=round(float(free.uniform(0.05, 0.15)), 3),
         shape=shape,
-        width=neurons // layers(blocks),
+        width=-(-neurons // layers(blocks)),
         blocks=blocks,
         seed=int(free.integers(2**31)),
     )

@@ -69,7 +69,7 @@ def _refuse_pickle(path: Path) -> None:
     if start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
         raise ModelFileError(
             f"{path} is a pickle (a torch.save file), whatever its name says; reading it could execute code, so it is "
-            "not opened: save the state dict as safetensors (safetensors.torch.save_file) first"
+            "not opened: get it as safetensors, or read it where it can do no harm and use InfectedModel.from_module"
         )
 
 

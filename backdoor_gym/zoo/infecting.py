@@ -78,14 +78,16 @@ def infect(
     if attack != CLEAN:
         trigger = draw_attack(attack, shape, generator, **(attack_options or {}))
 
+    with torch.random.fork_rng():
+        torch.manual_seed(initialising)
+        network = build(architecture, classes, shape[0], **(architecture_options or {}))
     training, clean, test = divide(dataset, split, test_split, clean_images, generator)
+    # Before the training, not after it: does everything fit together?
+    InfectedModel(network, clean, test, trigger, target if trigger is not None else None)
     poisoning, labels = None, training.labels
     if trigger is not None:
         poisoning = Poisoning.draw(labels, trigger, target, poison_rate, generator)
         labels = poisoning.labels
-    with torch.random.fork_rng():
-        torch.manual_seed(initialising)
-        network = build(**spec)
     schedule = schedule or Schedule()
     identity = repr((spec, attack, seed, poison_rate, trigger and trigger.digest()))
     train(network, training.images, labels, schedule, ordering, poisoning, device, checkpoint, identity, progress)

@@ -147,7 +147,7 @@ def _digest(network: nn.Module, images: Tensor, labels: Tensor) -> str:
 def _gains_by_bf16(device: str) -> bool:
     """Whether this device multiplies bf16 matrices faster than fp32 ones."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 

@@ -143,15 +143,16 @@ def test_auto_keeps_the_budget_as_a_function_and_as_a_policy(infected):
 
 
 def test_auto_goes_down_to_the_last_threshold_within_the_budget():
-    scores = np.array([5.05, 4.05, 3.05, 2.05])
+    scores = np.array([9.05, 6.05, 3.05, 2.05])
     asked = []
 
     def clean_accuracy(pruned):
         asked.append(int(pruned.sum()))
-        return [1.0, 1.0, 0.99, 0.9, 1.0][int(pruned.sum())]
+        return [1.0, 1.0, 0.99, 0.985, 0.9][int(pruned.sum())]
 
-    assert choose_threshold(scores, clean_accuracy, 0.02) == 3.1
-    assert asked == [0, 1, 2, 3]  # one look at each set, and none behind the first that breaks the budget
+    assert choose_threshold(scores, clean_accuracy, 0.02) == 2.1
+    assert asked == [0, 1, 2, 3, 4]  # one look at each set
+    assert choose_threshold(scores, lambda pruned: 1.0 - 0.1 * pruned[1], 0.02) == 6.1
 
 
 def test_auto_works_in_a_vector_environment(infected, plain_infected):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import UnknownNameError, WeightsError
+from ...errors import BackdoorGymError, DataError, UnknownNameError, WeightsError
 from .preact import preact_resnet18
 from .resnet import resnet18
 from .small import small_cnn
@@ -45,12 +45,24 @@ def build(name: str, num_classes: int, in_channels: int, **options: Any) -> nn.M
     for option in options:
         if option not in known:
             raise UnknownNameError(f"option of {name}", option, known)
-    return factory(num_classes=num_classes, in_channels=in_channels, **options)
+    try:
+        return factory(num_classes=num_classes, in_channels=in_channels, **options)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        if isinstance(error, BackdoorGymError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{name} cannot be built with {num_classes} classes and the options {options}: {reason}"
+        ) from error
 
 
 def build_from_spec(spec: Mapping[str, Any]) -> nn.Module:
-    """The network that ``{"name": ..., "num_classes": ..., "in_channels": ..., ...options}`` describes."""
-    try:
-        return build(**spec)
-    except TypeError as error:
-        raise WeightsError(f"the description of the architecture is not usable: {dict(spec)!r} ({error})") from error
+    """The network that ``{"name": ..., "num_classes": ..., "in_channels": ..., ...options}`` describes.
+
+    Raises:
+        WeightsError: the description is incomplete.
+    """
+    for key in ("name", "num_classes", "in_channels"):
+        if key not in spec:
+            raise WeightsError(f"the description of the architecture lacks {key}: {dict(spec)!r}")
+    return build(**spec)
