@@ -150,5 +150,5 @@ def choose_threshold(
 
 def check_threshold(u: Any) -> None:
     """Raise ``DataError`` unless ``u`` is a finite number or "auto"."""
-    if u != AUTO and not (isinstance(u, Real) and not isinstance(u, bool) and np.isfinite(u)):
+    if u != AUTO and not (isinstance(u, Real) and not isinstance(u, bool) and np.isfinite(float(u))):
         raise DataError(f'u must be a number or "auto", not {u!r}')

@@ -28,16 +28,6 @@ MAX_STEPS = 40
 EPISODES = 20
 
 
-class Masked:
-    """Lets ``repair`` run a trained MaskablePPO, whose ``predict`` wants the mask beside the observation."""
-
-    def __init__(self, model: MaskablePPO) -> None:
-        self.model = model
-
-    def predict(self, observation, state=None, episode_start=None, deterministic=False):
-        return self.model.predict(observation, state, episode_start, deterministic, observation["action_mask"])
-
-
 def make_env():
     return gym.make("BackdoorPrune-v0", max_steps=MAX_STEPS, score_samples=0)
 
@@ -58,7 +48,7 @@ def train(seed: int, steps: int) -> MaskablePPO:
 
 
 def figures(policy, returns: list[float]) -> dict:
-    result = backdoor_gym.repair("digits-badnets", policy, accuracy_budget=0.02)
+    result = backdoor_gym.repair("digits-badnets", policy, accuracy_budget=0.02, max_steps=MAX_STEPS)
     return {
         "return": mean(returns),
         "acc": result.after.acc,
@@ -83,7 +73,7 @@ def main() -> None:
             model, make_env(), EPISODES, deterministic=False, return_episode_rewards=True, warn=False
         )
         random, _ = evaluate_policy(RandomPolicy(seed), make_env(), EPISODES, return_episode_rewards=True, warn=False)
-        rows.append({"seed": seed, "policy": "MaskablePPO", "seconds": seconds, **figures(Masked(model), learned)})
+        rows.append({"seed": seed, "policy": "MaskablePPO", "seconds": seconds, **figures(model, learned)})
         rows.append({"seed": seed, "policy": "RandomPolicy", **figures(RandomPolicy(seed), random)})
         for row in rows[-2:]:
             print(json.dumps(row), flush=True)

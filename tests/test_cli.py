@@ -91,6 +91,9 @@ def test_infect_makes_a_model_that_repair_reads(run, tmp_path):
     code, _, err = run("infect", *arguments)
     assert code == 2
     assert "exists already" in err
+    assert run("infect", *arguments[:4], "--out", "model.checkpoint", "--seed", 10**18)[0] == 0
+    assert InfectedModel.load(tmp_path / "model.checkpoint").facts["seed"] == 10**18
+    assert sorted(path.name for path in tmp_path.glob("*check*")) == ["model.checkpoint"]
 
 
 def test_list_and_inspect(run, infected_file):
@@ -165,6 +168,13 @@ def test_bad_input_is_one_line_and_exit_code_2(run, infected_file, tmp_path):
         (("infect", "--attack-option", "size"), "KEY=VALUE"),
         (("infect", "--attack-option", "sise=3"), "size"),
         (("infect", "--clean-images", "5000"), "clean images"),
+        (("infect", "--arch", "vgg16"), "cannot take images"),
+        (("infect", "--arch-option", "width=abc"), "cannot be built"),
+        (("infect", "--arch-option", "width=-1"), "cannot be built"),
+        (("infect", "--arch-option", "num_classes=5"), "num_classes"),
+        (("infect", "--attack-option", "row=1.5"), "trigger"),
+        (("infect", "--attack", "sig", "--attack-option", "amplitude=abc"), "trigger"),
+        (("infect", "--device", "cpux"), "device"),
         (("zoo", "build", "digits-badnets"), "not made on demand"),
         (("repair", "--budgit", "1"), "--budgit"),
     ):

@@ -79,6 +79,46 @@ def test_what_does_not_fit_is_refused(arguments, error, words):
         InfectedModel.from_module(own_module(), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"test": (CLEAN[0], torch.full((10,), 99))}, "labels must be 0 to 4"),
+        ({"test": (torch.rand(10, 1, 9, 9), CLEAN[1])}, "do not fit"),
+        ({"target": 1.5}, "target 1.5"),
+        ({"target": 1, "trigger": lambda images: images[:, :, :4]}, "must give images of shape"),
+        ({"target": 1, "trigger": lambda images: images * float("nan")}, "values in"),
+        ({"target": 1, "trigger": lambda images: images + torch.zeros(3, 5)}, "cannot be stamped"),
+    ],
+)
+def test_what_only_scores_is_checked_too(arguments, words):
+    with pytest.raises(DataError, match=words):
+        InfectedModel.from_module(own_module(), clean=CLEAN, **arguments)
+
+
+class Odd(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(x)
+
+
+@pytest.mark.parametrize("answer", [lambda x: (x, x), lambda x: x, lambda x: {}[0], lambda x: x.flatten()[:3]])
+def test_networks_that_give_no_logits_are_refused(answer):
+    with pytest.raises(DataError, match="the network"):
+        InfectedModel.from_module(Odd(answer), clean=CLEAN)
+
+
+def test_a_network_that_works_in_place_does_not_spoil_the_images():
+    model = own_module()
+    network = nn.Sequential(Odd(lambda x: x.sub_(0.5)), model)
+    before = CLEAN[0].clone()
+    infected = InfectedModel.from_module(network, clean=CLEAN, test=CLEAN)
+    infected.evaluate()
+    assert torch.equal(CLEAN[0], before)
+
+
 def test_weights_that_are_not_finite_are_refused():
     module = own_module()
     module[0].weight.data[0, 0, 0, 0] = float("nan")
@@ -93,6 +133,19 @@ def test_weights_that_are_not_finite_are_refused():
         (lambda t, m: m["architecture"].update(blocks=3), WeightsError, "missing"),
         (lambda t, m: m["architecture"].update(name="resnet8"), UnknownNameError, "did you mean 'resnet18'"),
         (lambda t, m: m["architecture"].update(name="resnet18", in_channels=1), UnknownNameError, "option"),
+        (lambda t, m: m["architecture"].update(width=-1), DataError, "cannot be built"),
+        (lambda t, m: m["architecture"].update(width="wide"), DataError, "cannot be built"),
+        (lambda t, m: m["architecture"].update(num_classes=10**13), DataError, "cannot be built"),
+        (lambda t, m: m.update(architecture="small_cnn"), ModelFileError, "architecture must be a dict"),
+        (lambda t, m: m.update(facts=[1]), ModelFileError, "facts must be a dict"),
+        (lambda t, m: m.update(name=3), ModelFileError, "name must be a str"),
+        (lambda t, m: m.update(target=1.5), DataError, "target 1.5"),
+        (lambda t, m: m["trigger"]["parameters"].update(row=100), DataError, "trigger"),
+        (lambda t, m: m["trigger"]["parameters"].update(row="a"), DataError, "trigger"),
+        (lambda t, m: t["trigger.patch"].fill_(float("nan")), DataError, "trigger"),
+        (lambda t, m: t.update({"trigger.patch": torch.ones(5, 2)}), DataError, "trigger"),
+        (lambda t, m: t.update({"clean.indices": t["clean.indices"].double()}), ModelFileError, "int64"),
+        (lambda t, m: t.update({"clean.indices": t["test.indices"]}), DataError, "clean images"),
         (lambda t, m: m["architecture"].pop("num_classes"), WeightsError, "description"),
         (lambda t, m: t["network.linear.bias"].fill_(float("inf")), WeightsError, "finite"),
         (lambda t, m: t.update({"network.more": torch.zeros(1)}), WeightsError, "unexpected"),

@@ -1,7 +1,9 @@
 import json
 
+import gymnasium as gym
 import pytest
 import torch
+from sb3_contrib import MaskablePPO
 from torch import nn
 
 from backdoor_gym import InfectedModel, repair
@@ -53,6 +55,25 @@ def test_any_policy_with_predict_is_taken(infected):
     assert repair(infected, CLP(1.5), accuracy_budget=None).pruned == repair(infected, "clp", u=1.5).pruned
 
 
+def test_a_policy_that_needs_masks_gets_them(infected):
+    env = gym.make("BackdoorPrune-v0", infected=infected, score_samples=0)
+    model = MaskablePPO("MultiInputPolicy", env, n_steps=16, batch_size=16, seed=0)
+    result = repair(infected, model, accuracy_budget=None, max_steps=20)
+    assert len(result.pruned) == len(set(result.pruned)) >= 19  # an illegal action would have pruned nothing
+    assert result.policy == "maskableppo"
+
+
+def test_the_chosen_threshold_is_told(infected):
+    result = repair(infected, u="auto")
+    assert repair(infected, u=result.settings["u"]).pruned == result.pruned
+    assert result.report()["settings"] == result.settings
+
+
+def test_groups_can_be_pruned(infected):
+    result = repair(infected, "clp", u=1.5, residual="group")
+    assert len(result.pruned) > len(repair(infected, "clp", u=1.5).pruned)
+
+
 def test_a_module_that_is_not_ours(tmp_path):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(1, 20, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(720, 3))
@@ -93,6 +114,8 @@ def test_compact_gives_the_same_answers(infected):
 def test_unknown_policies_and_options_are_named(infected):
     with pytest.raises(UnknownNameError, match="did you mean 'clp'"):
         repair(infected, "clpp")
+    with pytest.raises(UnknownNameError, match="option of a CLP that is made already"):
+        repair(infected, CLP(), u=2)
     with pytest.raises(UnknownNameError, match="option of random"):
         repair(infected, "random", u=3)
     with pytest.raises(BackdoorGymError, match="number"):

@@ -205,6 +205,11 @@ def _trace(network: nn.Module) -> fx.GraphModule:
         ) from error
     graph_module = fx.GraphModule(network, graph)
     _without_inplace(graph_module)
+    for node in reversed(
+        list(graph_module.graph.nodes)
+    ):  # assertions, among them tracing's own on the arguments, and what they read
+        if node.target is torch._assert or (node.op == "call_function" and not node.users):
+            graph_module.graph.erase_node(node)
     return graph_module
 
 
@@ -220,7 +225,7 @@ def _refuse_computed_weights(network: nn.Module) -> None:
 
 
 def _defaults(network: nn.Module) -> dict[str, Any]:
-    """The defaults of all arguments of ``forward`` but the first: the network is traced as it is called with images alone."""
+    """The defaults of all arguments of ``forward`` but the first: it is traced as it is called with images alone."""
     arguments = list(inspect.signature(network.forward).parameters.values())[1:]
     return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
 

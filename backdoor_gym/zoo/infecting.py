@@ -11,7 +11,7 @@ from ..devices import find_device
 from ..errors import DataError
 from ..infected import InfectedModel
 from . import datasets
-from .architectures import build
+from .architectures import build_from_spec
 from .attacks import Poisoning, draw_attack
 from .datasets import DataSource, LabelledImages
 from .training import Schedule, train
@@ -73,6 +73,9 @@ def infect(
         raise DataError(f"the target {target} is outside the classes 0 to {classes - 1}")
     drawing, initialising, ordering = (int(part) for part in np.random.SeedSequence(seed).generate_state(3))
     generator = torch.Generator().manual_seed(drawing)
+    for option in architecture_options or {}:
+        if option in ("name", "num_classes", "in_channels"):
+            raise DataError(f"{option} is not an option of the architecture: it follows from the data set and the name")
     spec = {"name": architecture, "num_classes": classes, "in_channels": shape[0], **(architecture_options or {})}
     trigger = None
     if attack != CLEAN:
@@ -80,7 +83,7 @@ def infect(
 
     with torch.random.fork_rng():
         torch.manual_seed(initialising)
-        network = build(architecture, classes, shape[0], **(architecture_options or {}))
+        network = build_from_spec(spec)
     training, clean, test = divide(dataset, split, test_split, clean_images, generator)
     # Before the training, not after it: does everything fit together?
     InfectedModel(network, clean, test, trigger, target if trigger is not None else None)

@@ -11,7 +11,7 @@ from torch import nn
 
 from backdoor_gym.baselines import CLP, clp
 from backdoor_gym.baselines.clp import choose_threshold
-from backdoor_gym.errors import DataError
+from backdoor_gym.errors import DataError, WeightsError
 from backdoor_gym.graph.uclc import spectral_norms
 from backdoor_gym.metrics import evaluate
 from backdoor_gym.zoo.architectures import build
@@ -155,6 +155,17 @@ def test_auto_goes_down_to_the_last_threshold_within_the_budget():
     assert choose_threshold(scores, lambda pruned: 1.0 - 0.1 * pruned[1], 0.02) == 6.1
 
 
+def test_auto_chooses_anew_for_each_episode(infected, plain_infected):
+    env = gym.make("BackdoorPrune-v0", infected=[infected, plain_infected], accuracy_budget=None, score_samples=0)
+    policy = CLP("auto", env, 0.05)
+    chosen = []
+    for model in (infected, plain_infected, infected):
+        observation, _ = env.reset(options={"infected": model})
+        policy.predict(observation)
+        chosen.append(policy.settings()["u"])
+    assert chosen[0] == chosen[2] != chosen[1]
+
+
 def test_auto_works_in_a_vector_environment(infected, plain_infected):
     def make():
         return gym.make("BackdoorPrune-v0", infected=[infected, plain_infected], accuracy_budget=None, score_samples=0)
@@ -176,7 +187,9 @@ def test_evaluate_policy_runs_clp(infected):
 
 
 def test_unusable_thresholds_are_refused(network_of):
-    for u in ("automatic", float("nan"), None):
+    for u in (np.float32(3), np.int64(3), 3):
+        CLP(u)
+    for u in ("automatic", float("nan"), None, True):
         with pytest.raises(DataError, match='number or "auto"'):
             clp.prune(network_of("resnet18"), u)
         with pytest.raises(DataError, match='number or "auto"'):
@@ -185,6 +198,10 @@ def test_unusable_thresholds_are_refused(network_of):
         clp.prune(network_of("resnet18"), "auto")
     with pytest.raises(DataError, match="environment"):
         CLP("auto")
+    spoiled = network_of("resnet18")
+    spoiled.conv1.weight.data[0] = float("nan")
+    with pytest.raises(WeightsError, match="finite"):
+        clp.prune(spoiled)
 
 
 def test_the_bounds_are_several_times_faster_than_one_svd_a_channel():

@@ -1,7 +1,10 @@
 """What every registered id of this package must do."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from contextlib import contextmanager
 
@@ -12,8 +15,10 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
+from stable_baselines3.common.evaluation import evaluate_policy
 
 import backdoor_gym
+from backdoor_gym.baselines import CLP
 
 IDS = sorted(name for name, spec in gym.registry.items() if str(spec.entry_point).startswith("backdoor_gym."))
 #: Stable-Baselines3 says the first of each two-dimensional array in a dictionary; the graph is made of such arrays.
@@ -93,6 +98,23 @@ def test_vector_environments_give_what_single_ones_give(env_id, kind):
         assert infos["acc"][0] == info["acc"]
     assert terminated.tolist() == [True, False]
     vector.close()
+
+
+def test_forked_environments_do_not_wait_for_threads_that_are_gone(env_id):
+    code = (
+        "import gymnasium as gym, backdoor_gym, torch; torch.set_num_threads(2)\n"
+        "from gymnasium.vector import AsyncVectorEnv\n"
+        f"make = lambda: gym.make({env_id!r}, score_samples=16, clean_samples=50)\n"
+        "env = AsyncVectorEnv([make, make]); env.reset(seed=0); env.step([3, 4]); env.close(); print('done')"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=environment)
+    assert done.stdout.strip() == "done", done.stderr
+
+
+def test_evaluate_policy_takes_clp(env_id):
+    mean, _ = evaluate_policy(CLP(), gym.make(env_id, accuracy_budget=None), n_eval_episodes=1, warn=False)
+    assert np.isfinite(mean)
 
 
 def test_made_by_module_name_without_an_import(env_id):

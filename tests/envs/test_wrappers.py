@@ -18,6 +18,12 @@ def test_graph_observation_is_a_sample_of_its_space(infected, plain_infected):
     assert isinstance(reward, float)
 
 
+def test_a_wrapped_environment_can_be_made_again_from_its_specification(infected_file):
+    env = GraphObservation(gym.make("BackdoorPrune-v0", infected=str(infected_file)))
+    again = gym.make(env.spec)
+    assert again.observation_space == env.observation_space
+
+
 def test_pyg_data_holds_the_same_graph(infected, plain_infected):
     env = gym.make("BackdoorPrune-v0", infected=[infected, plain_infected])
     observation, _ = env.reset(seed=0, options={"infected": plain_infected})

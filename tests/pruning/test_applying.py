@@ -73,6 +73,20 @@ def test_channels_behind_a_sigmoid_are_not_cut_since_zero_does_not_stay_zero():
     assert smaller[2].out_channels == 3
 
 
+def test_channels_that_a_depthwise_convolution_reads_stay_and_others_go():
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv2d(4, 6, 1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(96, 3),
+    ).eval()  # fmt: skip
+    neurons = find_neurons(network)
+    mask = np.ones(len(neurons), dtype=bool)
+    mask[[1, 9]] = False
+    images = torch.rand(4, 1, 8, 8)
+    smaller = cut_channels(network, neurons, mask, images)
+    assert (smaller[0].out_channels, smaller[4].out_channels) == (4, 5)
+    torch.testing.assert_close(smaller(images), write_mask(network, neurons, mask)(images), rtol=1e-4, atol=1e-5)
+
+
 def test_a_network_that_cannot_be_cut_is_refused_by_name(network_of):
     network = network_of("vgg16")
     neurons = find_neurons(network)

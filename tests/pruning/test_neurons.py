@@ -3,8 +3,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.nn.utils import weight_norm as old_weight_norm
 
 from backdoor_gym.errors import UnknownNameError, UntraceableError
+from backdoor_gym.pruning.masked import MaskedNetwork
 from backdoor_gym.pruning.neurons import find_neurons
 
 
@@ -124,6 +127,54 @@ def test_what_cannot_be_handled_is_named(network, words):
     with pytest.raises(UntraceableError) as error:
         find_neurons(network)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_normalisation_behind_the_classifier_makes_no_neurons_of_the_classes():
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3), nn.BatchNorm1d(3))
+    assert [layer.name for layer in find_neurons(network).layers] == ["0"]
+
+
+@pytest.mark.parametrize("normalise", [parametrizations.weight_norm, parametrizations.spectral_norm, old_weight_norm])
+def test_computed_weights_are_refused_since_zeros_in_them_would_be_lost(normalise):
+    network = nn.Sequential(normalise(nn.Conv2d(1, 4, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    with pytest.raises(UntraceableError, match="layer 0 are computed"):
+        find_neurons(network)
+
+
+class WithOption(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x, features=False):
+        x = F.relu(self.conv(x)).mean((2, 3))
+        return x if features else self.linear(x)
+
+
+def test_further_arguments_of_forward_have_their_defaults():
+    network = WithOption()
+    neurons = find_neurons(network)
+    images = torch.rand(3, 1, 8, 8)
+    masked = MaskedNetwork(neurons, images)
+    torch.testing.assert_close(masked.logits(np.ones(4, dtype=bool)), network(images))
+
+
+class Bypassing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(4, 4, 3)
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.linear(self.second(x + F.relu(self.norm(x))).mean((2, 3)))
+
+
+def test_a_convolution_that_something_else_reads_too_does_not_name_the_neurons_of_its_bn():
+    assert [layer.name for layer in find_neurons(Bypassing()).layers] == ["norm", "second"]
 
 
 class Reshaping(nn.Module):

@@ -95,6 +95,37 @@ def test_what_is_not_there_is_named(folder, monkeypatch):
         load_images(str(folder), "test", [30])
 
 
+def save(root, images, labels, features):
+    root.mkdir()
+    for split in ("train", "test"):
+        rows = {"image": images, "label": labels}
+        hub.Dataset.from_dict(rows, features=hub.Features({"image": hub.Image(), **features})).to_parquet(
+            root / f"{split}-00000-of-00001.parquet"
+        )
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "labels", "feature", "words"),
+    [
+        ([(8, 8, 3), (8, 9, 3)], [0, 1], hub.Value("int64"), "different sizes"),
+        ([(8, 8, 3), (8, 8, 3)], ["cat", "dog"], hub.Value("string"), "class numbers"),
+        ([(8, 8, 3), (8, 8, 3)], [0, -1], hub.Value("int64"), "class numbers"),
+    ],
+)
+def test_data_sets_that_do_not_fit_are_refused(tmp_path, shapes, labels, feature, words):
+    images = [np.zeros(shape, dtype=np.uint8) for shape in shapes]
+    with pytest.raises(DataError, match=words):
+        load_images(save(tmp_path / "set", images, labels, {"label": feature}), "train")
+
+
+def test_grey_and_colour_images_get_the_mode_of_the_first(tmp_path):
+    images = [np.zeros((8, 8), dtype=np.uint8), np.full((8, 8, 3), 255, dtype=np.uint8)]
+    loaded, _ = load_images(save(tmp_path / "set", images, [0, 1], {"label": hub.Value("int64")}), "train")
+    assert loaded.shape == (2, 1, 8, 8)
+    assert loaded[1].min() == 1
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "words"),
     [

@@ -37,7 +37,12 @@ def test_recipes_are_balanced_and_independent():
     shapes = Counter((recipe.attack, recipe.shape) for recipe in recipes)
     assert len(shapes) == 15
     assert min(shapes.values()) > 35
-    assert Counter(recipe.target for recipe in recipes).keys() == set(range(10))
+    for shape in ("plain", "residual", "preact"):  # what is drawn later does not follow from what was drawn before
+        mine = [recipe for recipe in recipes if recipe.shape == shape]
+        assert {recipe.target for recipe in mine} == set(range(10))
+        ratios = [recipe.attack_options["ratio"] for recipe in mine if recipe.attack == "blended"]
+        assert min(ratios) < 0.17 < 0.28 < max(ratios)
+        assert {recipe.attack_options["size"] for recipe in mine if recipe.attack == "badnets"} == {2, 3}
 
 
 def test_splits_and_attempts_draw_other_models():

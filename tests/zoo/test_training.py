@@ -7,6 +7,7 @@ from backdoor_gym.errors import ModelFileError, TrainingError
 from backdoor_gym.zoo import training
 from backdoor_gym.zoo.architectures import build
 from backdoor_gym.zoo.datasets import load_images
+from backdoor_gym.zoo.infecting import infect
 from backdoor_gym.zoo.training import Schedule, train
 
 SCHEDULE = Schedule(epochs=3, batch_size=64, learning_rate=0.05)
@@ -73,6 +74,23 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(data, tmp_path):
         with pytest.raises(ModelFileError, match="another training run"):
             train(*other, checkpoint=checkpoint)
     assert checkpoint.exists()
+
+
+def test_an_infection_is_not_resumed_with_another_trigger(tmp_path, monkeypatch):
+    def run(**options):
+        return infect(
+            "digits",
+            "small_cnn",
+            "sig",
+            schedule=Schedule(epochs=1, batch_size=64),
+            architecture_options={"width": 4, "blocks": 2},
+            attack_options=options,
+            checkpoint=tmp_path / "run.checkpoint",
+        )
+
+    run(frequency=1)
+    with pytest.raises(ModelFileError, match="another training run"):
+        run(frequency=3)
 
 
 def test_a_loss_that_explodes_is_an_error(data):
