@@ -83,6 +83,8 @@ def repair(
         f"Pruned {len(result.pruned)} of {len(result.neurons)} neurons{_said(result.settings)} in {result.seconds:.1f} s; "
         f"accuracy on the {len(infected.clean)} clean images {result.clean_acc_before:.3f} -> {result.clean_acc_after:.3f}."
     )
+    if policy == "clp" and u is None:
+        console.print("The published threshold was used; --u auto chooses it with the clean images.")
     for path in written:
         console.print(f"  {path}", highlight=False)
 

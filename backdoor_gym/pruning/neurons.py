@@ -205,9 +205,8 @@ def _trace(network: nn.Module) -> fx.GraphModule:
         ) from error
     graph_module = fx.GraphModule(network, graph)
     _without_inplace(graph_module)
-    for node in reversed(
-        list(graph_module.graph.nodes)
-    ):  # assertions, among them tracing's own on the arguments, and what they read
+    # Assertions, tracing's own among them, and what only they read.
+    for node in reversed(list(graph_module.graph.nodes)):
         if node.target is torch._assert or (node.op == "call_function" and not node.users):
             graph_module.graph.erase_node(node)
     return graph_module
