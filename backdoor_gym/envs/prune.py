@@ -196,7 +196,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         stop = unit == self.stop_action
         reward = 0.0 if stop else -self.step_cost
         if not stop and unit < len(victim) and not (self._pruned[unit] or self._tried[unit]):
-            figures = self.evaluate_also([unit])
+            figures = victim.figures(self._with([unit]))
             if self._breaks_budget(figures):
                 undone = True
                 self._tried[unit] = True
@@ -245,10 +245,11 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         return masks
 
     def evaluate_also(self, units: list[int] | np.ndarray) -> Figures:
-        """Figures with these units pruned too; the episode does not change. For policies that look ahead."""
-        pruned = self._pruned.copy()
-        pruned[units] = True
-        return self.victim.figures(pruned)
+        """Figures on the clean images with these units pruned too; the episode does not change.
+
+        For policies that look ahead: what they may know, without ASR and RA.
+        """
+        return self.victim.figures(self._with(units), score=False)
 
     def render(self) -> Any:
         """An RGB array, a text, or None after showing a window, as ``render_mode`` says."""
@@ -265,6 +266,11 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             self._viewer = None
         if self._victim is not None:
             self._victim.release()
+
+    def _with(self, units: list[int] | np.ndarray) -> np.ndarray:
+        pruned = self._pruned.copy()
+        pruned[units] = True
+        return pruned
 
     def _breaks_budget(self, figures: Figures) -> bool:
         if self.accuracy_budget is None:

@@ -131,14 +131,14 @@ class Victim:
             mask[self.units[index]] = False
         return mask
 
-    def figures(self, pruned: np.ndarray) -> Figures:
-        """Figures of the network without the pruned units, bool (units,)."""
+    def figures(self, pruned: np.ndarray, score: bool = True) -> Figures:
+        """Figures of the network without the pruned units, bool (units,); without ``score`` on the clean images alone."""
         clean, triggered = self._open()
         mask = self.neuron_mask(pruned)
         logits = clean.logits(mask)
         labels = self.clean.labels.to(logits.device)
         acc, loss = accuracy(logits, labels), F.cross_entropy(logits, labels).item()
-        if triggered is None:
+        if triggered is None or not score:
             return Figures(acc, loss)
         return Figures(acc, loss, *self._score(triggered.logits(mask)))
 

@@ -208,6 +208,7 @@ def test_looking_ahead_does_not_change_the_episode(env):
     expected, *_ = env.step(3)
     env.reset(seed=0)
     ahead = env.evaluate_also([3])
+    assert ahead.asr is None  # a defender who looks ahead sees no trigger
     env.evaluate_also([70, 71])
     observation, _, _, _, info = env.step(3)
     assert info["acc"] == ahead.acc

@@ -78,8 +78,8 @@ def test_a_callable_is_a_reward(infected):
 def test_danger_falls_with_the_attack(infected):
     env = BackdoorPruneEnv(infected, accuracy_budget=None)
     env.reset(seed=0)
-    whole = env.evaluate_also([])
-    nothing = env.evaluate_also(list(range(len(env.victim))))
+    whole = env.victim.figures(np.zeros(len(env.victim), dtype=bool))
+    nothing = env.victim.figures(np.ones(len(env.victim), dtype=bool))
     assert whole.asr > 0.9
     assert whole.danger > 0.8
     assert 0 <= nothing.danger <= 1
