@@ -144,7 +144,7 @@ def _draw_network(figure: Figure, axes: Any, snapshot: Snapshot) -> None:
         c=snapshot.scores[order],
         cmap="coolwarm",
         norm=Normalize(-SCORE_LIMIT, SCORE_LIMIT),
-        s=float(np.clip(9000 / most / len(snapshot.layers), 3, 60)),
+        s=float(np.clip(25_000 / most / len(snapshot.layers), 4, 60)),
         linewidths=0,
     )
     axes.scatter(columns[snapshot.pruned], rows[snapshot.pruned], marker="x", c="black", s=36, linewidths=1.2)
