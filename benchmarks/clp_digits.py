@@ -1,7 +1,7 @@
 """CLP on networks of the procedural family that nothing was chosen with.
 
-    backdoor-gym zoo build 'digits-test/*' --most 30
-    python benchmarks/clp_digits.py --models 30
+    backdoor-gym zoo build 'digits-test/*' --most 20
+    python benchmarks/clp_digits.py --models 20
 
 ACC, ASR and DER on the test images, before and after CLP at the published u = 3 and at ``auto`` (budget of two points on
 the defender's 200 clean images). The result goes to ``benchmarks/results/clp_digits.json`` and ``.md``.
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=int, default=30)
+    parser.add_argument("--models", type=int, default=20)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []

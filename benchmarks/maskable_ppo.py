@@ -1,6 +1,6 @@
 """MaskablePPO, unchanged, against RandomPolicy on the embedded model.
 
-    python benchmarks/maskable_ppo.py [--steps 10000] [--seeds 3]
+    python benchmarks/maskable_ppo.py [--steps 6000] [--seeds 3]
 
 Both act in the same environment: default reward (no trigger anywhere), accuracy budget of two points, at most 40
 steps. Returns are means over episodes; ACC and ASR are those of ``repair`` on the test images. The result goes to
@@ -60,7 +60,7 @@ def figures(policy, returns: list[float]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
