@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -298,9 +299,11 @@ def _threshold(u: str) -> float | str:
 
 def _check_writable(folder: Path) -> None:
     """Find out before the work, not after it, that the results cannot be written."""
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise DataError(f"the folder {folder} cannot be written: {there} is no folder, or closed to you")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()  # permissions alone do not tell: the superuser has them all
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be written: {error.strerror}") from error
 
 
 def _pairs(options: list[str] | None, flag: str) -> dict[str, Any]:

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 
@@ -186,12 +185,20 @@ def test_bad_input_is_one_line_and_exit_code_2(run, infected_file, tmp_path):
             assert len(err.strip().splitlines()) == 1, err
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to the superuser")
-def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(run, infected_file, tmp_path):
-    (tmp_path / "closed").mkdir(mode=0o500)
-    code, _, err = run("repair", infected_file, "--out", "closed")
+@pytest.mark.parametrize("command", ["repair", "infect"])
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(run, monkeypatch, tmp_path, command):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    def work(*_, **__):
+        pytest.fail("the work began")
+
+    monkeypatch.setattr(cli, "TemporaryFile", refuse)
+    monkeypatch.setattr("backdoor_gym.repairing.repair", work)
+    monkeypatch.setattr("backdoor_gym.zoo.infecting.infect", work)
+    code, _, err = run(command, "--out", tmp_path / "closed" / "result")
     assert code == 2
-    assert "cannot be written" in err
+    assert "cannot be written: Permission denied" in err
 
 
 def test_help_is_quick_and_complete():

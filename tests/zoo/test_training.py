@@ -76,7 +76,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(data, tmp_path):
     assert checkpoint.exists()
 
 
-def test_an_infection_is_not_resumed_with_another_trigger(tmp_path, monkeypatch):
+def test_an_infection_is_not_resumed_with_another_trigger(tmp_path):
     def run(**options):
         return infect(
             "digits",
