@@ -34,8 +34,8 @@ def _register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "baselines":
-        return import_module(f"{__name__}.baselines")
+    if name in ("agents", "baselines"):
+        return import_module(f"{__name__}.{name}")
     if name in _HOMES:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

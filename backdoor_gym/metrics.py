@@ -45,6 +45,22 @@ def attack_success(logits: Tensor, target: int) -> float:
     return (logits.argmax(1) == target).double().mean().item()
 
 
+def target_margin(logits: Tensor, target: int) -> Tensor:
+    """Logit of the target minus the largest other one, (n,)."""
+    others = logits.clone()
+    others[:, target] = -torch.inf
+    return logits[:, target] - others.max(1).values
+
+
+def danger(logits: Tensor, target: int) -> float:
+    """A smoother ASR in [0, 1]: (ASR + mean sigmoid(margin / 4)) / 2, with the target's margin over the best other logit.
+
+    Where the target leads by far, the ASR alone does not move until the last of many prunes.
+    """
+    margin = target_margin(logits, target)
+    return (attack_success(logits, target) + torch.sigmoid(margin / 4).double().mean().item()) / 2
+
+
 def der(acc_before: float, asr_before: float, acc_after: float, asr_after: float) -> float:
     """Defence effectiveness rating in [0, 1]: (max(0, dASR) - max(0, dACC) + 1) / 2 (Zhu et al., ICCV 2023, section 4.1).
 

@@ -1,5 +1,6 @@
 """Observations: a dictionary of fixed-shape arrays, padded where models of several sizes are met."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,11 @@ GLOBAL_FEATURES = (
     "pruned",
     "steps_left",
     "failures_left",
+    "suspected_danger",
+    "suspected_drop",
+    "target_margin",
+    "target_rise",
+    "shift",
 )
 _STATIC = len(STATIC_FEATURES)
 
@@ -68,6 +74,7 @@ class ObservationBuilder:
             }
         )
         self._victim: Victim | None = None
+        self._evidence: tuple[float, ...] = ()
         self._nodes = np.zeros(0)
         self._edges = np.zeros(0)
         self._edge_links = np.zeros(0)
@@ -92,6 +99,9 @@ class ObservationBuilder:
             progress.pruned.mean(),
             progress.steps_left,
             progress.failures_left,
+            current.suspected_danger,
+            initial.suspected_danger - current.suspected_danger,
+            *self._evidence,
         )
         return {
             "nodes": nodes,
@@ -113,4 +123,16 @@ class ObservationBuilder:
         self._edges[:edges] = victim.graph.edges
         self._edge_links = np.zeros((self.max_edges, 2), dtype=np.int64)
         self._edge_links[:edges] = victim.graph.edge_links
+        self._evidence = evidence(victim)
         self._victim = victim
+
+
+def evidence(victim: Victim) -> tuple[float, float, float]:
+    """What the simulated trigger says of the whole network: margin / 10, rise / 2 and 2 + log10(shift); zeros without it.
+
+    Scores within a layer cannot tell a clean network, since every layer has a largest one. These keep their scale.
+    """
+    simulated = victim.simulated
+    if simulated is None:
+        return 0.0, 0.0, 0.0
+    return simulated.margin / 10, simulated.rise / 2, 2 + math.log10(max(simulated.shift, 1e-4))

@@ -44,12 +44,12 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     | key | dtype | shape | meaning |
     |---|---|---|---|
-    | ``nodes`` | float32 | (N, 13) | features of each neuron, ``observation.NODE_FEATURES``; the static ones are defined in ``backdoor_gym.graph.features`` |
+    | ``nodes`` | float32 | (N, 14) | features of each neuron, ``observation.NODE_FEATURES``; the static ones are defined in ``backdoor_gym.graph.features`` |
     | ``edges`` | float32 | (E, 2) | strength in [0, 1]; 1 for a similarity link, 0 for a connection |
     | ``edge_links`` | int64 | (E, 2) | from which neuron to which |
     | ``num_nodes``, ``num_edges`` | int64 | (1,) | how many of them are real |
     | ``action_mask`` | int8 | (N + 1,) | 1 where the action is legal; stop always is |
-    | ``globals`` | float32 | (7,) | accuracy, its drop, rise of the clean loss (clamped to +-6), accuracy budget (1 if none), shares of neurons pruned, steps left, failures left |
+    | ``globals`` | float32 | (12,) | accuracy, its drop, rise of the clean loss, accuracy budget (1 if none), shares of neurons pruned, steps left, failures left; suspected danger and its fall; margin / 10 and rise / 2 of the suspected target, 2 + log10 of the shift of BN means (``backdoor_gym.graph.simulated_trigger``); clamped to +-6 |
 
     The trigger never reaches the observation. The dynamic node features are: pruned, tried (pruned and undone), share
     of the layer that is pruned, and 1 for a real neuron.
@@ -62,10 +62,11 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     ## Reward
 
-    - ``"acc"`` (default): suspicion of the pruned neuron minus 20 times the accuracy that it cost. Suspicion comes from
-      weights and clean images (``reward.suspicion``) and sums to 1 over the network. No trigger is needed.
-    - ``"oracle"``: fall of the danger, (ASR + mean sigmoid of the target margin) / 2, minus the same price of accuracy.
-      For training on models whose trigger is known.
+    - ``"acc"`` (default): fall of the suspected danger, minus 5 times the accuracy that the prune cost. The suspected
+      danger is the smoothed share of clean images that get the suspected target under a trigger simulated from the BN
+      statistics (``backdoor_gym.graph.simulated_trigger``): no trigger is needed.
+    - ``"oracle"``: fall of the danger, (ASR + mean sigmoid of a quarter of the target margin) / 2, minus the same price
+      of accuracy; a prune of a network known to be clean costs 0.05 instead. For models whose trigger is known.
     - a callable from ``reward.Transition`` to float.
 
     Each step but stop also costs ``step_cost``. Stopping at once scores 0.

@@ -1,5 +1,6 @@
 """An infected model made ready for episodes: its neurons, what an agent sees of them, and its figures under a mask."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,9 +11,10 @@ from torch.nn import functional as F
 
 from ..graph.features import neuron_features, standardise
 from ..graph.neuron_graph import NeuronGraph, max_edges, neuron_graph
+from ..graph.simulated_trigger import SimulatedTrigger, simulate_trigger
 from ..graph.uclc import uclc
 from ..infected import InfectedModel
-from ..metrics import accuracy, attack_success
+from ..metrics import accuracy, attack_success, danger
 from ..pruning.masked import MaskedNetwork
 from ..pruning.neurons import Neurons, find_neurons
 
@@ -45,13 +47,16 @@ class Figures:
     Attributes:
         acc: accuracy on the clean images.
         loss: mean cross-entropy on them.
+        suspected_danger: ``metrics.danger`` of the suspected target under the simulated trigger, on clean images of other
+            labels; 0 where nothing can be simulated.
         asr: share of triggered images that get the target label.
         ra: share of them that get their true label.
-        danger: (ASR + mean sigmoid of the target logit's margin) / 2, a smoother ASR in [0, 1].
+        danger: ``metrics.danger`` of the target on triggered images.
     """
 
     acc: float
     loss: float
+    suspected_danger: float = 0.0
     asr: float | None = None
     ra: float | None = None
     danger: float | None = None
@@ -66,7 +71,7 @@ class Victim:
         self.neurons: Neurons = find_neurons(model.network)
         self.units = self.neurons.units(options.residual)
         self.clean = model.clean.first(options.clean_samples)
-        self._networks: tuple[MaskedNetwork, MaskedNetwork | None] | None = None
+        self._networks: _Networks | None = None
 
     @property
     def name(self) -> str:
@@ -77,9 +82,16 @@ class Victim:
         return len(self.units)
 
     @cached_property
+    def simulated(self) -> SimulatedTrigger | None:
+        """The network under the simulated trigger; None where it has no batch normalisation."""
+        return simulate_trigger(self.neurons, self.clean.images, self.clean.labels)
+
+    @cached_property
     def features(self) -> np.ndarray:
         """Static features of each unit, float32 (units, F); of a group the largest of its neurons."""
-        features = neuron_features(self.model.network, self.neurons, self.clean.images, self.clean.labels)
+        features = neuron_features(
+            self.model.network, self.neurons, self.clean.images, self.clean.labels, self.simulated
+        )
         if len(self.units) == len(self.neurons):
             return features
         return np.stack([features[unit].max(axis=0) for unit in self.units])
@@ -133,42 +145,45 @@ class Victim:
 
     def figures(self, pruned: np.ndarray, score: bool = True) -> Figures:
         """Figures of the network without the pruned units, bool (units,); without ``score`` on the clean images alone."""
-        clean, triggered = self._open()
+        networks = self._open()
         mask = self.neuron_mask(pruned)
-        logits = clean.logits(mask)
+        logits = networks.clean.logits(mask)
         labels = self.clean.labels.to(logits.device)
         acc, loss = accuracy(logits, labels), F.cross_entropy(logits, labels).item()
-        if triggered is None or not score:
-            return Figures(acc, loss)
-        return Figures(acc, loss, *self._score(triggered.logits(mask)))
+        suspected = 0.0
+        if networks.simulated is not None and self.simulated is not None:
+            suspected = danger(networks.simulated.logits(mask), self.simulated.target)
+        if networks.triggered is None or not score:
+            return Figures(acc, loss, suspected)
+        return Figures(acc, loss, suspected, *self._score(networks.triggered.logits(mask)))
 
     def keep(self) -> None:
         """Let later figures start from the activations of the last ones."""
         for network in self._open():
-            if network is not None:
-                network.keep()
+            network.keep()
 
     def restart(self) -> None:
         """Start again from the whole network."""
         for network in self._open():
-            if network is not None:
-                network.reset()
+            network.reset()
 
     def release(self) -> None:
         """Give back the memory of the activations until they are needed again."""
         self._networks = None
 
-    def _open(self) -> tuple[MaskedNetwork, MaskedNetwork | None]:
+    def _open(self) -> "_Networks":
         if self._networks is None:
-            device = self.options.device
-            triggered = None
-            if len(self._scoring[0]):
-                triggered = MaskedNetwork(self.neurons, self._scoring[0], device)
-            self._networks = MaskedNetwork(self.neurons, self.clean.images, device), triggered
+            device, simulated = self.options.device, self.simulated
+            triggered = foreign = None
+            if simulated is not None and (others := simulated.labels != simulated.target).any():
+                foreign = MaskedNetwork(simulated.neurons, simulated.images[others], device)
+            if len(self.triggered[0]):
+                triggered = MaskedNetwork(self.neurons, self.triggered[0], device)
+            self._networks = _Networks(MaskedNetwork(self.neurons, self.clean.images, device), foreign, triggered)
         return self._networks
 
     @cached_property
-    def _scoring(self) -> tuple[Tensor, Tensor]:
+    def triggered(self) -> tuple[Tensor, Tensor]:
         """Triggered test images of other classes than the target, and their true labels; empty where unknown."""
         model, count = self.model, self.options.score_samples
         if model.test is None or model.trigger is None or model.target is None or count == 0:
@@ -180,9 +195,16 @@ class Victim:
     def _score(self, logits: Tensor) -> tuple[float, float, float]:
         target = self.model.target
         assert target is not None
-        asr = attack_success(logits, target)
-        others = logits.clone()
-        others[:, target] = -torch.inf
-        margin = logits[:, target] - others.max(1).values
-        danger = (asr + torch.sigmoid(margin).double().mean().item()) / 2
-        return asr, accuracy(logits, self._scoring[1].to(logits.device)), danger
+        return attack_success(logits, target), accuracy(logits, self.triggered[1].to(logits.device)), danger(logits, target)
+
+
+@dataclass(frozen=True)
+class _Networks:
+    """One network on three sets of images: clean, clean under the simulated trigger, and triggered."""
+
+    clean: MaskedNetwork
+    simulated: MaskedNetwork | None
+    triggered: MaskedNetwork | None
+
+    def __iter__(self) -> Iterator[MaskedNetwork]:
+        return (network for network in (self.clean, self.simulated, self.triggered) if network is not None)

@@ -10,6 +10,7 @@
 | ``weight`` | gamma of the BN |
 | ``bias`` | beta of the BN |
 | ``saliency`` | absolute derivative of the clean cross-entropy with respect to the neuron's mask |
+| ``pull`` | derivative of the suspected target's logit by the neuron's mask under the simulated trigger (``simulated_trigger.py``) |
 | ``depth`` | index of the layer over that of the last, in [0, 1], not standardised |
 
 Standardised is (x - mean) / unbiased standard deviation over the layer; zero where that deviation is zero or the layer
@@ -24,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..pruning.neurons import Neurons
+from .simulated_trigger import SimulatedTrigger, pull
 from .uclc import uclc
 
 STATIC_FEATURES = (
@@ -35,6 +37,7 @@ STATIC_FEATURES = (
     "weight",
     "bias",
     "saliency",
+    "pull",
     "depth",
 )
 CLAMP = 6.0
@@ -53,7 +56,9 @@ def standardise(values: Tensor) -> Tensor:
     return (values - values.mean()) / deviation
 
 
-def neuron_features(network: nn.Module, neurons: Neurons, images: Tensor, labels: Tensor) -> np.ndarray:
+def neuron_features(
+    network: nn.Module, neurons: Neurons, images: Tensor, labels: Tensor, simulated: SimulatedTrigger | None
+) -> np.ndarray:
     """Features of each neuron, float32 (neurons, len(STATIC_FEATURES)), always finite.
 
     Args:
@@ -61,12 +66,16 @@ def neuron_features(network: nn.Module, neurons: Neurons, images: Tensor, labels
         neurons: its neurons.
         images: the defender's clean images, float32 (n, C, H, W) in [0, 1].
         labels: int64 (n,).
+        simulated: the network under the simulated trigger, None where there is none (``pull`` is zero then).
     """
     bounds = uclc(network, neurons)
     observed = _observe(neurons, images, labels)
+    pulls = None if simulated is None else pull(simulated)
     rows = []
     for index, layer in enumerate(neurons.layers):
         columns = {"uclc": bounds[index], **observed[index]}
+        if pulls is not None:
+            columns["pull"] = pulls[index]
         if layer.normalised:
             columns |= _statistics_gap(
                 network.get_submodule(layer.module), columns.pop("mean"), columns.pop("variance")

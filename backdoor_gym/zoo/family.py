@@ -5,6 +5,9 @@ another. Attack, shape, number of neurons and depth are drawn once; trigger, tar
 division of the images anew at each attempt, until the network is accurate and the attack works. One in five models is
 clean.
 
+In half of the models the defender's clean images are shifted a little, by JPEG or in brightness (``corruptions.py``), as
+happens in life; training and test images are not.
+
 Networks are trained when they are first asked for, in some seconds, and cached. Rounding differs between kinds of
 processors, so the same name is the same recipe everywhere, but bit for bit the same network only on like machines.
 """
@@ -21,6 +24,7 @@ from platformdirs import user_cache_dir
 
 from ..errors import BackdoorGymError, TrainingError
 from ..infected import InfectedModel
+from .corruptions import corrupted, draw_corruption
 from .datasets import DIGITS
 from .infecting import CLEAN, infect
 from .training import Schedule
@@ -105,7 +109,13 @@ def load(name: str, progress: bool = False) -> InfectedModel:
             if found is None:
                 found = make(name, progress)
                 found.save(path)
-    return found
+    return corrupted(found, **corruption(name))
+
+
+def corruption(name: str) -> dict[str, Any]:
+    """What happened to the clean images of that model: kind and level."""
+    split, _, seed = name.partition("/")
+    return draw_corruption(np.random.default_rng((RECIPE_VERSION, SPLITS[split], int(seed), 3, 1)))
 
 
 def cache_path(name: str) -> Path:

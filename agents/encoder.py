@@ -1,0 +1,168 @@
+"""The network of ONP: embeds the neurons of any network, and gives one logit a neuron, one for stopping, and a value."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn import GATv2Conv, global_max_pool, global_mean_pool
+
+from backdoor_gym.envs.observation import GLOBAL_FEATURES, NODE_FEATURES
+from backdoor_gym.errors import DataError, UnknownNameError
+from backdoor_gym.graph.features import STATIC_FEATURES
+from backdoor_gym.graph.neuron_graph import EDGE_FEATURES
+
+_STATIC = len(STATIC_FEATURES)
+#: Logit of what is no neuron; as low as sb3-contrib's own masks.
+PADDING = -1e8
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """Shape of the network.
+
+    Attributes:
+        hidden: size of an embedding.
+        hops: rounds of message passing.
+        heads: attention heads.
+        message_passing: False leaves out the edges: the same network on each neuron alone.
+        ignore: node or global features that it is not to see.
+    """
+
+    hidden: int = 32
+    hops: int = 2
+    heads: int = 2
+    message_passing: bool = True
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        for name in self.ignore:
+            if name not in (*NODE_FEATURES, *GLOBAL_FEATURES):
+                raise UnknownNameError("feature", name, (*NODE_FEATURES, *GLOBAL_FEATURES))
+        if self.hidden % self.heads or min(self.hidden, self.heads, self.hops) < 1:
+            raise DataError(f"hidden must be a positive multiple of heads, and hops at least 1: {asdict(self)}")
+
+
+class GraphActorCritic(nn.Module):
+    """Graph attention over the neuron graph, with heads for the policy and the value.
+
+    What an episode does not change is embedded once a graph: ``hops`` rounds of h <- h + GATv2(norm(h), edges) and
+    h <- h + MLP(norm(h)) (GATv2: Brody et al., ICLR 2022, arXiv:2105.14491). Every edge is also passed backwards, marked
+    as such. What changes (flags of the neurons, global figures) then joins the embeddings, and one more MLP decides.
+    The weights do not depend on the number of neurons, layers or classes; padding and the order of the neurons change
+    nothing but the order of the logits.
+    """
+
+    def __init__(self, options: EncoderOptions) -> None:
+        super().__init__()
+        self.options = options
+        hidden, figures = options.hidden, len(GLOBAL_FEATURES)
+        self.register_buffer("node_columns", _kept(NODE_FEATURES, options.ignore), persistent=False)
+        self.register_buffer("global_columns", _kept(GLOBAL_FEATURES, options.ignore), persistent=False)
+        self.embed = nn.Linear(_STATIC, hidden)
+        self.rounds = nn.ModuleList(_Round(options) for _ in range(options.hops))
+        self.join = nn.Linear(len(NODE_FEATURES) - _STATIC + figures, hidden)
+        self.decide = _update(hidden)
+        self.leave = nn.LayerNorm(hidden)
+        self.neuron = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        self.stop = nn.Sequential(nn.Linear(2 * hidden + figures, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        self.value = nn.Sequential(nn.Linear(2 * hidden + figures, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        for head in (self.neuron, self.stop):  # begin without a preference
+            nn.init.zeros_(head[-1].bias)
+            head[-1].weight.data.mul_(0.1)
+
+    def forward(self, observation: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits and values of a batch of observations.
+
+        Args:
+            observation: tensors of the environment's observation with a leading batch dimension. Where several are of
+                one graph, ``edges``, ``edge_links`` and ``num_edges`` may have one row a graph instead, and ``graph``,
+                int64 (batch,), say which row is whose. Edges may be cut at the largest ``num_edges``.
+
+        Returns:
+            Logits float32 (batch, N + 1), ``PADDING`` where there is no neuron, and values float32 (batch, 1).
+        """
+        nodes = observation["nodes"].float() * self.node_columns
+        batch, most, _ = nodes.shape
+        device = nodes.device
+        counts = observation["num_nodes"].long().view(-1)
+        real = torch.arange(most, device=device) < counts[:, None]
+        row = torch.repeat_interleave(torch.arange(batch, device=device), counts)
+        static, first = self._embed(observation, nodes, counts, real)
+        # Neuron i of observation b has the embedding of neuron i of its graph.
+        place = torch.arange(len(row), device=device) - (torch.cumsum(counts, 0) - counts)[row]
+        figures = observation["globals"].float() * self.global_columns
+        changing = torch.cat([nodes[real][:, _STATIC:], figures[row]], dim=1)
+        h = static[first[row] + place] + self.join(changing)
+        h = self.leave(h + self.decide(h))
+        pooled = torch.cat([global_mean_pool(h, row, batch), global_max_pool(h, row, batch), figures], dim=1)
+        logits = torch.full((batch, most + 1), PADDING, device=device)
+        logits[:, :most][real] = self.neuron(h).squeeze(1)
+        logits[:, most] = self.stop(pooled).squeeze(1)
+        return logits, self.value(pooled)
+
+    def _embed(
+        self, observation: Mapping[str, Tensor], nodes: Tensor, counts: Tensor, real: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings of the neurons of each graph, and where those of each observation begin among them."""
+        graph = observation.get("graph")
+        if graph is not None:
+            graph = graph.long().view(-1)
+            member = torch.zeros(int(graph.max()) + 1, dtype=torch.long, device=nodes.device)
+            member[graph] = torch.arange(len(graph), device=nodes.device)  # any observation of each graph
+            nodes, counts, real = nodes[member], counts[member], real[member]
+        first = torch.cumsum(counts, 0) - counts
+        h = self.embed(nodes[real][:, :_STATIC])
+        links, edges = _edges(observation, first) if self.options.message_passing else (None, None)
+        for step in self.rounds:
+            h = step(h, links, edges)
+        return h, first if graph is None else first[graph]
+
+
+class _Round(nn.Module):
+    def __init__(self, options: EncoderOptions) -> None:
+        super().__init__()
+        hidden, heads = options.hidden, options.heads
+        self.attend = None
+        if options.message_passing:
+            self.before = nn.LayerNorm(hidden)
+            self.attend = GATv2Conv(
+                hidden, hidden // heads, heads, edge_dim=len(EDGE_FEATURES) + 1, add_self_loops=False
+            )
+        self.update = _update(hidden)
+
+    def forward(self, h: Tensor, links: Tensor | None, edges: Tensor | None) -> Tensor:
+        if self.attend is not None:
+            h = h + self.attend(self.before(h), links, edges)
+        return h + self.update(h)
+
+
+def _update(hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, hidden))
+
+
+def _edges(observation: Mapping[str, Tensor], first: Tensor) -> tuple[Tensor, Tensor]:
+    """All edges of a batch as torch-geometric takes them, forwards and backwards: links (2, 2e) and features (2e, D + 1)."""
+    edges, links = observation["edges"].float(), observation["edge_links"].long()
+    real = torch.arange(edges.shape[1], device=edges.device) < observation["num_edges"].long().view(-1, 1)
+    link = (links + first[:, None, None])[real].T
+    edge = edges[real]
+    forwards, backwards = (torch.full((len(edge), 1), float(way), device=edges.device) for way in (0, 1))
+    both = torch.cat([torch.cat([edge, forwards], 1), torch.cat([edge, backwards], 1)])
+    return torch.cat([link, link.flip(0)], dim=1), both
+
+
+def _kept(names: Sequence[str], ignored: Sequence[str]) -> Tensor:
+    return torch.tensor([float(name not in ignored) for name in names])
+
+
+def encoder_facts(options: EncoderOptions) -> dict[str, Any]:
+    """What a file must say of a network to be read again, JSON-able: its options and the features it was made for."""
+    return {
+        "options": {**asdict(options), "ignore": list(options.ignore)},
+        "node_features": list(NODE_FEATURES),
+        "global_features": list(GLOBAL_FEATURES),
+        "edge_features": list(EDGE_FEATURES),
+    }

@@ -1,0 +1,91 @@
+"""ONP's network as a Stable-Baselines3 policy: ``MaskablePPO(GraphPolicy, env)``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from sb3_contrib.common.maskable.distributions import MaskableDistribution
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from torch import Tensor
+
+from backdoor_gym.errors import DataError
+
+from .encoder import EncoderOptions, GraphActorCritic
+
+OBSERVED = ("nodes", "edges", "edge_links", "num_nodes", "num_edges", "globals")
+
+
+class GraphPolicy(MaskableActorCriticPolicy):
+    """One logit a neuron from a graph network, in place of a fixed linear layer over all actions.
+
+    Args:
+        observation_space: of ``BackdoorPrune-v0``.
+        action_space: of it.
+        lr_schedule: step size from the share of training that is left.
+        hidden, hops, heads, message_passing, ignore: see ``EncoderOptions``.
+        kwargs: other arguments of ``MaskableActorCriticPolicy``, such as ``optimizer_kwargs``.
+
+    Raises:
+        DataError: the observations are not those of ``BackdoorPrune-v0``.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Any,
+        hidden: int = EncoderOptions.hidden,
+        hops: int = EncoderOptions.hops,
+        heads: int = EncoderOptions.heads,
+        message_passing: bool = EncoderOptions.message_passing,
+        ignore: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(observation_space, spaces.Dict) or not set(OBSERVED) <= set(observation_space.spaces):
+            raise DataError(f"GraphPolicy needs the observations of BackdoorPrune-v0, with {', '.join(OBSERVED)}")
+        self.options = EncoderOptions(hidden, hops, heads, message_passing, tuple(ignore))
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+
+    def _build(self, lr_schedule: Any) -> None:
+        self.network = GraphActorCritic(self.options)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def forward(
+        self, obs: Any, deterministic: bool = False, action_masks: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        distribution, values = self._decide(obs, action_masks)
+        actions = distribution.get_actions(deterministic=deterministic)
+        return actions, values, distribution.log_prob(actions)
+
+    def evaluate_actions(
+        self, obs: Any, actions: Tensor, action_masks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        distribution, values = self._decide(obs, action_masks)
+        return values, distribution.log_prob(actions), distribution.entropy()
+
+    def get_distribution(self, obs: Any, action_masks: np.ndarray | None = None) -> MaskableDistribution:
+        return self._decide(obs, action_masks)[0]
+
+    def predict_values(self, obs: Any) -> Tensor:
+        return self.network(obs)[1]
+
+    def _decide(self, obs: Any, action_masks: Any) -> tuple[MaskableDistribution, Tensor]:
+        logits, values = self.network(obs)
+        distribution = self.action_dist.proba_distribution(action_logits=logits)
+        if action_masks is not None:
+            distribution.apply_masking(action_masks)
+        return distribution, values
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        return {**super()._get_constructor_parameters(), **asdict(self.options)}
+
+
+def as_tensors(observation: Any, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """What the network reads of an observation or a batch of them, with a batch dimension."""
+    single = np.ndim(observation["nodes"]) == 2
+    arrays = {key: np.asarray(observation[key])[None] if single else np.asarray(observation[key]) for key in OBSERVED}
+    return {key: torch.as_tensor(array, device=device) for key, array in arrays.items()}

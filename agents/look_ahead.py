@@ -1,0 +1,52 @@
+"""One-step look-ahead: what a defender may know of a candidate prune before it is made."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from backdoor_gym.baselines.policy import ask
+from backdoor_gym.envs.observation import GLOBAL_FEATURES
+
+_ACCURACY, _DROP, _BUDGET = (
+    GLOBAL_FEATURES.index(name)
+    for name in ("accuracy", "accuracy_drop", "accuracy_budget")
+)
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """Corrects the logits of the best few candidates by what each would do to the figures on the clean images.
+
+    logit - loss_weight * (rise of the clean cross-entropy) + danger_weight * (fall of the suspected danger); a candidate
+    that would break the accuracy budget is out.
+
+    Attributes:
+        candidates: how many of the largest logits are looked at.
+        loss_weight: per unit of cross-entropy.
+        danger_weight: per unit of suspected danger.
+    """
+
+    candidates: int = 30
+    loss_weight: float = 3.0
+    danger_weight: float = 0.0
+
+    def correct(
+        self, logits: np.ndarray, observation: Mapping[str, np.ndarray], env: Any, environment: int
+    ) -> np.ndarray:
+        """Logits, float (N + 1,), with all that was not looked at but stopping (the last) at minus infinity."""
+        figures = observation["globals"]
+        initial_accuracy = figures[_ACCURACY] + figures[_DROP]
+        legal = np.flatnonzero(observation["action_mask"][:-1])
+        best = legal[np.argsort(-logits[legal], kind="stable")[: self.candidates]]
+        corrected = np.full_like(logits, -np.inf)
+        corrected[-1] = logits[-1]
+        base = ask(env, environment, "evaluate_also", [])
+        for unit in best:
+            seen = ask(env, environment, "evaluate_also", [int(unit)])
+            if initial_accuracy - seen.acc > figures[_BUDGET] + 1e-6:
+                continue
+            rise, fall = seen.loss - base.loss, base.suspected_danger - seen.suspected_danger
+            corrected[unit] = logits[unit] - self.loss_weight * rise + self.danger_weight * fall
+        return corrected

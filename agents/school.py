@@ -1,0 +1,55 @@
+"""Where the general policy learns: many infected models of ours, whose triggers we know."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium as gym
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+
+from backdoor_gym.errors import DataError
+from backdoor_gym.zoo.catalogue import resolve
+
+ENVIRONMENT = "BackdoorPrune-v0"
+#: Accuracy budgets met in training; the observation tells which one it is.
+BUDGETS = (0.01, 0.02, 0.05)
+MAX_STEPS = 60
+
+
+def school(
+    infected: Sequence[str], envs: int = 12, processes: bool = False, seed: int | None = None, **options: Any
+) -> VecEnv:
+    """A vector environment that divides models among its sub-environments, each with one of the ``BUDGETS``.
+
+    No two sub-environments prepare the same model.
+
+    Args:
+        infected: names and patterns.
+        envs: how many sub-environments.
+        processes: whether each gets a process of its own.
+        seed: of the order of the models.
+        options: of the environments; ``accuracy_budget`` replaces the ``BUDGETS``.
+
+    Raises:
+        DataError: fewer models than sub-environments.
+    """
+    names = [name for pattern in infected for name in resolve(pattern)]
+    if len(names) < envs:
+        raise DataError(f"{len(names)} models cannot be divided among {envs} sub-environments; lower envs")
+    makers = [
+        _maker({"max_steps": MAX_STEPS, "accuracy_budget": BUDGETS[index % len(BUDGETS)], **options}, names[index::envs])
+        for index in range(envs)
+    ]
+    vector: VecEnv = SubprocVecEnv(makers) if processes else DummyVecEnv(makers)
+    vector.seed(seed)
+    return vector
+
+
+def _maker(options: dict[str, Any], names: list[str]) -> Callable[[], gym.Env[Any, Any]]:
+    def make() -> gym.Env[Any, Any]:
+        import backdoor_gym  # registers the environment, also in a process of its own
+
+        gym.register_envs(backdoor_gym)
+        return Monitor(gym.make(ENVIRONMENT, infected=names, **options))
+
+    return make
