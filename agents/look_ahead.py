@@ -9,10 +9,7 @@ import numpy as np
 from backdoor_gym.baselines.policy import ask
 from backdoor_gym.envs.observation import GLOBAL_FEATURES
 
-_ACCURACY, _DROP, _BUDGET = (
-    GLOBAL_FEATURES.index(name)
-    for name in ("accuracy", "accuracy_drop", "accuracy_budget")
-)
+_ACCURACY, _DROP, _BUDGET = (GLOBAL_FEATURES.index(name) for name in ("accuracy", "accuracy_drop", "accuracy_budget"))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback
 
+from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.errors import DataError, ModelFileError
 from backdoor_gym.zoo.files import read_tensors, write_tensors
 
@@ -168,6 +169,18 @@ class ONP:
                 actions.append(int(self._random.choice(len(row), p=chances / chances.sum())))
         return np.array(actions[0] if single else actions, dtype=np.int64), state
 
+    def verdict(self, observation: Mapping[str, np.ndarray]) -> float:
+        """Probability that a network has a backdoor: that the policy would not stop at once, seen before any prune.
+
+        Raises:
+            DataError: something is pruned already.
+        """
+        if observation["nodes"][..., NODE_FEATURES.index("pruned")].any():
+            raise DataError("the verdict is on the network as it came: ask before the first prune")
+        row = self.logits(observation)[0].astype(np.float64)
+        legal = row[np.flatnonzero(observation["action_mask"])]
+        return float(1 - np.exp(row[-1] - legal.max()) / np.exp(legal - legal.max()).sum())
+
     @torch.no_grad()
     def logits(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
         """What the network gives each action, float32 (n, N + 1)."""
@@ -265,11 +278,14 @@ class ONP:
 
 
 class _Checkpoints(BaseCallback):
-    """Writes a checkpoint before every rollout but the first."""
+    """Writes a checkpoint before every rollout."""
 
     def __init__(self, onp: ONP, path: Path) -> None:
         super().__init__()
         self.onp, self.path = onp, path
+
+    def _on_training_start(self) -> None:
+        self.onp.save_checkpoint(self.path)
 
     def _on_rollout_start(self) -> None:
         if self.n_calls:

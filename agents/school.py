@@ -37,7 +37,9 @@ def school(
     if len(names) < envs:
         raise DataError(f"{len(names)} models cannot be divided among {envs} sub-environments; lower envs")
     makers = [
-        _maker({"max_steps": MAX_STEPS, "accuracy_budget": BUDGETS[index % len(BUDGETS)], **options}, names[index::envs])
+        _maker(
+            {"max_steps": MAX_STEPS, "accuracy_budget": BUDGETS[index % len(BUDGETS)], **options}, names[index::envs]
+        )
         for index in range(envs)
     ]
     vector: VecEnv = SubprocVecEnv(makers) if processes else DummyVecEnv(makers)
@@ -50,6 +52,6 @@ def _maker(options: dict[str, Any], names: list[str]) -> Callable[[], gym.Env[An
         import backdoor_gym  # registers the environment, also in a process of its own
 
         gym.register_envs(backdoor_gym)
-        return Monitor(gym.make(ENVIRONMENT, infected=names, **options))
+        return Monitor(gym.make(ENVIRONMENT, infected=names, disable_env_checker=True, **options))
 
     return make

@@ -1,7 +1,8 @@
 """What a policy does to whole networks, and keeping the best policy of a training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -10,6 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from backdoor_gym.metrics import der
 
+from .look_ahead import LookAhead
 from .onp import ONP
 from .school import ENVIRONMENT
 
@@ -48,8 +50,11 @@ def run(policy: Any, env: gym.Env[Any, Any], infected: Sequence[Any]) -> list[Ou
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Means over the models: of ACC, pruned and reward over all, of ASR and DER over the infected ones; share of clean
-    ones that were left untouched."""
+    """Means over the models.
+
+    Of ACC, neurons pruned and return over all, of ASR and DER over the infected ones, and the share of clean ones that
+    were left untouched.
+    """
     infected = [one for one in outcomes if one.asr is not None]
     clean = [one for one in outcomes if one.asr is None]
     figures = {
@@ -66,58 +71,90 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 class Validation(BaseCallback):
-    """Runs the policy on models kept for choices, logs the means as ``val/...``, and keeps the weights of the best DER.
+    """Runs the policy on models kept for choices, logs the means as ``val/...``, and keeps the best policy in a file.
+
+    Best is the largest mean return, which pays for what was repaired, for accuracy, and for leaving clean models alone.
 
     Args:
         onp: what is being trained.
         infected: names of models that are not trained on.
+        path: file of the best policy; where it exists it is beaten only by a better one.
         every: rollouts between two validations.
+        report: called with the figures of each validation.
         options: of the environment.
     """
 
-    def __init__(self, onp: ONP, infected: Sequence[str], every: int = 5, **options: Any) -> None:
+    def __init__(
+        self,
+        onp: ONP,
+        infected: Sequence[str],
+        path: str | Path,
+        every: int = 5,
+        report: Callable[[dict[str, float]], None] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
-        self.onp, self.names, self.every = onp, list(infected), every
-        self.env = gym.make(ENVIRONMENT, infected=self.names, reward="oracle", **options)
+        self.onp, self.names, self.path, self.every = onp, list(infected), Path(path), every
+        self.report = report
+        self.env = gym.make(
+            f"backdoor_gym:{ENVIRONMENT}", infected=self.names, reward="oracle", disable_env_checker=True, **options
+        )
         self.best: dict[str, float] | None = None
-        self.history: list[dict[str, float]] = []
-        self._weights: dict[str, Any] = {}
         self._rollouts = 0
 
+    def _on_training_start(self) -> None:
+        if self.path.is_file():
+            self.best = ONP.load(self.path).facts.get("validation")
+        self._before = list(self.training_env.reset_infos)
+        self.validate()
+
     def _on_step(self) -> bool:
+        vector = self.training_env
+        for index, (done, after) in enumerate(zip(self.locals["dones"], self.locals["infos"], strict=True)):
+            if done:
+                before = self._before[index]
+                figures = {key: after[key] for key in ("acc", "asr", "pruned") if key in after}
+                if "asr" in after:
+                    figures["der"] = der(before["acc"], before["asr"], after["acc"], after["asr"])
+                for key, value in figures.items():
+                    self.logger.record_mean(f"train/{key}", value)
+                self._before[index] = vector.reset_infos[index]
         return True
 
     def _on_rollout_end(self) -> None:
-        episodes = self.model.ep_info_buffer or []
-        if episodes:
-            self.logger.record("train/episodes", len(episodes))
-
-    def _on_rollout_start(self) -> None:
-        if self._rollouts and self._rollouts % self.every == 0:
-            self.validate()
         self._rollouts += 1
+        if self._rollouts % self.every == 0:
+            self.validate()
 
     def _on_training_end(self) -> None:
-        self.validate()
+        if self._rollouts % self.every:
+            self.validate()
 
     def validate(self) -> dict[str, float]:
-        """Validate now."""
+        """Validate now; the means, as ``summary`` gives them."""
         env, self.onp.env = self.onp.env, self.env
         try:
             figures = summary(run(self.onp, self.env, self.names))
         finally:
             self.onp.env = env
-        figures["timesteps"] = self.num_timesteps
-        self.history.append(figures)
         for key, value in figures.items():
             self.logger.record(f"val/{key}", value)
-        self.logger.dump(self.num_timesteps)
         if self.best is None or figures["return"] > self.best["return"]:
             self.best = figures
-            self._weights = {key: value.clone() for key, value in self.onp.network.state_dict().items()}
+            self.onp.facts["validation"] = {**figures, "timesteps": self.num_timesteps}
+            self.onp.save(self.path)
+        if self.report is not None:
+            self.report({**figures, "timesteps": self.num_timesteps})
         return figures
 
-    def restore(self) -> None:
-        """Give the policy the weights of its best validation."""
-        if self._weights:
-            self.onp.network.load_state_dict(self._weights)
+
+def choose_look_ahead(
+    onp: ONP, env: gym.Env[Any, Any], infected: Sequence[str], choices: Sequence[LookAhead]
+) -> dict[LookAhead, float]:
+    """Give a policy the look-ahead of the best mean DER on these models; the mean DER of each choice."""
+    ratings = {}
+    for choice in choices:
+        onp.look_ahead = choice
+        ratings[choice] = summary(run(onp, env, infected))["der"]
+    onp.look_ahead = max(ratings, key=ratings.__getitem__)
+    return ratings

@@ -37,8 +37,10 @@ class Example:
 
 
 def benefits(victim: Victim) -> np.ndarray:
-    """First-order benefit of pruning each unit, float64 (units,): what it takes from the margin of the true target, less
-    what it adds to the clean loss, each in standard deviations over the network; zeros for a clean model.
+    """First-order benefit of pruning each unit, float64 (units,); zeros for a clean model.
+
+    It is what the prune takes from the margin of the true target, less what it adds to the clean loss, each in standard
+    deviations over the network.
 
     Raises:
         DataError: the trigger is not known.

@@ -1,4 +1,4 @@
-"""The command line: ``backdoor-gym repair | infect | list | inspect | zoo build``.
+"""The command line: ``backdoor-gym repair | train | infect | list | inspect | zoo build``.
 
 Exit codes: 0 done; 1 something could not be made; 2 unusable input, with one line that says what was wrong.
 """
@@ -46,11 +46,20 @@ DeviceOption = Annotated[str, typer.Option("--device", help="Where the network r
 @app.command()
 def repair(
     model: Annotated[str, typer.Argument(help="Name (see list) or file of an infected model.")] = DEFAULT_MODEL,
-    policy: Annotated[str, typer.Option(help="clp or random.")] = "clp",
+    policy: Annotated[
+        str, typer.Option(help="onp, clp, random, or the file of a policy that train wrote (*.safetensors).")
+    ] = "onp",
     u: Annotated[str | None, typer.Option(help='Threshold of clp: a number (default 3), or "auto".')] = None,
+    finetune: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps that onp first learns on this network, from its clean images alone."),
+    ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(help="Clean accuracy that may be lost, 0.02 is two points; a prune beyond it is undone."),
+        typer.Option(
+            help="Clean accuracy that may be lost, 0.02 is two points; a prune beyond it is undone. "
+            "Default: 0.01 for onp, none for clp, 0.02 for random."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: repaired/NAME.")] = None,
     data: DataOption = None,
@@ -59,9 +68,13 @@ def repair(
 ) -> None:
     """Repair a network and write it, the list of pruned neurons and a figure."""
     from . import repairing
+    from .policies import check_policy
     from .zoo.catalogue import load_infected
 
     options: dict[str, Any] = {} if u is None else {"u": _threshold(u)}
+    if finetune is not None:
+        options["finetune"] = finetune
+    check_policy(policy, options)
     infected = load_infected(model, data)
     folder = out or Path("repaired") / infected.name.replace("/", "-")
     _check_writable(folder)
@@ -80,6 +93,8 @@ def repair(
     console.print(_result_table(result.infected.name, result.policy, result.before, result.after, result.der))
     if result.before.asr is None:
         console.print("No trigger is known for this model: ASR and RA cannot be measured.")
+    if result.verdict is not None:
+        console.print(_verdict(result.verdict, result.suspected_target, len(result.pruned)))
     console.print(
         f"Pruned {len(result.pruned)} of {len(result.neurons)} neurons{_said(result.settings)} in {result.seconds:.1f} s; "
         f"accuracy on the {len(infected.clean)} clean images {result.clean_acc_before:.3f} -> {result.clean_acc_after:.3f}."
@@ -88,6 +103,56 @@ def repair(
         console.print("The published threshold was used; --u auto chooses it with the clean images.")
     for path in written:
         console.print(f"  {path}", highlight=False)
+
+
+@app.command()
+def train(
+    infected: Annotated[
+        list[str] | None, typer.Option(help="Names or patterns to learn from; default: digits-train/*.")
+    ] = None,
+    validate: Annotated[
+        list[str] | None, typer.Option(help="Names or patterns that every choice is made on; default: digits-val/*.")
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, help="Only the first so many of each training pattern.")] = 300,
+    validation_models: Annotated[int, typer.Option(min=1, help="The same for validation.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Environment steps of reinforcement.")] = 25_000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    envs: Annotated[int, typer.Option(min=1, help="Sub-environments, among which the models are divided.")] = 16,
+    warm_epochs: Annotated[
+        int, typer.Option(min=0, help="Passes over the models for a first guess from derivatives; 0 for none.")
+    ] = 10,
+    message_passing: Annotated[
+        bool, typer.Option(help="Let the policy see the connections, or each neuron alone.")
+    ] = True,
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
+    out: Annotated[Path, typer.Option(help="File of the policy.")] = Path("policies/onp.safetensors"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file where a training has ended in it.")] = False,
+) -> None:
+    """Train a policy on many infected models. Killed and called again, it goes on after the last rollout."""
+    from .agents.encoder import EncoderOptions
+    from .agents.training import checkpoint_of
+    from .agents.training import train as train_policy
+    from .zoo.catalogue import resolve
+
+    if out.exists() and not checkpoint_of(out).exists() and not force:
+        raise DataError(f"{out} exists already; choose another --out, or --force to replace it")
+    _check_writable(out.parent)
+    names = [name for pattern in infected or ["digits-train/*"] for name in resolve(pattern)[:most]]
+    judges = [name for pattern in validate or ["digits-val/*"] for name in resolve(pattern)[:validation_models]]
+    train_policy(
+        names,
+        judges,
+        steps,
+        out,
+        seed=seed,
+        envs=envs,
+        epochs=warm_epochs,
+        encoder=EncoderOptions(message_passing=message_passing),
+        tensorboard_log=tensorboard,
+        progress_bar=errors.is_terminal,
+        report=lambda line: errors.print(line, highlight=False, markup=False),
+    )
+    console.print(str(out), highlight=False)
 
 
 @app.command()
@@ -322,6 +387,14 @@ def _pairs(options: list[str] | None, flag: str) -> dict[str, Any]:
 
 def _said(settings: dict[str, Any]) -> str:
     return f" ({', '.join(f'{key} = {value:g}' for key, value in settings.items())})" if settings else ""
+
+
+def _verdict(score: float, target: int | None, pruned: int) -> str:
+    said = f"(score {score:.3f} of 1)"
+    if not pruned:
+        return f"No sign of a backdoor: nothing pruned {said}."
+    whose = "" if target is None else f", which seems to call label {target}"
+    return f"Signs of a backdoor{whose} {said}."
 
 
 def _count_cached(split: str) -> int:

@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -17,21 +17,13 @@ from .envs.viewer import draw, to_rgb
 from .errors import UnknownNameError
 from .infected import InfectedModel
 from .metrics import Metrics, der
+from .policies import BUDGETS, PredictingPolicy, check_policy, kind_of_policy, make_policy
 from .pruning.applying import cut_channels, write_mask
 from .pruning.neurons import Neurons
 from .zoo.catalogue import load_infected
 from .zoo.files import write_tensors
 
 DEFAULT_BUDGET: Any = object()
-
-
-class PredictingPolicy(Protocol):
-    """Anything with the ``predict`` of Stable-Baselines3."""
-
-    def predict(
-        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[Any, Any]:
-        """Action and state."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +42,9 @@ class RepairResult:
         policy: name of the policy.
         settings: what the policy chose by itself, such as the threshold of CLP.
         infected: the model as it was.
+        verdict: probability that the network has a backdoor, as the policy judges it before it prunes; None where the
+            policy gives none.
+        suspected_target: the label that the simulated trigger calls; None where nothing can be simulated.
     """
 
     network: nn.Module
@@ -66,6 +61,8 @@ class RepairResult:
     neurons: Neurons
     mask: np.ndarray
     drawing: np.ndarray
+    verdict: float | None = None
+    suspected_target: int | None = None
 
     def compact(self) -> nn.Module:
         """A smaller network with the same outputs, from which the pruned channels are cut out where shapes allow.
@@ -90,6 +87,8 @@ class RepairResult:
             "clean_acc_after": self.clean_acc_after,
             "clean_images": len(self.infected.clean),
             "seconds": round(self.seconds, 3),
+            "verdict": self.verdict,
+            "suspected_target": self.suspected_target,
         }
 
     def save(self, folder: str | Path) -> list[Path]:
@@ -127,7 +126,7 @@ class RepairResult:
 
 def repair(
     infected: str | Path | InfectedModel,
-    policy: str | PredictingPolicy = "clp",
+    policy: str | PredictingPolicy = "onp",
     accuracy_budget: float | None = DEFAULT_BUDGET,
     *,
     max_steps: int | None = None,
@@ -140,14 +139,17 @@ def repair(
 
     Args:
         infected: a model, a name, or a file.
-        policy: "clp", "random", or any object with ``predict``.
+        policy: "onp" (the policy that comes with the package), the file of a policy that ``ONP.save`` wrote, "clp",
+            "random", or any object with ``predict``.
         accuracy_budget: clean accuracy that may be lost (a prune beyond it is undone), or None for no guard; by default
-            None for "clp" (the published rule) and 0.02 for others.
+            0.01 for "onp", None for "clp" (the published rule) and 0.02 for others.
         max_steps: most steps of the policy, None for as many as there are neurons.
         residual: "channel", or "group" to prune neurons that share a residual sum together.
         data: data set to read a file's images from, instead of the one it names.
         device: where the network runs.
-        **options: of the policy by name: ``u`` (a number or "auto") for "clp", ``seed`` for "random".
+        **options: of the policy by name: ``look_ahead`` (default True), ``finetune`` (steps to learn on this network
+            first, from its clean images alone; default 0) and ``seed`` for "onp", ``u`` (a number or "auto") for "clp",
+            ``seed`` for "random".
 
     Raises:
         UnknownNameError: unknown policy, or an option it does not have.
@@ -155,8 +157,12 @@ def repair(
     """
     model = infected if isinstance(infected, InfectedModel) else load_infected(infected, data)
     name = policy if isinstance(policy, str) else type(policy).__name__.lower()
+    if isinstance(policy, str):
+        check_policy(policy, options)
+    elif options:
+        raise UnknownNameError(f"option of a {type(policy).__name__} that is made already", next(iter(options)), ())
     if accuracy_budget is DEFAULT_BUDGET:
-        accuracy_budget = None if name == "clp" else 0.02
+        accuracy_budget = BUDGETS[kind_of_policy(policy)] if isinstance(policy, str) else 0.02
     start = time.perf_counter()
     env = gym.make(
         "backdoor_gym:BackdoorPrune-v0",
@@ -169,12 +175,12 @@ def repair(
         disable_env_checker=True,
     ).unwrapped
     assert isinstance(env, BackdoorPruneEnv)
-    if options and not isinstance(policy, str):
-        raise UnknownNameError(f"option of a {type(policy).__name__} that is made already", next(iter(options)), ())
-    acting = _make_policy(policy, env, accuracy_budget, options) if isinstance(policy, str) else policy
+    acting = make_policy(policy, env, options) if isinstance(policy, str) else policy
     takes_masks = "action_masks" in inspect.signature(acting.predict).parameters  # MaskablePPO's does
     observation, info = env.reset(seed=0)
     clean_before = info["acc"]
+    judge = getattr(acting, "verdict", None)
+    verdict = None if judge is None else float(judge(observation))
     pruned: list[str] = []
     state, first, done = None, np.array([True]), False
     while not done:
@@ -210,20 +216,6 @@ def repair(
         victim.neurons,
         mask,
         drawing,
+        verdict,
+        None if victim.simulated is None else victim.simulated.target,
     )
-
-
-def _make_policy(name: str, env: Any, accuracy_budget: float | None, options: dict[str, Any]) -> PredictingPolicy:
-    from .baselines import CLP, RandomPolicy
-
-    allowed = {"clp": ("u",), "random": ("seed",)}
-    if name not in allowed:
-        raise UnknownNameError("policy", name, allowed)
-    for option in options:
-        if option not in allowed[name]:
-            raise UnknownNameError(f"option of {name}", option, allowed[name])
-    if name == "random":
-        return RandomPolicy(**options)
-    if options.get("u") == "auto":
-        return CLP("auto", env, 0.02 if accuracy_budget is None else accuracy_budget)
-    return CLP(**options)

@@ -30,7 +30,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 def test_repair_writes_and_prints_what_it_did(run, infected_file, infected, tmp_path):
-    code, out, _ = run("repair", infected_file, "--u", "1.5", "--out", "result")
+    code, out, _ = run("repair", infected_file, "--policy", "clp", "--u", "1.5", "--out", "result")
     assert code == 0
     for word in ("ACC", "ASR", "RA", "DER", f"{infected.evaluate().acc:.3f}"):
         assert word in out
@@ -46,13 +46,39 @@ def test_repair_without_arguments_repairs_the_embedded_model(run, tmp_path):
     code, out, _ = run("repair")
     assert code == 0
     assert "digits-badnets" in out
+    assert "Signs of a backdoor, which seems to call label 3" in out
     assert (tmp_path / "repaired" / "digits-badnets" / "repaired.safetensors").exists()
+
+
+def test_a_clean_network_is_left_alone(run):
+    code, out, _ = run("repair", "digits-clean")
+    assert code == 0
+    assert "No sign of a backdoor: nothing pruned" in out
+    assert "Pruned 0 of" in out
+
+
+def test_train_makes_a_policy_that_repair_takes(run, infected_file, tmp_path, monkeypatch):
+    arguments = (
+        "train", "--infected", infected_file, "--infected", "digits-blended", "--validate", "digits-clean", "--steps", "128",
+        "--envs", "2", "--warm-epochs", "1", "--out", "mine.safetensors", "--tensorboard", "log",
+    )  # fmt: skip
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert "mine.safetensors" in out
+    assert "warm start" in err
+    assert "return" in err
+    assert list((tmp_path / "log").rglob("events.*"))
+    assert not list(tmp_path.glob("*.checkpoint"))
+    assert run("repair", infected_file, "--policy", "mine.safetensors")[0] == 0
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "exists already" in err
 
 
 def test_repair_says_so_where_no_trigger_is_known(run, infected, tmp_path):
     model = InfectedModel(infected.network, infected.clean, infected.test, architecture=infected.architecture)
     model.save(tmp_path / "blind.safetensors")
-    code, out, _ = run("repair", "blind.safetensors", "--u", "auto")
+    code, out, _ = run("repair", "blind.safetensors", "--policy", "clp", "--u", "auto")
     assert code == 0
     assert "No trigger is known" in out
     assert "unknown" in out
@@ -99,6 +125,7 @@ def test_list_and_inspect(run, infected_file):
     code, out, _ = run("list")
     assert code == 0
     assert "digits-badnets" in out
+    assert "Signs of a backdoor, which seems to call label 3" in out
     assert "digits-train/<seed>" in out
     assert "wrn16" in out
     assert run("list", "digits-test/99*")[1].split() == [
@@ -154,6 +181,11 @@ def test_bad_input_is_one_line_and_exit_code_2(run, infected_file, tmp_path):
         (("repair", "digits-badnet"), "did you mean 'digits-badnets'"),
         (("repair", "--policy", "clpp"), "did you mean 'clp'"),
         (("repair", "--u", "three"), "--u"),
+        (("repair", "--u", "3"), "unknown option of onp 'u'"),
+        (("repair", "--policy", "clp", "--finetune", "10"), "unknown option of clp 'finetune'"),
+        (("repair", "--policy", "absent.safetensors"), "no file absent.safetensors"),
+        (("train", "--infected", "digits-trian/*"), "digits-trian"),
+        (("train", "--most", "3"), "lower envs"),
         (("repair", "--budget", "7"), "accuracy_budget"),
         (("repair", "--device", "cpux"), "device"),
         (("repair", "--out", "file"), "file"),
@@ -205,4 +237,4 @@ def test_help_is_quick_and_complete():
     done = subprocess.run(
         [sys.executable, "-m", "backdoor_gym.cli", "--help"], capture_output=True, text=True, check=True
     )
-    assert all(command in done.stdout for command in ("repair", "infect", "list", "inspect", "zoo"))
+    assert all(command in done.stdout for command in ("repair", "train", "infect", "list", "inspect", "zoo"))

@@ -28,4 +28,4 @@ def test_the_example_of_a_network_of_your_own():
 
 def test_commands_that_set_up_a_machine_stand_on_one_line():
     commands = [line.strip() for line in README.splitlines() if line.startswith("    python3 -m venv")]
-    assert [command.rsplit("&& ", 1)[1] for command in commands] == ["backdoor-gym repair --u auto", "python -m pytest"]
+    assert [command.rsplit("&& ", 1)[1] for command in commands] == ["backdoor-gym repair", "python -m pytest"]

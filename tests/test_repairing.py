@@ -7,8 +7,9 @@ from sb3_contrib import MaskablePPO
 from torch import nn
 
 from backdoor_gym import InfectedModel, repair
+from backdoor_gym.agents import ONP
 from backdoor_gym.baselines import CLP, RandomPolicy
-from backdoor_gym.errors import BackdoorGymError, UnknownNameError
+from backdoor_gym.errors import BackdoorGymError, ModelFileError, UnknownNameError
 from backdoor_gym.zoo.files import read_tensors
 
 
@@ -28,7 +29,7 @@ def test_what_repair_says_is_what_it_did(infected):
 
 
 def test_the_default_of_clp_is_the_published_rule(infected):
-    result = repair(infected)
+    result = repair(infected, "clp")
     from backdoor_gym.baselines import clp
 
     expected = clp.prune(infected.network, u=3.0)
@@ -37,7 +38,8 @@ def test_the_default_of_clp_is_the_published_rule(infected):
 
 def test_the_policy_sees_neither_trigger_nor_test_images(infected):
     blind = InfectedModel(infected.network, infected.clean)
-    assert repair(blind, u="auto").pruned == repair(infected, u="auto").pruned
+    assert repair(blind, "clp", u="auto").pruned == repair(infected, "clp", u="auto").pruned
+    assert repair(blind).pruned == repair(infected).pruned
     assert repair(blind).before.acc is None
     assert repair(blind).der is None
 
@@ -64,8 +66,8 @@ def test_a_policy_that_needs_masks_gets_them(infected):
 
 
 def test_the_chosen_threshold_is_told(infected):
-    result = repair(infected, u="auto")
-    assert repair(infected, u=result.settings["u"]).pruned == result.pruned
+    result = repair(infected, "clp", u="auto")
+    assert repair(infected, "clp", u=result.settings["u"]).pruned == result.pruned
     assert result.report()["settings"] == result.settings
 
 
@@ -80,7 +82,7 @@ def test_a_module_that_is_not_ours(tmp_path):
     with torch.no_grad():
         module[0].weight[4] *= 50
     model = InfectedModel.from_module(module, clean=(torch.rand(30, 1, 8, 8), torch.randint(0, 3, (30,))))
-    result = repair(model)
+    result = repair(model, "clp")
     assert result.pruned == ["0[4]"]
     assert result.compact()[0].out_channels == 19
     weights, report, picture = result.save(tmp_path / "deep" / "out")
@@ -92,17 +94,17 @@ def test_a_module_that_is_not_ours(tmp_path):
 
 
 def test_the_saved_network_is_an_infected_model_again(infected, tmp_path):
-    result = repair(infected, u=1.5)
+    result = repair(infected, "clp", u=1.5)
     weights, *_ = result.save(tmp_path)
     again = InfectedModel.load(weights)
     assert again.evaluate() == result.after
     assert again.name == "tiny-repaired"
     assert again.facts["repaired_by"] == "clp"
-    assert repair(again, u=1.5).before == result.after
+    assert repair(again, "clp", u=1.5).before == result.after
 
 
 def test_compact_gives_the_same_answers(infected):
-    result = repair(infected, u=1.0)
+    result = repair(infected, "clp", u=1.0)
     smaller = result.compact()
     images = infected.test.images[:50]
     with torch.no_grad():
@@ -116,7 +118,43 @@ def test_unknown_policies_and_options_are_named(infected):
         repair(infected, "clpp")
     with pytest.raises(UnknownNameError, match="option of a CLP that is made already"):
         repair(infected, CLP(), u=2)
+    with pytest.raises(UnknownNameError, match="option of onp"):
+        repair(infected, u=3)
+    with pytest.raises(BackdoorGymError, match="finetune"):
+        repair(infected, finetune=-1)
+    with pytest.raises(ModelFileError, match="no file"):
+        repair(infected, "absent.safetensors")
     with pytest.raises(UnknownNameError, match="option of random"):
         repair(infected, "random", u=3)
     with pytest.raises(BackdoorGymError, match="number"):
-        repair(infected, u="automatic")
+        repair(infected, "clp", u="automatic")
+
+
+def test_the_default_is_the_policy_that_comes_with_the_package(infected):
+    result = repair(infected)
+    assert result.policy == "onp"
+    assert 0 <= result.verdict <= 1
+    assert result.suspected_target == infected.target
+    assert result.clean_acc_before - result.clean_acc_after <= 0.01 + 1e-9
+    assert result.report()["verdict"] == result.verdict
+    again = repair(infected)
+    assert again.pruned == result.pruned
+    assert repair(infected, "clp").verdict is None
+
+
+def test_a_policy_file_is_taken_by_its_path(infected, tmp_path):
+    file = ONP(seed=1).save(tmp_path / "mine.safetensors")
+    result = repair(infected, str(file), accuracy_budget=0.02, max_steps=5, look_ahead=False)
+    env = gym.make("BackdoorPrune-v0", infected=infected, max_steps=5, score_samples=0)
+    assert result.pruned == repair(infected, ONP.load(file, env), max_steps=5).pruned
+
+
+def test_finetuning_learns_on_the_network_without_its_trigger(infected, monkeypatch):
+    """Nothing of the trigger is there to learn from, and the policy is another one afterwards."""
+    blind = InfectedModel(infected.network, infected.clean)
+    before = repair(blind, max_steps=5)
+    torch.manual_seed(0)
+    after = repair(blind, finetune=256, max_steps=5)
+    assert after.verdict != before.verdict
+    assert after.clean_acc_before - after.clean_acc_after <= 0.01 + 1e-9
+    assert repair(blind, finetune=256, max_steps=5).pruned == after.pruned

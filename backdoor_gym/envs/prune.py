@@ -137,6 +137,11 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         _check(accuracy_budget, max_steps, max_failures, clean_samples, score_samples, residual, connections, similar)
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise UnknownNameError("render mode", render_mode, self.metadata["render_modes"])
+        self._options = {
+            "infected": infected, "accuracy_budget": accuracy_budget, "max_steps": max_steps, "max_failures": max_failures,
+            "step_cost": step_cost, "failure_cost": failure_cost, "residual": residual, "connections": connections,
+            "similar": similar, "clean_samples": clean_samples, "data": data, "device": device,
+        }  # fmt: skip
         self.accuracy_budget = accuracy_budget
         self.max_steps = max_steps
         self.max_failures = max_failures
@@ -226,6 +231,10 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         if self._victim is None:
             raise gym.error.ResetNeeded("call reset() before anything else")
         return self._victim
+
+    def spec_options(self) -> dict[str, Any]:
+        """The arguments that another environment of the same networks is made with, without reward, scoring and drawing."""
+        return dict(self._options)
 
     @property
     def step_limit(self) -> int:

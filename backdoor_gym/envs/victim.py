@@ -195,7 +195,11 @@ class Victim:
     def _score(self, logits: Tensor) -> tuple[float, float, float]:
         target = self.model.target
         assert target is not None
-        return attack_success(logits, target), accuracy(logits, self.triggered[1].to(logits.device)), danger(logits, target)
+        return (
+            attack_success(logits, target),
+            accuracy(logits, self.triggered[1].to(logits.device)),
+            danger(logits, target),
+        )
 
 
 @dataclass(frozen=True)

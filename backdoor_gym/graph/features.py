@@ -10,7 +10,7 @@
 | ``weight`` | gamma of the BN |
 | ``bias`` | beta of the BN |
 | ``saliency`` | absolute derivative of the clean cross-entropy with respect to the neuron's mask |
-| ``pull`` | derivative of the suspected target's logit by the neuron's mask under the simulated trigger (``simulated_trigger.py``) |
+| ``pull`` | derivative of the suspected target's logit by the mask under the simulated trigger (``simulated_trigger.py``) |
 | ``depth`` | index of the layer over that of the last, in [0, 1], not standardised |
 
 Standardised is (x - mean) / unbiased standard deviation over the layer; zero where that deviation is zero or the layer

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from backdoor_gym.envs.prune import BackdoorPruneEnv
-from backdoor_gym.envs.reward import ACCURACY_WEIGHT, AccuracyReward, Transition, oracle_reward, suspicion
+from backdoor_gym.envs.reward import ACCURACY_WEIGHT, CLEAN_PRUNE_COST, Transition, accuracy_reward, oracle_reward
 from backdoor_gym.envs.victim import Figures
 from backdoor_gym.errors import DataError
-from backdoor_gym.graph.features import STATIC_FEATURES
 from backdoor_gym.infected import InfectedModel
 
 
@@ -18,27 +17,28 @@ def victim(infected):
     return env.victim
 
 
-def test_suspicion_points_at_what_stands_out_and_sums_to_one(victim):
-    weights = suspicion(victim)
-    assert weights.sum() == pytest.approx(1)
-    scores = victim.features[:, [STATIC_FEATURES.index("uclc"), STATIC_FEATURES.index("kl")]].max(axis=1)
-    assert np.array_equal(weights > 0, scores > 2)
-    assert weights.argmax() == scores.argmax()
+def test_accuracy_reward_is_the_fall_of_the_suspected_danger_minus_accuracy_lost(victim):
+    before, after = Figures(0.98, 0.1, suspected_danger=0.9), Figures(0.97, 0.1, suspected_danger=0.5)
+    assert accuracy_reward(Transition(victim, 3, before, after)) == pytest.approx(0.4 - 0.01 * ACCURACY_WEIGHT)
 
 
-def test_accuracy_reward_is_suspicion_minus_accuracy_lost(victim):
-    unit = int(suspicion(victim).argmax())
-    before, after = Figures(0.98, 0.1), Figures(0.97, 0.1)
-    reward = AccuracyReward()(Transition(victim, unit, before, after))
-    assert reward == pytest.approx(suspicion(victim)[unit] - 0.01 * ACCURACY_WEIGHT)
+def test_the_accuracy_reward_never_looks_at_the_trigger(infected):
+    """The same rewards with the trigger known and unknown, at every step of an episode."""
+    rewards = []
+    for model in (infected, InfectedModel(infected.network, infected.clean)):
+        env = BackdoorPruneEnv(model, accuracy_budget=None)
+        env.reset(seed=0)
+        rewards.append([env.step(unit)[1] for unit in range(0, 112, 9)])
+    assert rewards[0] == rewards[1]
+    assert len(set(rewards[0])) > 5
 
 
-def test_losing_five_points_outweighs_everything(victim):
-    reward, acc, total = AccuracyReward(), 0.98, 0.0
+def test_losing_twenty_points_outweighs_everything(victim):
+    reward, acc, danger, total = accuracy_reward, 0.98, 1.0, 0.0
     for unit in range(len(victim)):
-        after = acc - 0.05 / len(victim)
-        total += reward(Transition(victim, unit, Figures(acc, 0), Figures(after, 0)))
-        acc = after
+        before = Figures(acc, 0, suspected_danger=danger)
+        acc, danger = acc - 0.2 / len(victim), danger - 1 / len(victim)
+        total += reward(Transition(victim, unit, before, Figures(acc, 0, suspected_danger=danger)))
     assert total <= 1e-9
 
 
@@ -55,7 +55,7 @@ def test_oracle_reward_needs_the_trigger(infected):
         env.step(0)
 
 
-def test_in_a_clean_model_the_oracle_knows_that_only_accuracy_counts(infected):
+def test_in_a_clean_model_every_prune_costs(infected):
     model = InfectedModel(infected.network, infected.clean, facts={"attack": "clean"})
     env = BackdoorPruneEnv(model, reward="oracle", accuracy_budget=None, step_cost=0.0)
     _, info = env.reset(seed=0)
@@ -63,7 +63,7 @@ def test_in_a_clean_model_the_oracle_knows_that_only_accuracy_counts(infected):
     for unit in (1, 20, 40):
         _, reward, _, _, info = env.step(unit)
         total += reward
-    assert total == pytest.approx(-ACCURACY_WEIGHT * (acc - info["acc"]))
+    assert total == pytest.approx(-3 * CLEAN_PRUNE_COST - ACCURACY_WEIGHT * (acc - info["acc"]))
 
 
 def test_a_callable_is_a_reward(infected):
@@ -83,4 +83,5 @@ def test_danger_falls_with_the_attack(infected):
     assert whole.asr > 0.9
     assert whole.danger > 0.8
     assert 0 <= nothing.danger <= 1
-    assert (whole.asr + 0) / 2 <= whole.danger <= (whole.asr + 1) / 2
+    assert whole.asr / 2 <= whole.danger <= (whole.asr + 1) / 2
+    assert whole.suspected_danger > nothing.suspected_danger

@@ -30,7 +30,7 @@ def setting(network_of):
 
 def test_features_follow_their_definitions(setting):
     network, neurons, images, labels = setting
-    features = neuron_features(network, neurons, images, labels)
+    features = neuron_features(network, neurons, images, labels, None)
     first = neurons.layers[0].neurons
     conv, norm = network.stem[0], network.stem[1]
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_features_follow_their_definitions(setting):
 
 def test_saliency_is_the_derivative_of_the_clean_loss_by_the_mask(setting):
     network, neurons, images, labels = setting
-    saliency = column(neuron_features(network, neurons, images, labels), "saliency")[neurons.layers[-1].neurons]
+    saliency = column(neuron_features(network, neurons, images, labels, None), "saliency")[neurons.layers[-1].neurons]
     step, expected = 1e-3, []
     norm = network.blocks[-1].bn
     with torch.no_grad():

@@ -1,0 +1,99 @@
+"""Training the general policy: a first guess from derivatives, then reinforcement over many models."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from backdoor_gym.zoo.catalogue import resolve
+
+from .encoder import EncoderOptions
+from .look_ahead import LookAhead
+from .onp import ONP
+from .school import ENVIRONMENT, MAX_STEPS, school
+from .validation import Validation, choose_look_ahead
+from .warm_start import examples, warm_start
+
+#: Gentler than what a policy that begins from nothing needs.
+PPO_AFTER_WARM_START: dict[str, Any] = {"learning_rate": 5e-4, "ent_coef": 0.003, "gamma": 0.97}
+#: Triggered images in training; danger is a mean over them.
+SCORE_SAMPLES = 64
+LOOKS = tuple(LookAhead(10, loss, danger) for loss in (0.0, 3.0, 10.0) for danger in (0.0, 5.0, 20.0))
+
+Report = Callable[[str], None]
+
+
+def train(
+    infected: Sequence[str],
+    validation: Sequence[str],
+    total_timesteps: int,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    envs: int = 16,
+    epochs: int = 10,
+    encoder: EncoderOptions | None = None,
+    looks: Sequence[LookAhead] = LOOKS,
+    tensorboard_log: str | Path | None = None,
+    progress_bar: bool = False,
+    report: Report | None = None,
+    **ppo: Any,
+) -> ONP:
+    """Train a policy on some models, choose checkpoint and look-ahead on others, and write it to a file.
+
+    Interrupted and called again it goes on after the last rollout: the checkpoint lies beside ``out`` until the end.
+
+    Args:
+        infected: names and patterns to learn from; their triggers must be known.
+        validation: names and patterns that every choice is made on.
+        total_timesteps: steps of reinforcement.
+        out: file of the policy.
+        seed: of everything.
+        envs: sub-environments; the models are divided among them.
+        epochs: passes of the warm start over the models, 0 for none.
+        encoder: shape of the network.
+        looks: look-aheads to choose from; none for a policy without.
+        tensorboard_log: folder for TensorBoard.
+        progress_bar: whether to draw one.
+        report: called with a line of text whenever there is something to say.
+        ppo: arguments of ``MaskablePPO``.
+    """
+    say = report or (lambda line: None)
+    out, checkpoint = Path(out), checkpoint_of(out)
+    if not checkpoint.is_file():
+        out.unlink(missing_ok=True)  # of an earlier training: not to be compared with
+    names, judges = ([name for pattern in patterns for name in resolve(pattern)] for patterns in (infected, validation))
+    say(f"preparing {len(names)} models")
+    vector = school(names, envs, seed=seed, reward="oracle", score_samples=SCORE_SAMPLES)
+    settings = {**(PPO_AFTER_WARM_START if epochs else {}), **ppo}
+    onp = ONP(vector, encoder=encoder, seed=seed, tensorboard_log=tensorboard_log, **settings)
+    if epochs and not checkpoint.is_file():
+        losses = warm_start(onp.network, examples(names, score_samples=SCORE_SAMPLES), epochs, seed=seed)
+        say(f"warm start: cross-entropy {losses[0]:.2f} -> {losses[-1]:.2f}")
+    best = Validation(
+        onp,
+        judges,
+        out,
+        report=lambda figures: say(", ".join(f"{key} {value:.3f}" for key, value in figures.items())),
+        score_samples=SCORE_SAMPLES,
+        max_steps=MAX_STEPS,
+    )
+    onp.learn(total_timesteps, callback=best, checkpoint=checkpoint, progress_bar=progress_bar)
+    vector.close()
+    onp = ONP.load(out)
+    if looks:
+        env = gym.make(f"backdoor_gym:{ENVIRONMENT}", infected=judges, max_steps=MAX_STEPS, disable_env_checker=True)
+        onp.set_env(env)
+        ratings = choose_look_ahead(onp, env, judges, looks)
+        for look, rating in ratings.items():
+            say(f"look-ahead {look.candidates} {look.loss_weight:g} {look.danger_weight:g}: DER {rating:.3f}")
+    onp.facts |= {"seed": seed, "models": len(names), "learned_on": list(infected), "chosen_on": list(validation)}
+    onp.save(out)
+    checkpoint.unlink(missing_ok=True)
+    return onp
+
+
+def checkpoint_of(out: str | Path) -> Path:
+    """Where an unfinished training of that policy lies."""
+    return Path(out).with_name(f"{Path(out).name}.checkpoint")

@@ -1,0 +1,90 @@
+"""Policies by name, built for the environment that they act in."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from .envs.prune import BackdoorPruneEnv
+from .errors import DataError, UnknownNameError
+
+#: The options of each policy.
+POLICIES: dict[str, tuple[str, ...]] = {
+    "onp": ("look_ahead", "finetune", "seed"),
+    "clp": ("u",),
+    "random": ("seed",),
+}
+#: Clean accuracy that each may lose by default; None is no guard, as the rule was published.
+BUDGETS: dict[str, float | None] = {"onp": 0.01, "clp": None, "random": 0.02}
+#: A file of a policy that ``ONP.save`` wrote is named by its path.
+SUFFIX = ".safetensors"
+
+
+class PredictingPolicy(Protocol):
+    """Anything with the ``predict`` of Stable-Baselines3."""
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """Action and state."""
+
+
+def check_policy(name: str, options: dict[str, Any]) -> None:
+    """Find out before the work that a name or an option is unknown.
+
+    Raises:
+        UnknownNameError: no such policy, or it has no such option.
+        DataError: an unusable option.
+    """
+    kind = kind_of_policy(name)
+    for option in options:
+        if option not in POLICIES[kind]:
+            raise UnknownNameError(f"option of {kind}", option, POLICIES[kind])
+    steps = options.get("finetune", 0)
+    if not isinstance(steps, int) or steps < 0:
+        raise DataError(f"finetune must be a number of steps, not {steps!r}")
+
+
+def kind_of_policy(name: str) -> str:
+    """The name itself, or "onp" for a policy file.
+
+    Raises:
+        UnknownNameError: no such policy.
+    """
+    if name.endswith(SUFFIX):
+        return "onp"
+    if name not in POLICIES:
+        raise UnknownNameError("policy", name, POLICIES, hint="or the path of a policy file, *.safetensors")
+    return name
+
+
+def make_policy(name: str, env: BackdoorPruneEnv, options: dict[str, Any]) -> PredictingPolicy:
+    """The policy of that name, or of that file, for that environment.
+
+    Raises:
+        UnknownNameError: no such policy, or it has no such option.
+        ModelFileError: an unreadable policy file.
+    """
+    from .baselines import CLP, RandomPolicy
+
+    check_policy(name, options)
+    if name == "random":
+        return RandomPolicy(**options)
+    if name == "clp":
+        if options.get("u") == "auto":
+            budget = env.accuracy_budget
+            return CLP("auto", env, 0.02 if budget is None else budget)
+        return CLP(**options)
+    return _make_onp(name, env, **options)
+
+
+def _make_onp(
+    name: str, env: BackdoorPruneEnv, look_ahead: bool = True, finetune: int = 0, seed: int = 0
+) -> PredictingPolicy:
+    from .agents import ONP
+    from .agents.finetuning import learn_alone
+
+    onp = ONP.load(Path(name) if name.endswith(SUFFIX) else "pretrained", env, seed=seed)
+    if finetune:
+        learn_alone(onp, env, finetune)
+    if not look_ahead:
+        onp.look_ahead = None
+    return onp

@@ -1,0 +1,124 @@
+"""What ONP is compared with beside the published rules: a ridge regression on the same models, and two references."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import Ridge
+from torch.nn import functional as F
+
+from backdoor_gym.agents import ONP, LookAhead
+from backdoor_gym.agents.warm_start import benefits
+from backdoor_gym.envs.observation import NODE_FEATURES
+from backdoor_gym.envs.prune import BackdoorPruneEnv
+from backdoor_gym.envs.victim import Victim
+from backdoor_gym.graph.features import STATIC_FEATURES
+from backdoor_gym.metrics import accuracy, danger, der
+from backdoor_gym.pruning.masked import MaskedNetwork
+
+STATIC = len(STATIC_FEATURES)
+
+
+class Ranking(ONP):
+    """Prunes by a score of the static features while it is above a threshold; looks ahead as ONP does."""
+
+    def __init__(self, env: Any, threshold: float = -np.inf, look_ahead: LookAhead | None = None) -> None:
+        super().__init__(look_ahead=look_ahead, seed=0)
+        self.env, self.threshold = env, threshold
+
+    def score(self, features: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def logits(self, observation: Any) -> np.ndarray:
+        scores = self.score(observation["nodes"][:, :STATIC])
+        return np.append(scores, max(self.threshold, -1e6))[None].astype(np.float32)
+
+
+class Column(Ranking):
+    """By one feature alone."""
+
+    def __init__(self, env: Any, name: str, **options: Any) -> None:
+        super().__init__(env, **options)
+        self.column, self.sign = NODE_FEATURES.index(name), -1 if name == "log_variance_ratio" else 1
+
+    def score(self, features: np.ndarray) -> np.ndarray:
+        return self.sign * features[:, self.column]
+
+
+class RidgePolicy(Ranking):
+    """By a ridge regression of the first-order benefit of each prune on all static features."""
+
+    def __init__(self, env: Any, model: Ridge, **options: Any) -> None:
+        super().__init__(env, **options)
+        self.model = model
+
+    def score(self, features: np.ndarray) -> np.ndarray:
+        return self.model.predict(features.astype(np.float64))
+
+
+def fit_ridge(infected: Sequence[str]) -> Ridge:
+    """Fitted on the infected ones of these models, with the labels that ONP's warm start has."""
+    env = BackdoorPruneEnv(list(infected), score_samples=100)
+    features, labels = [], []
+    for name in infected:
+        env.reset(seed=0, options={"infected": name})
+        if env.victim.model.facts["attack"] != "clean":
+            features.append(env.victim.features.astype(np.float64))
+            labels.append(benefits(env.victim))
+    return Ridge(10.0).fit(np.concatenate(features), np.concatenate(labels))
+
+
+def greedy_reference(victim: Victim, accuracy_budget: float, candidates: int = 60, steps: int = 60) -> np.ndarray:
+    """Pruned units, bool (units,): greedy search on the true test ACC and danger, within the budget on the clean images.
+
+    It knows the trigger and the test images: a reference of what pruning one neuron after the other can reach, not a
+    bound. Only the ``candidates`` units of the largest first-order benefit are tried.
+    """
+    model = victim.model
+    assert model.test is not None
+    assert model.trigger is not None
+    assert model.target is not None
+    others = model.test.labels != model.target
+    clean = MaskedNetwork(victim.neurons, model.test.images)
+    triggered = MaskedNetwork(victim.neurons, model.trigger(model.test.images[others]))
+
+    def look(pruned: np.ndarray) -> tuple[float, float]:
+        mask = victim.neuron_mask(pruned)
+        logits = clean.logits(mask)
+        value = danger(triggered.logits(mask), model.target)
+        return accuracy(logits, model.test.labels), value - 0.01 * F.cross_entropy(logits, model.test.labels).item()
+
+    tried = np.argsort(-benefits(victim))[:candidates]
+    pruned = np.zeros(len(victim), dtype=bool)
+    victim.restart()
+    initial = victim.figures(pruned, score=False).acc
+    first_acc, now = look(pruned)
+    best, best_value = pruned.copy(), der(first_acc, now, first_acc, now)
+    for _ in range(steps):
+        options = []
+        for unit in tried:
+            if pruned[unit]:
+                continue
+            candidate = pruned.copy()
+            candidate[unit] = True
+            if initial - victim.figures(candidate, score=False).acc > accuracy_budget + 1e-9:
+                continue
+            acc, value = look(candidate)
+            options.append((value + max(0.0, first_acc - acc), int(unit)))
+        if not options:
+            break
+        value, unit = min(options)
+        pruned[unit] = True
+        for network in (clean, triggered):
+            network.logits(victim.neuron_mask(pruned))
+            network.keep()
+        victim.figures(pruned, score=False)
+        victim.keep()
+        acc, value = look(pruned)
+        if (rated := der(first_acc, now, acc, value)) > best_value:
+            best, best_value = pruned.copy(), rated
+    return best
+
+
+torch.set_num_threads(1)

@@ -1,0 +1,202 @@
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from sb3_contrib import MaskablePPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+
+import backdoor_gym
+from backdoor_gym.agents import ONP, EncoderOptions, GraphPolicy, GraphRolloutBuffer, LookAhead
+from backdoor_gym.errors import DataError, ModelFileError
+
+from .conftest import PLANTED
+
+gym.register_envs(backdoor_gym)
+QUICK = {"n_steps": 16, "batch_size": 16, "n_epochs": 1}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(infected, **arguments):
+    return gym.make(
+        "BackdoorPrune-v0", infected=infected, **{"max_steps": 12, "score_samples": 0, "clean_samples": 50, **arguments}
+    )
+
+
+def same_weights(first, second):
+    ours, theirs = first.network.state_dict(), second.network.state_dict()
+    return all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("reward", ["acc", "oracle"])
+def test_it_learns_to_find_the_planted_neuron(planted, reward):
+    """In seconds, from clean images alone or with the trigger; a right episode is one prune and a stop."""
+    make_one = lambda: make(planted, reward=reward, score_samples=100, clean_samples=None)  # noqa: E731
+    onp = ONP(DummyVecEnv([make_one] * 4), seed=0, n_steps=32, batch_size=64, learning_rate=3e-3)
+    onp.learn(2_500)
+    env = make_one()
+    observation, before = env.reset(seed=0)
+    assert before["asr"] == 1
+    actions, done = [], False
+    while not done:
+        action, _ = onp.predict(observation, deterministic=True)
+        actions.append(int(action))
+        observation, _, terminated, truncated, info = env.step(int(action))
+        done = terminated or truncated
+    assert actions[0] == PLANTED
+    assert actions[-1] == 8
+    assert info["asr"] == 0
+    assert info["acc"] == before["acc"]
+
+
+def test_maskable_ppo_takes_the_policy_class(infected, plain_infected, tmp_path):
+    env = make([infected, plain_infected])
+    model = MaskablePPO(GraphPolicy, env, policy_kwargs={"hops": 1}, seed=0, **QUICK).learn(32)
+    model.save(tmp_path / "model")
+    again = MaskablePPO.load(tmp_path / "model", env=env)
+    observation, _ = env.reset(seed=0)
+    masks = env.unwrapped.action_masks()
+    first = model.predict(observation, action_masks=masks, deterministic=True)[0]
+    assert first == again.predict(observation, action_masks=masks, deterministic=True)[0]
+    assert masks[first]
+
+
+def test_the_shared_edges_change_nothing_in_training(infected, plain_infected):
+    weights = []
+    for options in ({}, {"rollout_buffer_class": GraphRolloutBuffer}):
+        env = make([infected, plain_infected])
+        model = MaskablePPO(GraphPolicy, env, seed=0, **QUICK, **options).learn(32)
+        weights.append(model.policy.network.state_dict())
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, atol=1e-4, rtol=1e-3)
+
+
+def test_other_environments_are_refused():
+    with pytest.raises(DataError, match="BackdoorPrune-v0"):
+        MaskablePPO(GraphPolicy, gym.make("CartPole-v1"))
+
+
+def test_training_is_reproducible(infected):
+    first, second = (ONP(make(infected), seed=3, **QUICK).learn(32) for _ in range(2))
+    assert same_weights(first, second)
+    assert first.num_timesteps == 32
+    assert not same_weights(first, ONP(make(infected), seed=4, **QUICK).learn(32))
+
+
+def test_saved_and_loaded_it_acts_alike_on_networks_of_other_sizes(infected, plain_infected, tmp_path):
+    onp = ONP(make(infected), seed=0, look_ahead=LookAhead(5, 2.0, 1.0), **QUICK).learn(32)
+    file = onp.save(tmp_path / "deep" / "policy.safetensors")
+    again = ONP.load(file)
+    assert same_weights(onp, again)
+    assert again.look_ahead == onp.look_ahead
+    assert again.num_timesteps == 32
+    observation, _ = make(plain_infected).reset(seed=0)
+    action, _ = again.predict(observation, deterministic=True)
+    assert observation["action_mask"][action]
+    np.testing.assert_array_equal(again.logits(observation), onp.logits(observation))
+
+
+def test_files_are_no_pickles_and_bad_ones_are_refused(infected, infected_file, tmp_path):
+    file = ONP(encoder=EncoderOptions(hops=1)).save(tmp_path / "policy.safetensors")
+    header = json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")])
+    described = json.loads(header["__metadata__"]["backdoor_gym"])
+    assert described["encoder"]["options"]["hops"] == 1
+    with pytest.raises(ModelFileError, match="onp-policy"):
+        ONP.load(infected_file)
+    with pytest.raises(ModelFileError, match="no file"):
+        ONP.load(tmp_path / "none.safetensors")
+    MaskablePPO(GraphPolicy, make(infected), **QUICK).save(tmp_path / "sb3.zip")
+    with pytest.raises(ModelFileError, match="pickle"):
+        ONP.load(tmp_path / "sb3.zip")
+
+
+def test_a_policy_of_other_features_is_refused(tmp_path, monkeypatch):
+    file = ONP().save(tmp_path / "policy.safetensors")
+    monkeypatch.setattr("backdoor_gym.agents.encoder.NODE_FEATURES", ("colour",))
+    with pytest.raises(ModelFileError, match="other features"):
+        ONP.load(file)
+
+
+class Stop(BaseCallback):
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+
+    def _on_step(self):
+        return self.num_timesteps < self.steps
+
+
+def test_an_interrupted_training_goes_on_from_its_checkpoint(infected, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    first = ONP(make(infected), seed=0, **QUICK)
+    first.learn(96, callback=Stop(40), checkpoint=path)
+    assert path.is_file()
+    second = ONP(make(infected), seed=0, **QUICK)
+    seen = []
+    second.learn(96, callback=lambda local, _: seen.append(local["self"].num_timesteps) or True, checkpoint=path)
+    assert seen[0] == 33
+    assert seen[-1] == 96
+    steps = {int(entry["step"]) for entry in second._trainer().policy.optimizer.state_dict()["state"].values()}
+    assert steps == {6}  # one update a rollout, those before the interruption included
+    assert second.learn(96, checkpoint=path) is second  # nothing is left to do
+
+
+def test_a_checkpoint_of_another_shape_is_refused(infected, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    ONP(make(infected), seed=0, **QUICK).learn(64, checkpoint=path)
+    with pytest.raises(ModelFileError, match="another shape"):
+        ONP(make(infected), encoder=EncoderOptions(hops=1), **QUICK).learn(64, checkpoint=path)
+
+
+def test_learning_needs_an_environment():
+    with pytest.raises(DataError, match="environment"):
+        ONP().learn(10)
+
+
+def test_look_ahead_avoids_what_breaks_the_budget(infected):
+    """With a budget of 0 and a policy without preference, only prunes that cost no clean image are left."""
+    env = make(infected, accuracy_budget=0.0, max_steps=15, clean_samples=None)
+    onp = ONP(env, seed=0, look_ahead=LookAhead(candidates=20, loss_weight=50.0))
+    onp.network.stop[-1].bias.data.fill_(-100)
+    observation, before = env.reset(seed=0)
+    for _ in range(10):
+        action, _ = onp.predict(observation, deterministic=True)
+        observation, _, _, _, info = env.step(int(action))
+        assert not info["undone"]
+    assert info["pruned"] == 10
+    assert info["acc"] >= before["acc"]
+
+
+def test_look_ahead_weighs_the_clean_loss_and_the_suspected_danger(infected):
+    env = make(infected, accuracy_budget=None, clean_samples=None)
+    observation, _ = env.reset(seed=0)
+    logits = np.zeros(113, dtype=np.float32)
+    figures = [env.unwrapped.evaluate_also([unit]) for unit in range(112)]
+    base = env.unwrapped.evaluate_also([])
+    for look, quantity in (
+        (LookAhead(112, 1.0, 0.0), [base.loss - one.loss for one in figures]),
+        (LookAhead(112, 0.0, 2.0), [2 * (base.suspected_danger - one.suspected_danger) for one in figures]),
+    ):
+        np.testing.assert_allclose(look.correct(logits, observation, env, 0)[:-1], quantity, atol=1e-6)
+    few = LookAhead(3).correct(np.arange(113, dtype=np.float32), observation, env, 0)
+    assert np.isfinite(few).nonzero()[0].tolist() == [109, 110, 111, 112]
+
+
+@pytest.mark.parametrize("kind", [DummyVecEnv, SubprocVecEnv])
+def test_it_looks_ahead_in_vector_environments(infected_file, kind):
+    env = make_vec_env(lambda: make(str(infected_file)), n_envs=2, vec_env_cls=kind)
+    onp = ONP(env, seed=0, look_ahead=LookAhead(candidates=2))
+    mean, _ = evaluate_policy(onp, env, n_eval_episodes=2, warn=False)
+    assert np.isfinite(mean)
+    env.close()
