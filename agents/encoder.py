@@ -14,6 +14,7 @@ from backdoor_gym.graph.features import STATIC_FEATURES
 from backdoor_gym.graph.neuron_graph import EDGE_FEATURES
 
 _STATIC = len(STATIC_FEATURES)
+_PRUNED, _TRIED = NODE_FEATURES.index("pruned"), NODE_FEATURES.index("tried")
 #: Logit of what is no neuron; as low as sb3-contrib's own masks.
 PADDING = -1e8
 
@@ -82,9 +83,12 @@ class GraphActorCritic(nn.Module):
                 int64 (batch,), say which row is whose. Edges may be cut at the largest ``num_edges``.
 
         Returns:
-            Logits float32 (batch, N + 1), ``PADDING`` where there is no neuron, and values float32 (batch, 1).
+            Logits float32 (batch, N + 1), ``PADDING`` where there is no neuron, and values float32 (batch, 1). The
+            probabilities of the legal neurons sum to 1, so that the stop logit alone is the log odds of stopping,
+            whatever the number of neurons.
         """
-        nodes = observation["nodes"].float() * self.node_columns
+        flags = observation["nodes"].float()
+        nodes = flags * self.node_columns
         batch, most, _ = nodes.shape
         device = nodes.device
         counts = observation["num_nodes"].long().view(-1)
@@ -99,9 +103,18 @@ class GraphActorCritic(nn.Module):
         h = self.leave(h + self.decide(h))
         pooled = torch.cat([global_mean_pool(h, row, batch), global_max_pool(h, row, batch), figures], dim=1)
         logits = torch.full((batch, most + 1), PADDING, device=device)
-        logits[:, :most][real] = self.neuron(h).squeeze(1)
+        logits[:, :most][real] = self._among_legal(self.neuron(h).squeeze(1), flags[real], row, batch)
         logits[:, most] = self.stop(pooled).squeeze(1)
         return logits, self.value(pooled)
+
+    @staticmethod
+    def _among_legal(scores: Tensor, nodes: Tensor, row: Tensor, batch: int) -> Tensor:
+        """Log probability of each neuron among those of its network that are neither pruned nor tried."""
+        illegal = (nodes[:, _PRUNED] + nodes[:, _TRIED]) > 0
+        scores = scores.masked_fill(illegal, PADDING)
+        top = torch.full((batch,), PADDING, device=scores.device).scatter_reduce(0, row, scores.detach(), "amax")
+        total = torch.zeros(batch, device=scores.device).index_add(0, row, (scores - top[row]).exp())
+        return scores - top[row] - total.clamp(min=1e-30).log()[row]
 
     def _embed(
         self, observation: Mapping[str, Tensor], nodes: Tensor, counts: Tensor, real: Tensor

@@ -1,11 +1,12 @@
 """A first guess for the policy, before it learns from episodes: what each neuron's prune would do, to first order.
 
 On models of ours the trigger is known, so the derivatives of the true target's margin and of the clean loss by every
-neuron's mask are. The policy is fitted to prefer neurons whose loss hurts the trigger and not the clean images, and to
-stop at once in clean models. Exploring hundreds of actions from nothing would take far more episodes.
+neuron's mask are. The policy is fitted to prefer neurons whose loss hurts the trigger and not the clean images, to stop
+once the trigger fails, and to stop at once in clean models, in states along one repair of each model. Exploring hundreds
+of actions from nothing would take far more episodes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,64 +23,100 @@ from backdoor_gym.metrics import target_margin
 from .encoder import GraphActorCritic
 from .graph_policy import OBSERVED
 
-#: Triggered images that derivatives are taken on.
+#: Images that derivatives are taken on.
 IMAGES = 100
-#: Standard deviations of benefit over which the preference falls by a factor e.
-TEMPERATURE = 1.0
+#: Danger below which a repair is done.
+DONE = 0.1
+#: Steps of a repair after which its state becomes an example.
+STATES = (0, 4, 10, 20, 35)
+_GRAPH = ("edges", "edge_links", "num_edges")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A whole network as it is first observed, and how much each action is to be preferred, float32 (n + 1,), sum 1."""
+    """States along a repair of one network, and how much each action is to be preferred in them.
+
+    Attributes:
+        observation: arrays of the environment's observation without padding, (states, ...); those of the edges once.
+        preference: float32 (states, n + 1), of sum 1.
+    """
 
     observation: dict[str, np.ndarray]
     preference: np.ndarray
 
 
-def benefits(victim: Victim) -> np.ndarray:
+def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
     """First-order benefit of pruning each unit, float64 (units,); zeros for a clean model.
 
     It is what the prune takes from the margin of the true target, less what it adds to the clean loss, each in standard
     deviations over the network.
 
+    Args:
+        victim: the model.
+        pruned: units that are pruned already, bool (units,).
+
     Raises:
         DataError: the trigger is not known.
     """
-    if victim.model.facts.get("attack") == "clean":
+    if _is_clean(victim):
         return np.zeros(len(victim))
     images, _ = victim.triggered
     if not len(images) or victim.model.target is None:
         raise DataError(f"the trigger of {victim.name} is not known")
     target = victim.model.target
     clean, labels = victim.clean.images[:IMAGES], victim.clean.labels[:IMAGES]
-    pull = _by_mask(victim, images[:IMAGES], lambda logits: target_margin(logits, target).mean())
-    harm = -_by_mask(victim, clean, lambda logits: F.cross_entropy(logits, labels))
+    mask = victim.neuron_mask(np.zeros(len(victim), dtype=bool) if pruned is None else pruned)
+    pull = _by_mask(victim, mask, images[:IMAGES], lambda logits: target_margin(logits, target).mean())
+    harm = -_by_mask(victim, mask, clean, lambda logits: F.cross_entropy(logits, labels))
     return pull / max(pull.std(), 1e-12) - np.maximum(harm, 0) / max(harm.std(), 1e-12)
 
 
-def examples(infected: Sequence[str], **options: Any) -> list[Example]:
-    """An example of each model.
+def examples(infected: Sequence[str], seed: int = 0, **options: Any) -> list[Example]:
+    """An example of each model: what a repair by first-order benefit meets.
 
     Args:
         infected: names.
+        seed: of the noise that makes repairs differ from the best.
         options: of the environment.
     """
-    env = BackdoorPruneEnv(list(infected), **options)
-    found = []
-    for name in infected:
-        observation, _ = env.reset(seed=0, options={"infected": name})
-        victim = env.victim
-        preference = np.zeros(len(victim) + 1)
-        if victim.model.facts.get("attack") == "clean":
-            preference[-1] = 1
-        else:
-            benefit = benefits(victim) / TEMPERATURE
-            chances = np.exp(benefit - benefit.max())
-            preference[:-1] = chances / chances.sum()
-        rows = {"nodes": len(victim), "edges": len(victim.graph.edges), "edge_links": len(victim.graph.edges)}
-        kept = {key: observation[key][: rows.get(key)] for key in OBSERVED}
-        found.append(Example(kept, preference.astype(np.float32)))
-    return found
+    env = BackdoorPruneEnv(list(infected), reward="oracle", **options)
+    random = np.random.default_rng(seed)
+    return [_example(env, name, random) for name in infected]
+
+
+def _example(env: BackdoorPruneEnv, name: str, random: np.random.Generator) -> Example:
+    observation, _ = env.reset(seed=0, options={"infected": name})
+    victim = env.victim
+    order = benefits(victim) + random.gumbel(size=len(victim))
+    edges = int(observation["num_edges"][0])
+    seen: list[dict[str, np.ndarray]] = []
+    preferences: list[np.ndarray] = []
+    for step in range(max(STATES) + 1):
+        legal = env.action_masks()[:-1][: len(victim)]
+        if not legal.any():
+            break
+        if step in STATES:
+            seen.append({key: observation[key] for key in OBSERVED if key not in _GRAPH})
+            seen[-1]["nodes"] = observation["nodes"][: len(victim)]
+            preferences.append(_preference(env, legal))
+        observation, _, terminated, truncated, _ = env.step(int(np.where(legal, order, -np.inf).argmax()))
+        if terminated or truncated:
+            break
+    stacked = {key: np.stack([one[key] for one in seen]) for key in seen[0]}
+    graph = {"edges": observation["edges"][:edges], "edge_links": observation["edge_links"][:edges]}
+    return Example(stacked | graph, np.stack(preferences).astype(np.float32))
+
+
+def _preference(env: BackdoorPruneEnv, legal: np.ndarray) -> np.ndarray:
+    victim, danger = env.victim, env.figures.danger
+    preference = np.zeros(len(victim) + 1)
+    if _is_clean(victim) or (danger is not None and danger < DONE):
+        preference[-1] = 1
+    else:
+        benefit = np.where(legal, benefits(victim, env.pruned), -np.inf)
+        preference[:-1] = np.exp(benefit - benefit.max())
+        preference /= preference.sum()
+    return preference
 
 
 def warm_start(
@@ -103,7 +140,8 @@ def warm_start(
             batch = [school[index] for index in chosen]
             observation, preference = _padded(batch)
             logits, _ = network(observation)
-            loss = -(preference * torch.log_softmax(logits, 1)).sum(1).mean()
+            likelihood = torch.log_softmax(logits, 1)
+            loss = -(preference * likelihood.clamp(min=-30)).sum(1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -113,16 +151,21 @@ def warm_start(
     return losses
 
 
-def _by_mask(victim: Victim, images: Tensor, quantity: Any) -> np.ndarray:
+def _is_clean(victim: Victim) -> bool:
+    return victim.model.facts.get("attack") == "clean"
+
+
+def _by_mask(victim: Victim, mask: np.ndarray, images: Tensor, quantity: Callable[[Tensor], Tensor]) -> np.ndarray:
     """Derivative of a quantity of the logits by the mask of each unit, float64 (units,)."""
-    layers = victim.neurons.layers
-    masks = [torch.ones(layer.size, requires_grad=True) for layer in layers]
+    masks = [
+        torch.from_numpy(mask[layer.neurons].astype(np.float32)).requires_grad_() for layer in victim.neurons.layers
+    ]
     with torch.enable_grad():
         gradients = torch.autograd.grad(quantity(victim.neurons.graph(images, *masks)), masks, allow_unused=True)
     flat = torch.cat(
         [
-            torch.zeros_like(mask) if gradient is None else gradient
-            for mask, gradient in zip(masks, gradients, strict=True)
+            torch.zeros_like(one) if gradient is None else gradient
+            for one, gradient in zip(masks, gradients, strict=True)
         ]
     )
     values = flat.double().numpy()
@@ -130,15 +173,31 @@ def _by_mask(victim: Victim, images: Tensor, quantity: Any) -> np.ndarray:
 
 
 def _padded(batch: Sequence[Example]) -> tuple[dict[str, Tensor], Tensor]:
-    observation: dict[str, Tensor] = {}
-    for key in OBSERVED:
-        arrays = [example.observation[key] for example in batch]
-        padded = np.zeros((len(batch), max(map(len, arrays)), *arrays[0].shape[1:]), dtype=arrays[0].dtype)
-        for row, array in zip(padded, arrays, strict=True):
-            row[: len(array)] = array
-        observation[key] = torch.from_numpy(padded)
-    preference = torch.zeros(len(batch), observation["nodes"].shape[1] + 1)
-    for row, example in zip(preference, batch, strict=True):
-        row[: len(example.preference) - 1] = torch.from_numpy(example.preference[:-1])
-        row[-1] = float(example.preference[-1])
-    return observation, preference
+    """Some examples as one batch of observations that share graphs, and their preferences."""
+    states = [len(example.preference) for example in batch]
+    most = max(example.observation["nodes"].shape[1] for example in batch)
+    rows = sum(states)
+    nodes = np.zeros((rows, most, batch[0].observation["nodes"].shape[2]), dtype=np.float32)
+    preference = np.zeros((rows, most + 1), dtype=np.float32)
+    edges = max(len(example.observation["edges"]) for example in batch)
+    observation: dict[str, np.ndarray] = {}
+    for key in ("edges", "edge_links"):
+        first = batch[0].observation[key]
+        observation[key] = np.zeros((len(batch), edges, first.shape[1]), dtype=first.dtype)
+    start = 0
+    for index, (example, count) in enumerate(zip(batch, states, strict=True)):
+        own, end = example.observation, start + count
+        nodes[start:end, : own["nodes"].shape[1]] = own["nodes"]
+        preference[start:end, : own["nodes"].shape[1]] = example.preference[:, :-1]
+        preference[start:end, -1] = example.preference[:, -1]
+        for key in ("edges", "edge_links"):
+            observation[key][index, : len(own[key])] = own[key]
+        start = end
+    observation |= {
+        "nodes": nodes,
+        "num_nodes": np.concatenate([example.observation["num_nodes"] for example in batch]),
+        "globals": np.concatenate([example.observation["globals"] for example in batch]),
+        "num_edges": np.array([[len(example.observation["edges"])] for example in batch]),
+        "graph": np.repeat(np.arange(len(batch)), states),
+    }
+    return {key: torch.from_numpy(value) for key, value in observation.items()}, torch.from_numpy(preference)

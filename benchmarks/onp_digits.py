@@ -115,7 +115,7 @@ def repair_all(job: tuple[str, float, list[str], Path | None]) -> list[dict[str,
     before = model.evaluate()
     rows = []
     for policy in wanted:
-        observation, info = env.reset(seed=0, options={"infected": name})
+        observation, _ = env.reset(seed=0, options={"infected": name})
         acting = None
         if policy == "greedy reference":
             mask = env.unwrapped.victim.neuron_mask(greedy_reference(env.unwrapped.victim, budget))
@@ -124,7 +124,7 @@ def repair_all(job: tuple[str, float, list[str], Path | None]) -> list[dict[str,
             done, state, start = False, None, np.ones(1, dtype=bool)
             while not done:
                 action, state = acting.predict(observation, state, start, deterministic=True)
-                observation, _, terminated, truncated, info = env.step(int(action))
+                observation, _, terminated, truncated, _ = env.step(int(action))
                 done, start = terminated or truncated, np.zeros(1, dtype=bool)
             mask = env.unwrapped.victim.neuron_mask(env.unwrapped.pruned)
         after = model.evaluate(write_mask(model.network, env.unwrapped.victim.neurons, mask))

@@ -242,6 +242,11 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         return self.max_steps or len(self.victim)
 
     @property
+    def figures(self) -> Figures:
+        """Figures of the network as it is now; for learning on models of one's own, since it may tell ASR and danger."""
+        return self._current
+
+    @property
     def pruned(self) -> np.ndarray:
         """Units pruned so far, bool (units,), a copy."""
         return self._pruned.copy()
