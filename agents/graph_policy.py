@@ -1,6 +1,7 @@
 """ONP's network as a Stable-Baselines3 policy: ``MaskablePPO(GraphPolicy, env)``."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,11 @@ class GraphPolicy(MaskableActorCriticPolicy):
         self, obs: Any, deterministic: bool = False, action_masks: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         distribution, values = self._decide(obs, action_masks)
-        actions = distribution.get_actions(deterministic=deterministic)
+        actions = _choose(distribution, deterministic)
         return actions, values, distribution.log_prob(actions)
+
+    def _predict(self, observation: Any, deterministic: bool = False, action_masks: np.ndarray | None = None) -> Tensor:  # type: ignore[override]
+        return _choose(self.get_distribution(observation, action_masks), deterministic)
 
     def evaluate_actions(
         self, obs: Any, actions: Tensor, action_masks: Tensor | None = None
@@ -79,9 +83,16 @@ class GraphPolicy(MaskableActorCriticPolicy):
         return distribution, values
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        from dataclasses import asdict
-
         return {**super()._get_constructor_parameters(), **asdict(self.options)}
+
+
+def _choose(distribution: MaskableDistribution, deterministic: bool) -> Tensor:
+    """Actions; without chance, stop where that is likelier than to go on, and else the likeliest neuron."""
+    if not deterministic:
+        return distribution.get_actions(deterministic=False)
+    chances = distribution.distribution.probs  # type: ignore[attr-defined]
+    last = chances.shape[1] - 1
+    return torch.where(chances[:, -1] > 0.5, last, chances[:, :-1].argmax(1))
 
 
 def as_tensors(observation: Any, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     ## Reward
 
-    - ``"acc"`` (default): fall of the suspected danger, minus 5 times the accuracy that the prune cost. The suspected
+    - ``"acc"`` (default): fall of the suspected danger, minus twice the accuracy that the prune cost. The suspected
       danger is the smoothed share of clean images that get the suspected target under a trigger simulated from the BN
       statistics (``backdoor_gym.graph.simulated_trigger``): no trigger is needed.
     - ``"oracle"``: fall of the danger, (ASR + mean sigmoid of a quarter of the target margin) / 2, minus the same price

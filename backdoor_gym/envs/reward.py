@@ -1,7 +1,8 @@
 """Rewards: what a prune is worth.
 
-Both built-in rewards are the fall of a danger in [0, 1] (see ``metrics.danger``) minus the same price of accuracy: a loss
-of twenty points takes away all that pruning can earn. Stopping earns nothing, so doing nothing scores 0.
+Both built-in rewards are the fall of a danger in [0, 1] (see ``metrics.danger``) minus the same price of accuracy, twice
+that of the DER: within an accuracy budget accuracy is to be spent where it buys something. Stopping earns nothing, so doing
+nothing scores 0.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from ..errors import DataError, UnknownNameError
 from .victim import Figures, Victim
 
 #: Reward lost with each unit of accuracy.
-ACCURACY_WEIGHT = 5.0
+ACCURACY_WEIGHT = 2.0
 #: Reward lost with each neuron that is pruned from a network known to be clean.
 CLEAN_PRUNE_COST = 0.05
 

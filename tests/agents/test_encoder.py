@@ -53,7 +53,7 @@ def test_padding_never_changes_the_output(network, observations):
     whole, value = network(stacked([small]))
     for spare in (0, 7):
         logits, other = network(as_tensors(trimmed(small, spare)))
-        torch.testing.assert_close(logits[:, :count], whole[:, :count])
+        torch.testing.assert_close(logits[:, :count], whole[:, :count], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(logits[:, -1], whole[:, -1])
         torch.testing.assert_close(other, value)
     assert (whole[0, count:-1] == PADDING).all()
@@ -126,6 +126,15 @@ def test_ignored_features_are_not_seen(observations):
     assert torch.equal(before, after)
     observation["nodes"][:, NODE_FEATURES.index("uclc")] += 1
     assert not torch.equal(network(as_tensors(observation))[0], before)
+
+
+def test_neurons_share_what_stopping_leaves(network, observations):
+    """Legal neurons sum to 1, so the stop logit is the log odds of stopping for any number of neurons."""
+    logits, _ = network(stacked(observations))
+    for row, observation in zip(logits, observations, strict=True):
+        legal = torch.from_numpy(observation["action_mask"][:-1].astype(bool))
+        assert row[:-1][legal].exp().sum().item() == pytest.approx(1, abs=1e-4)
+        assert row[:-1][~legal].exp().sum().item() == 0
 
 
 def test_gradients_reach_every_weight(observations):

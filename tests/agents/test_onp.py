@@ -44,7 +44,7 @@ def test_it_learns_to_find_the_planted_neuron(planted, reward):
     """In seconds, from clean images alone or with the trigger; a right episode is one prune and a stop."""
     make_one = lambda: make(planted, reward=reward, score_samples=100, clean_samples=None)  # noqa: E731
     onp = ONP(DummyVecEnv([make_one] * 4), seed=0, n_steps=32, batch_size=64, learning_rate=3e-3)
-    onp.learn(2_500)
+    onp.learn(4_000)
     env = make_one()
     observation, before = env.reset(seed=0)
     assert before["asr"] == 1
@@ -70,6 +70,31 @@ def test_maskable_ppo_takes_the_policy_class(infected, plain_infected, tmp_path)
     first = model.predict(observation, action_masks=masks, deterministic=True)[0]
     assert first == again.predict(observation, action_masks=masks, deterministic=True)[0]
     assert masks[first]
+
+
+def test_without_chance_it_stops_only_where_that_is_likelier_than_to_go_on(infected):
+    env = make(infected)
+    model = MaskablePPO(GraphPolicy, env, seed=0, **QUICK)
+    onp = ONP(env, seed=0)
+    onp.network.load_state_dict(model.policy.network.state_dict())
+    observation, _ = env.reset(seed=0)
+    masks = env.unwrapped.action_masks()
+    for odds, stops in ((-0.1, False), (0.1, True)):
+        for network in (model.policy.network, onp.network):
+            network.stop[-1].weight.data.zero_()
+            network.stop[-1].bias.data.fill_(odds)
+        first = model.predict(observation, action_masks=masks, deterministic=True)[0]
+        second = onp.predict(observation, deterministic=True)[0]
+        assert first == second
+        assert (first == 112) == stops
+        assert onp.verdict(observation) == pytest.approx(1 / (1 + np.exp(odds)), abs=1e-4)
+
+
+def test_the_verdict_is_on_the_whole_network(infected):
+    env = make(infected, accuracy_budget=None)
+    env.reset(seed=0)
+    with pytest.raises(DataError, match="before the first prune"):
+        ONP(env, seed=0).verdict(env.step(3)[0])
 
 
 def test_the_shared_edges_change_nothing_in_training(infected, plain_infected):

@@ -33,11 +33,11 @@ def test_the_accuracy_reward_never_looks_at_the_trigger(infected):
     assert len(set(rewards[0])) > 5
 
 
-def test_losing_twenty_points_outweighs_everything(victim):
+def test_losing_half_of_the_accuracy_outweighs_everything(victim):
     reward, acc, danger, total = accuracy_reward, 0.98, 1.0, 0.0
     for unit in range(len(victim)):
         before = Figures(acc, 0, suspected_danger=danger)
-        acc, danger = acc - 0.2 / len(victim), danger - 1 / len(victim)
+        acc, danger = acc - 0.5 / len(victim), danger - 1 / len(victim)
         total += reward(Transition(victim, unit, before, Figures(acc, 0, suspected_danger=danger)))
     assert total <= 1e-9
 

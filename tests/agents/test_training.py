@@ -1,0 +1,108 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+
+from backdoor_gym.agents import ONP, LookAhead
+from backdoor_gym.agents.school import BUDGETS, school
+from backdoor_gym.agents.training import checkpoint_of, train
+from backdoor_gym.agents.validation import Validation, choose_look_ahead, run, summary
+from backdoor_gym.baselines import CLP
+from backdoor_gym.errors import DataError
+
+QUICK = {"n_steps": 16, "batch_size": 32, "n_epochs": 1}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def files(infected, plain_infected, tmp_path):
+    paths = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for model, path in zip((infected, infected), paths, strict=True):
+        model.save(path)
+    return [str(path) for path in paths]
+
+
+def test_a_school_divides_the_models_and_varies_the_budget(files):
+    vector = school([*files, *files], envs=4, seed=0)
+    shares = vector.get_attr("generator")
+    assert [len(share) for share in shares] == [1, 1, 1, 1]
+    assert vector.get_attr("accuracy_budget") == [*BUDGETS, BUDGETS[0]]
+    assert set(vector.get_attr("max_steps")) == {60}
+    vector.close()
+
+
+def test_too_few_models_for_a_school_are_named(files):
+    with pytest.raises(DataError, match="lower envs"):
+        school(files, envs=3)
+
+
+def test_outcomes_are_those_of_the_episodes(infected):
+    env = gym.make("BackdoorPrune-v0", infected=[infected, "digits-clean"], accuracy_budget=None, max_steps=30)
+    outcomes = run(CLP(1.5), env, [infected, "digits-clean"])
+    _, before = env.reset(options={"infected": infected})
+    assert outcomes[0].asr <= before["asr"]
+    assert outcomes[0].pruned > 0
+    assert outcomes[1].asr is None
+    figures = summary(outcomes)
+    assert figures["der"] == outcomes[0].der
+    assert figures["untouched"] == float(outcomes[1].pruned == 0)
+    assert figures["acc_drop"] == pytest.approx(np.mean([one.acc_drop for one in outcomes]))
+
+
+def test_validation_keeps_the_best_policy(files, tmp_path):
+    vector = school(files, envs=2, seed=0, reward="oracle", max_steps=6)
+    onp = ONP(vector, seed=0, **QUICK)
+    seen = []
+    best = Validation(onp, files[:1], tmp_path / "best.safetensors", every=1, report=seen.append, max_steps=6)
+    onp.learn(96, callback=best)
+    assert len(seen) == 4  # before, and after each of three rollouts
+    kept = ONP.load(tmp_path / "best.safetensors")
+    assert kept.facts["validation"]["return"] == max(figures["return"] for figures in seen)
+    assert onp.env is vector
+
+
+def test_the_look_ahead_of_the_best_rating_is_taken(infected):
+    env = gym.make("BackdoorPrune-v0", infected=[infected], max_steps=4)
+    onp = ONP(env, seed=0)
+    looks = [LookAhead(3, weight, 0.0) for weight in (0.0, 5.0)]
+    ratings = choose_look_ahead(onp, env, [infected], looks)
+    assert ratings[onp.look_ahead] == max(ratings.values())
+    assert list(ratings) == looks
+
+
+class KilledError(Exception):
+    pass
+
+
+class Kill(BaseCallback):
+    def _on_step(self):
+        if self.num_timesteps >= 80:
+            raise KilledError
+        return True
+
+
+def test_a_killed_training_goes_on(files, tmp_path, monkeypatch):
+    out = tmp_path / "policies" / "mine.safetensors"
+    options = {"envs": 2, "epochs": 1, "looks": (), **QUICK}
+    learn = ONP.learn
+    monkeypatch.setattr(
+        ONP, "learn", lambda self, *args, callback, **kwargs: learn(self, *args, callback=[callback, Kill()], **kwargs)
+    )
+    with pytest.raises(KilledError):
+        train(files, files[:1], 128, out, **options)
+    assert checkpoint_of(out).is_file()
+    monkeypatch.undo()
+    said = []
+    onp = train(files, files[:1], 128, out, report=said.append, **options)
+    assert not any("warm start" in line for line in said)
+    assert onp.facts["models"] == 2
+    assert not checkpoint_of(out).exists()
+    assert ONP.load(out).facts["learned_on"] == files

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import torch
+
+from backdoor_gym.agents.encoder import EncoderOptions, GraphActorCritic
+from backdoor_gym.agents.graph_policy import as_tensors
+from backdoor_gym.agents.warm_start import Example, _padded, benefits, examples, warm_start
+from backdoor_gym.envs.observation import NODE_FEATURES
+from backdoor_gym.envs.prune import BackdoorPruneEnv
+from backdoor_gym.envs.victim import Victim, VictimOptions
+from backdoor_gym.errors import DataError
+from backdoor_gym.infected import InfectedModel
+
+from .conftest import PLANTED
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_planted_neuron_has_the_largest_benefit(planted):
+    assert benefits(Victim(planted, VictimOptions())).argmax() == PLANTED
+
+
+def test_benefits_are_taken_under_the_mask(planted):
+    victim = Victim(planted, VictimOptions())
+    pruned = np.zeros(8, dtype=bool)
+    pruned[PLANTED] = True
+    assert benefits(victim, pruned).argmax() != PLANTED or not np.allclose(benefits(victim, pruned), benefits(victim))
+
+
+def test_without_the_trigger_there_are_no_benefits(planted):
+    with pytest.raises(DataError, match="trigger"):
+        benefits(Victim(InfectedModel(planted.network, planted.clean), VictimOptions()))
+
+
+def test_examples_follow_a_repair(planted, monkeypatch):
+    monkeypatch.setattr("backdoor_gym.agents.warm_start.STATES", range(6))
+    [example] = examples([planted], accuracy_budget=None)
+    assert example.preference[0].argmax() == PLANTED
+    np.testing.assert_allclose(example.preference.sum(axis=1), 1, atol=1e-6)
+    gone = example.observation["nodes"][:, PLANTED, NODE_FEATURES.index("pruned")]
+    assert gone.any()
+    np.testing.assert_array_equal(example.preference[:, -1], gone)  # the trigger fails without the planted neuron: stop
+    assert example.observation["nodes"].shape[:2] == (len(example.preference), 8)
+
+
+def test_in_clean_models_to_stop_is_right_at_once():
+    [example] = examples(["digits-clean"])
+    assert (example.preference[:, -1] == 1).all()
+
+
+def test_a_batch_holds_what_its_examples_hold(infected, plain_infected):
+    torch.manual_seed(0)
+    network = GraphActorCritic(EncoderOptions()).eval()
+    found = examples([infected, plain_infected], score_samples=50)
+    observation, preference = _padded(found)
+    logits, _ = network(observation)
+    assert preference.shape == logits.shape
+    env = BackdoorPruneEnv([infected, plain_infected], score_samples=50)
+    rows = np.cumsum([0, *(len(example.preference) for example in found)])
+    for model, row, count in ((infected, rows[0], 112), (plain_infected, rows[1], 48)):
+        alone, _ = network(as_tensors(env.reset(seed=0, options={"infected": model})[0]))
+        torch.testing.assert_close(logits[row, :count], alone[0, :count], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits[row, -1], alone[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_it_fits(planted, infected):
+    torch.manual_seed(0)
+    network = GraphActorCritic(EncoderOptions())
+    found = examples([planted, infected], score_samples=50)
+    losses = warm_start(network, found, epochs=60, batch_size=2, learning_rate=1e-2)
+    assert losses[-1] < losses[0] - 1
+    env = BackdoorPruneEnv([planted, infected])
+    logits, _ = network.eval()(as_tensors(env.reset(seed=0, options={"infected": planted})[0]))
+    assert logits[0, :8].argmax() == PLANTED
+    assert logits[0, -1] < 0
+
+
+def test_examples_are_reproducible(infected):
+    first, second = (examples([infected], seed=1, score_samples=50)[0] for _ in range(2))
+    assert isinstance(first, Example)
+    assert np.array_equal(first.preference, second.preference)
