@@ -27,6 +27,6 @@ def learn_alone(onp: ONP, env: BackdoorPruneEnv, steps: int) -> ONP:
         return Monitor(gym.make(f"backdoor_gym:{ENVIRONMENT}", disable_env_checker=True, **options))
 
     onp.set_env(DummyVecEnv([make] * ENVS))
-    onp.learn(onp.num_timesteps + steps)
+    onp.learn(steps)
     onp.set_env(env)
     return onp

@@ -103,10 +103,10 @@ class ONP:
         progress_bar: bool = False,
         checkpoint: str | Path | None = None,
     ) -> "ONP":
-        """Learn until so many steps have been taken in all.
+        """Learn for so many steps more.
 
         Args:
-            total_timesteps: environment steps, those before a checkpoint included.
+            total_timesteps: environment steps, those that a checkpoint has seen included.
             callback: Stable-Baselines3 callbacks.
             progress_bar: whether to draw one.
             checkpoint: file written after every rollout. Where it exists, learning goes on from it: with its weights,
@@ -129,6 +129,7 @@ class ONP:
         elif callback is not None:
             callbacks.append(callback)
         ppo.num_timesteps = done
+        before = self.num_timesteps
         if total_timesteps > done:
             ppo.learn(
                 total_timesteps - done,
@@ -137,7 +138,9 @@ class ONP:
                 progress_bar=progress_bar,
                 tb_log_name="onp",
             )
-        self.facts["timesteps"] = self.facts.get("timesteps", 0) + ppo.num_timesteps - done
+            if checkpoint is not None and ppo.num_timesteps >= total_timesteps:
+                self.save_checkpoint(checkpoint)
+        self.facts["timesteps"] = before + ppo.num_timesteps
         return self
 
     def predict(
@@ -281,6 +284,7 @@ class ONP:
                 index, _, name = rest.partition(".")
                 state.setdefault(int(index), {})[name] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        self.facts["timesteps"] = metadata["facts"].get("timesteps", 0)
         return int(metadata["timesteps"])
 
 

@@ -151,10 +151,10 @@ class Validation(BaseCallback):
 def choose_look_ahead(
     onp: ONP, env: gym.Env[Any, Any], infected: Sequence[str], choices: Sequence[LookAhead]
 ) -> dict[LookAhead, float]:
-    """Give a policy the look-ahead of the best mean DER on these models; the mean DER of each choice."""
+    """Give a policy the look-ahead of the largest mean return on these models; the mean return of each choice."""
     ratings = {}
     for choice in choices:
         onp.look_ahead = choice
-        ratings[choice] = summary(run(onp, env, infected))["der"]
+        ratings[choice] = summary(run(onp, env, infected))["return"]
     onp.look_ahead = max(ratings, key=ratings.__getitem__)
     return ratings

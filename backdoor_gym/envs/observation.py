@@ -128,11 +128,11 @@ class ObservationBuilder:
 
 
 def evidence(victim: Victim) -> tuple[float, float, float]:
-    """What the simulated trigger says of the whole network: margin / 10, rise / 2 and 2 + log10(shift); zeros without it.
+    """What the simulated trigger says of the whole network: margin / 10, rise and 2 + log10(shift); zeros without it.
 
     Scores within a layer cannot tell a clean network, since every layer has a largest one. These keep their scale.
     """
     simulated = victim.simulated
     if simulated is None:
         return 0.0, 0.0, 0.0
-    return simulated.margin / 10, simulated.rise / 2, 2 + math.log10(max(simulated.shift, 1e-4))
+    return simulated.margin / 10, simulated.rise, 2 + math.log10(max(simulated.shift, 1e-4))

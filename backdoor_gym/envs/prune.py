@@ -49,7 +49,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     | ``edge_links`` | int64 | (E, 2) | from which neuron to which |
     | ``num_nodes``, ``num_edges`` | int64 | (1,) | how many of them are real |
     | ``action_mask`` | int8 | (N + 1,) | 1 where the action is legal; stop always is |
-    | ``globals`` | float32 | (12,) | accuracy, its drop, rise of the clean loss, accuracy budget (1 if none), shares of neurons pruned, steps left, failures left; suspected danger and its fall; margin / 10 and rise / 2 of the suspected target, 2 + log10 of the shift of BN means (``backdoor_gym.graph.simulated_trigger``); clamped to +-6 |
+    | ``globals`` | float32 | (12,) | accuracy, its drop, rise of the clean loss, accuracy budget (1 if none), shares of neurons pruned, steps left, failures left; suspected danger and its fall; margin / 10 and rise of the suspected target, 2 + log10 of the shift of BN means (``backdoor_gym.graph.simulated_trigger``); clamped to +-6 |
 
     The trigger never reaches the observation. The dynamic node features are: pruned, tried (pruned and undone), share
     of the layer that is pruned, and 1 for a real neuron.

@@ -15,7 +15,7 @@
 
 Standardised is (x - mean) / unbiased standard deviation over the layer; zero where that deviation is zero or the layer
 has one neuron. All but ``uclc`` are clamped to +-6. ``uclc`` is not, so that a threshold on it is the published CLP; a
-score of n values is at most (n - 1) / sqrt(n) by itself. Layers without batch normalisation have zeros in the columns
+score of n values is at most (n - 1) / sqrt(n) by itself. Clean mean and variance weigh all classes alike. Layers without batch normalisation have zeros in the columns
 that need one.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..pruning.neurons import Neurons
-from .simulated_trigger import SimulatedTrigger, pull
+from .simulated_trigger import SimulatedTrigger, class_weights, pull
 from .uclc import uclc
 
 STATIC_FEATURES = (
@@ -110,12 +110,16 @@ def _statistics_gap(norm: nn.Module, mean: Tensor, variance: Tensor) -> dict[str
 
 
 def _observe(neurons: Neurons, images: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
-    """Over all images: BN input moments, mean activation and saliency of each layer, float64, batch by batch."""
+    """Over all images: BN input moments, mean activation and saliency of each layer, float64, batch by batch.
+
+    Moments are over classes of equal weight, see ``simulated_trigger.py``.
+    """
     device = next(neurons.graph.parameters()).device
     total: list[dict[str, Tensor]] = [{} for _ in neurons.layers]
-    for batch, targets in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+    weights = class_weights(labels.to(device)).double()
+    for batch, targets, weight in zip(images.split(BATCH), labels.split(BATCH), weights.split(BATCH), strict=True):
         masks = [torch.ones(layer.size, device=device, requires_grad=True) for layer in neurons.layers]
-        observer = _Observer(neurons)
+        observer = _Observer(neurons, weight)
         with torch.enable_grad():
             logits = observer.run(batch.to(device, memory_format=torch.channels_last), *masks)
             loss = F.cross_entropy(logits, targets.to(device))
@@ -124,7 +128,8 @@ def _observe(neurons: Neurons, images: Tensor, labels: Tensor) -> list[dict[str,
         for sums, found, mask, gradient in zip(total, observer.found, masks, gradients, strict=True):
             found["gradient"] = (torch.zeros_like(mask) if gradient is None else gradient).detach()
             for name, value in found.items():
-                sums[name] = sums.get(name, 0) + share * value.double()
+                by = 1.0 if name in ("mean", "square") else share
+                sums[name] = sums.get(name, 0) + by * value.double()
     for sums in total:
         sums["saliency"] = sums.pop("gradient").abs()
         if "square" in sums:
@@ -133,10 +138,14 @@ def _observe(neurons: Neurons, images: Tensor, labels: Tensor) -> list[dict[str,
 
 
 class _Observer(fx.Interpreter):
-    """Runs the graph and keeps, of each neuron layer, moments of what its BN reads and the mean of what it gives."""
+    """Runs the graph and keeps, of each neuron layer, moments of what its BN reads and the mean of what it gives.
 
-    def __init__(self, neurons: Neurons) -> None:
+    The moments are sums over the images by their weights.
+    """
+
+    def __init__(self, neurons: Neurons, weights: Tensor) -> None:
         super().__init__(neurons.graph)
+        self.weights = weights
         self.layer_of = {layer.node: index for index, layer in enumerate(neurons.layers)}
         self.normalised = [layer.normalised for layer in neurons.layers]
         self.found: list[dict[str, Tensor]] = [{} for _ in neurons.layers]
@@ -148,8 +157,8 @@ class _Observer(fx.Interpreter):
             found = self.found[index]
             if self.normalised[index]:
                 read = self.env[n.all_input_nodes[0]].detach()
-                variance, mean = torch.var_mean(read.double(), dim=_all_but_channels(read), correction=0)
-                found["mean"], found["square"] = mean, variance + mean**2
+                values = read.double().flatten(2) if read.ndim > 2 else read.double().unsqueeze(2)
+                found["mean"], found["square"] = self.weights @ values.mean(2), self.weights @ values.square().mean(2)
             found["activation"] = value.detach().clamp(min=0).mean(dim=_all_but_channels(value))
         return value
 

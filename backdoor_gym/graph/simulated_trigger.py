@@ -2,21 +2,28 @@
 
 The running means of a poisoned training average over a share p of triggered images: m = (1 - p) * m_clean + p * m_trigger
 in every channel. The defender's clean images give m_clean, so m_trigger = m_clean + (m - m_clean) / p. A network whose
-BN inputs are moved there, layer after layer, answers clean images much like triggered ones: the logit that rises most is
-the suspected target, and the derivative of that logit by a neuron's mask is the neuron's *pull* towards it. p is not
+BN inputs are moved there, layer after layer, answers clean images much like triggered ones: the suspected target is the
+label they then get, and the derivative of its logit by a neuron's mask is the neuron's *pull* towards it. p is not
 known; ``POISON_RATE`` stands for it, and what follows does not hang on its exact value.
+
+Two things other than a trigger move means too, and are taken out. Classes that are rarer among the defender's images
+than in training: every class weighs the same in m_clean, as if training had been balanced. And images that differ from
+those of training throughout, by compression say: the target is read with the early half of the BN layers moved by
+m - m_clean alone, as such a difference would move them, and only what the late half then still lacks is divided by p.
 
 An attacker who computes the BN statistics anew on clean images leaves nothing to see here.
 """
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..metrics import target_margin
-from ..pruning.neurons import Neurons
+from ..pruning.neurons import NeuronLayer, Neurons
 
 POISON_RATE = 0.1
 #: Of the clean images, as many as the simulation uses.
@@ -30,10 +37,11 @@ class SimulatedTrigger:
     Attributes:
         neurons: the network with moved BN inputs, as ``Neurons``.
         images: the clean images it is run on, float32 (n, C, H, W).
+        labels: their labels, int64 (n,).
         target: the suspected target label.
-        rise: by how many standard deviations of the other labels' rises the suspected one rises above their mean.
+        rise: how far the mean probability of that label rises, in [-1, 1], with differences of all images taken out.
         margin: mean margin of the suspected target over the best other logit, on images of other labels.
-        shift: root mean square of (m - m_clean) in running standard deviations, over all channels.
+        shift: root mean square of (m - m_clean) in running standard deviations, over the channels of the late half.
     """
 
     neurons: Neurons
@@ -54,30 +62,48 @@ def simulate_trigger(neurons: Neurons, images: Tensor, labels: Tensor) -> Simula
         images: the defender's clean images, float32 (n, C, H, W) in [0, 1].
         labels: int64 (n,).
     """
-    if not any(layer.normalised for layer in neurons.layers):
+    norms = [layer for layer in neurons.layers if layer.normalised]
+    if not norms:
         return None
-    graph = copy.deepcopy(neurons.graph)
-    device = next(graph.parameters()).device
-    images, labels = images[:IMAGES].to(device, memory_format=torch.channels_last), labels[:IMAGES].to(device)
-    mover = _Mover(Neurons(neurons.layers, graph))
-    clean = mover.run(images)
-    mover.moving = True
-    moved = mover.run(images)
-    rises = (moved - clean).mean(0)
+    running, deviation = _running(neurons.graph, norms)
+    device = next(neurons.graph.parameters()).device
+    images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
+    weights, few, few_weights = class_weights(labels), images[:IMAGES], class_weights(labels[:IMAGES])
+    early, late = (
+        [layer.node for layer in part] for part in (norms[: len(norms) // 2], norms[len(norms) // 2 :])
+    )
+
+    plain = _Mover(neurons, weights).run_on(images)
+    gaps = {name: mean - plain.mean(name, weights) for name, mean in running.items()}
+    everywhere = {name: plain.mean(name, few_weights) + gap / POISON_RATE for name, gap in gaps.items()}
+    moved = _Mover(neurons, few_weights, everywhere).run_on(few)
+
+    aligned = _Mover(neurons, weights, {name: running[name] for name in early}).run_on(images)
+    lacking = {name: (running[name] - aligned.mean(name, weights)) / POISON_RATE for name in late}
+    steps = aligned.moves | lacking
+    beyond = {name: aligned.mean(name, few_weights) + step for name, step in steps.items()}
+    answers = _Mover(neurons, few_weights, beyond).run_on(few).logits.softmax(1)
+    rises = few_weights @ (answers - aligned.logits[:IMAGES].softmax(1))
     target = int(rises.argmax())
-    others = torch.cat([rises[:target], rises[target + 1 :]])
-    spread = others.std().item() if len(others) > 1 else 0.0
-    foreign = moved[labels != target] if (labels != target).any() else moved
-    gaps = torch.cat(mover.gaps)
+
+    labels = labels[:IMAGES]
+    foreign = moved.logits[labels != target] if (labels != target).any() else moved.logits
+    shifts = torch.cat([gaps[name] / deviation[name] for name in late])
     return SimulatedTrigger(
-        neurons=mover.neurons,
-        images=images,
+        neurons=_moved(neurons, norms, moved.moves),
+        images=few,
         labels=labels,
         target=target,
-        rise=(rises[target] - others.mean()).item() / spread if spread > 0 else 0.0,
+        rise=rises[target].item(),
         margin=target_margin(foreign, target).mean().item(),
-        shift=gaps.square().mean().sqrt().item(),
+        shift=shifts.square().mean().sqrt().item(),
     )
+
+
+def class_weights(labels: Tensor) -> Tensor:
+    """Weights of images with which every class that is there weighs the same, float32 (n,), of sum 1."""
+    _, classes, counts = labels.unique(return_inverse=True, return_counts=True)
+    return 1 / (counts[classes] * len(counts))
 
 
 def pull(simulated: SimulatedTrigger) -> list[Tensor]:
@@ -94,33 +120,58 @@ def pull(simulated: SimulatedTrigger) -> list[Tensor]:
     ]
 
 
-class _Mover(fx.Interpreter):
-    """Runs the graph; when moving, moves the mean that each BN layer reads to where triggered images would put it.
+def _running(graph: nn.Module, norms: Sequence[NeuronLayer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Running mean and standard deviation of the BN of each layer, by the name of its node."""
+    means, deviations = {}, {}
+    for layer in norms:
+        norm = graph.get_submodule(layer.module)
+        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        means[layer.node], deviations[layer.node] = norm.running_mean, (norm.running_var + norm.eps).sqrt()
+    return means, deviations
 
-    The move is written into the running mean of its copy of the BN: BN(x + c) is BN with the running mean less c.
+
+def _moved(neurons: Neurons, norms: Sequence[NeuronLayer], moves: Mapping[str, Tensor]) -> Neurons:
+    """A copy whose BN inputs are moved, by their running means: BN(x + c) is BN with the running mean less c."""
+    graph = copy.deepcopy(neurons.graph)
+    for layer in norms:
+        norm = graph.get_submodule(layer.module)
+        norm.running_mean = norm.running_mean - moves[layer.node]
+    return Neurons(neurons.layers, graph)
+
+
+class _Mover(fx.Interpreter):
+    """Runs the graph and reads the mean input of each BN layer over the images, or moves it to where it is wanted.
+
+    Attributes:
+        moves: by how much each layer's input was moved, float32 (channels,).
+        logits: float32 (n, classes).
     """
 
-    def __init__(self, neurons: Neurons) -> None:
+    def __init__(self, neurons: Neurons, weights: Tensor, wanted: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(neurons.graph)
-        self.neurons = neurons
-        self.moving = False
-        self.gaps: list[Tensor] = []
-        self._clean: dict[str, Tensor] = {}
+        self.weights, self.wanted = weights, wanted or {}
+        self.moves: dict[str, Tensor] = {}
+        self.logits = torch.empty(0)
+        self._read: dict[str, Tensor] = {}
         self._norms = {layer.node for layer in neurons.layers if layer.normalised}
 
+    def run_on(self, images: Tensor) -> Self:
+        self.logits = self.run(images)
+        return self
+
+    def mean(self, name: str, weights: Tensor) -> Tensor:
+        """Mean that a layer's input had before it was moved, over the first images, by their weights."""
+        return weights @ self._read[name][: len(weights)]
+
     def run_node(self, n: fx.Node) -> Tensor:
-        if n.name in self._norms:
-            norm = self.submodules[str(n.target)]
-            assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            read = self.env[n.all_input_nodes[0]]
-            mean = read.mean(dim=[axis for axis in range(read.ndim) if axis != 1])
-            if self.moving:
-                gap = norm.running_mean - self._clean[n.name]
-                self.gaps.append(gap / (norm.running_var + norm.eps).sqrt())
-                wanted = self._clean[n.name] + gap / POISON_RATE
-                norm.running_mean = norm.running_mean - (wanted - mean)
-            else:
-                self._clean[n.name] = mean
-        return super().run_node(n)
+        if n.name not in self._norms:
+            return super().run_node(n)
+        inputs = self.env[n.all_input_nodes[0]]
+        self._read[n.name] = inputs.flatten(2).mean(2) if inputs.ndim > 2 else inputs
+        if n.name in self.wanted:
+            move = self.wanted[n.name] - self.mean(n.name, self.weights)
+            self.moves[n.name] = move
+            inputs = inputs + move.view(-1, *[1] * (inputs.ndim - 2))
+        return self.submodules[str(n.target)](inputs)

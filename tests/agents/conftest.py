@@ -30,8 +30,8 @@ class Planted(nn.Module):
         weight[PLANTED, 0, -1, -1] = 20
         weight[4], weight[6], weight[7] = 0.05, -0.05, 0.03
         answer = torch.zeros(4, 8)
-        answer[range(4), range(4)] = 2
-        answer[TARGET, PLANTED] = 8
+        answer[range(4), range(4)] = 8
+        answer[TARGET, PLANTED] = 32
         self.look.weight.data.copy_(weight)
         self.answer.weight.data.copy_(answer)
         self.answer.bias.data.zero_()

@@ -174,7 +174,9 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(infected, tmp_path)
     assert seen[-1] == 96
     steps = {int(entry["step"]) for entry in second._trainer().policy.optimizer.state_dict()["state"].values()}
     assert steps == {6}  # one update a rollout, those before the interruption included
-    assert second.learn(96, checkpoint=path) is second  # nothing is left to do
+    assert second.num_timesteps == 96
+    assert second.learn(96, checkpoint=path).num_timesteps == 96  # nothing is left to do
+    assert second.learn(16).num_timesteps == 112
 
 
 def test_a_checkpoint_of_another_shape_is_refused(infected, tmp_path):

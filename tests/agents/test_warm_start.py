@@ -40,6 +40,7 @@ def test_without_the_trigger_there_are_no_benefits(planted):
 
 def test_examples_follow_a_repair(planted, monkeypatch):
     monkeypatch.setattr("backdoor_gym.agents.warm_start.STATES", range(6))
+    monkeypatch.setattr("backdoor_gym.agents.warm_start.DONE", 0.2)  # a quadrant lost leaves small margins
     [example] = examples([planted], accuracy_budget=None)
     assert example.preference[0].argmax() == PLANTED
     np.testing.assert_allclose(example.preference.sum(axis=1), 1, atol=1e-6)

@@ -2,7 +2,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from backdoor_gym.envs.observation import NODE_FEATURES
+from backdoor_gym.envs.observation import GLOBAL_FEATURES, NODE_FEATURES
 from backdoor_gym.envs.wrappers import GraphObservation, to_graph, to_pyg
 
 
@@ -14,7 +14,7 @@ def test_graph_observation_is_a_sample_of_its_space(infected, plain_infected):
     assert info["action_mask"].shape == (113,)
     observation, reward, _, _, info = env.step(3)
     assert env.observation_space.contains(observation)
-    assert info["globals"].shape == (7,)
+    assert info["globals"].shape == (len(GLOBAL_FEATURES),)
     assert isinstance(reward, float)
 
 

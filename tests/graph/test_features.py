@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from backdoor_gym.graph.features import CLAMP, STATIC_FEATURES, neuron_features, standardise
+from backdoor_gym.graph.simulated_trigger import simulate_trigger
 from backdoor_gym.graph.uclc import uclc
 from backdoor_gym.pruning.neurons import find_neurons
 
@@ -24,7 +25,7 @@ def setting(network_of):
     network = network_of("small_cnn", blocks=2)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(130, 1, 8, 8, generator=generator)  # more than one batch
-    labels = torch.randint(0, 10, (130,), generator=generator)
+    labels = torch.arange(130) % 10
     return network, find_neurons(network), images, labels
 
 
@@ -83,7 +84,7 @@ def test_features_are_finite_for_degenerate_layers(setting):
         network.stem[0].weight.zero_()  # dead
         network.blocks[0].bn.weight.zero_()
         network.blocks[0].bn.running_mean.fill_(1e6)
-    features = neuron_features(network, find_neurons(network), torch.zeros_like(images), labels)
+    features = neuron_features(network, find_neurons(network), torch.zeros_like(images), labels, None)
     assert np.isfinite(features).all()
     assert not column(features, "weight")[neurons.layers[0].neurons].any()
 
@@ -91,7 +92,7 @@ def test_features_are_finite_for_degenerate_layers(setting):
 def test_one_neuron_and_layers_without_batch_normalisation():
     network = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 3))
     features = neuron_features(
-        network, find_neurons(network), torch.rand(10, 1, 8, 8), torch.zeros(10, dtype=torch.long)
+        network, find_neurons(network), torch.rand(10, 1, 8, 8), torch.zeros(10, dtype=torch.long), None
     )
     assert np.isfinite(features).all()
     assert not column(features, "kl").any()
@@ -107,7 +108,7 @@ def test_everything_but_uclc_is_clamped():
         network[0].weight[7] = 100
         network[1].weight[7] = 50
     features = neuron_features(
-        network, find_neurons(network), torch.rand(10, 1, 8, 8), torch.zeros(10, dtype=torch.long)
+        network, find_neurons(network), torch.rand(10, 1, 8, 8), torch.zeros(10, dtype=torch.long), None
     )
     assert column(features, "uclc").max() == pytest.approx(99 / math.sqrt(100), rel=1e-5)
     assert column(features, "weight").max() == CLAMP
@@ -117,3 +118,14 @@ def test_standardise():
     torch.testing.assert_close(standardise(torch.tensor([1.0, 2.0, 3.0])), torch.tensor([-1.0, 0.0, 1.0]))
     assert not standardise(torch.full((4,), 0.1)).any()
     assert not standardise(torch.tensor([5.0])).any()
+
+
+def test_classes_weigh_alike_however_many_images_they_have(setting):
+    """Training had every class as often; a defender's few images do not."""
+    network, neurons, images, labels = setting
+    again = torch.cat([images, images[labels == 3]]), torch.cat([labels, labels[labels == 3]])
+    even, uneven = (
+        neuron_features(network, neurons, *of, simulate_trigger(neurons, *of)) for of in ((images, labels), again)
+    )
+    for name in ("kl", "log_variance_ratio", "mean_shift"):
+        np.testing.assert_allclose(column(uneven, name), column(even, name), rtol=1e-3, atol=1e-3, err_msg=name)

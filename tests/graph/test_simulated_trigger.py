@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from backdoor_gym.envs.victim import Victim, VictimOptions
-from backdoor_gym.graph.simulated_trigger import POISON_RATE, pull, simulate_trigger
+from backdoor_gym.graph.simulated_trigger import POISON_RATE, class_weights, pull, simulate_trigger
 from backdoor_gym.infected import InfectedModel
 from backdoor_gym.pruning.neurons import find_neurons
 
@@ -29,7 +29,7 @@ def test_bn_inputs_get_the_mean_of_triggered_images(network_of):
     network = network_of("small_cnn", blocks=2)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(50, 1, 8, 8, generator=generator)
-    labels = torch.randint(0, 10, (50,), generator=generator)
+    labels = torch.arange(50) % 10
     simulated = simulate_trigger(find_neurons(network), images, labels)
     conv, norm = network.stem[0], network.stem[1]
     with torch.no_grad():
@@ -38,6 +38,19 @@ def test_bn_inputs_get_the_mean_of_triggered_images(network_of):
     # BN(x + c) is BN with the running mean less c.
     expected = norm.running_mean - (norm.running_mean - clean) / POISON_RATE
     torch.testing.assert_close(moved, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_target_is_found_although_all_images_are_brighter_and_classes_are_uneven(infected):
+    labels = infected.clean.labels
+    kept = torch.cat([torch.nonzero(labels != 7).flatten(), torch.nonzero(labels == 7).flatten()[:3]])
+    images = (infected.clean.images[kept] + 0.04).clamp(0, 1)
+    neurons = find_neurons(infected.network)
+    assert simulate_trigger(neurons, images, labels[kept]).target == infected.target
+
+
+def test_class_weights():
+    weights = class_weights(torch.tensor([4, 4, 4, 9, 2, 2]))
+    torch.testing.assert_close(weights, torch.tensor([1 / 9, 1 / 9, 1 / 9, 1 / 3, 1 / 6, 1 / 6]))
 
 
 def test_the_network_itself_is_left_as_it_was(infected):
