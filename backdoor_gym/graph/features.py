@@ -15,8 +15,8 @@
 
 Standardised is (x - mean) / unbiased standard deviation over the layer; zero where that deviation is zero or the layer
 has one neuron. All but ``uclc`` are clamped to +-6. ``uclc`` is not, so that a threshold on it is the published CLP; a
-score of n values is at most (n - 1) / sqrt(n) by itself. Clean mean and variance weigh all classes alike. Layers without batch normalisation have zeros in the columns
-that need one.
+score of n values is at most (n - 1) / sqrt(n) by itself. In mean and variance on clean images all classes weigh alike.
+Layers without batch normalisation have zeros in the columns that need one.
 """
 
 import numpy as np

@@ -69,9 +69,7 @@ def simulate_trigger(neurons: Neurons, images: Tensor, labels: Tensor) -> Simula
     device = next(neurons.graph.parameters()).device
     images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
     weights, few, few_weights = class_weights(labels), images[:IMAGES], class_weights(labels[:IMAGES])
-    early, late = (
-        [layer.node for layer in part] for part in (norms[: len(norms) // 2], norms[len(norms) // 2 :])
-    )
+    early, late = ([layer.node for layer in part] for part in (norms[: len(norms) // 2], norms[len(norms) // 2 :]))
 
     plain = _Mover(neurons, weights).run_on(images)
     gaps = {name: mean - plain.mean(name, weights) for name, mean in running.items()}
