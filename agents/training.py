@@ -19,7 +19,7 @@ from .warm_start import examples, warm_start
 PPO_AFTER_WARM_START: dict[str, Any] = {"learning_rate": 5e-4, "ent_coef": 0.003, "gamma": 0.97}
 #: Triggered images in training; danger is a mean over them.
 SCORE_SAMPLES = 64
-LOOKS = tuple(LookAhead(8, loss, danger) for loss in (0.0, 3.0) for danger in (0.0, 10.0))
+LOOKS = tuple(LookAhead(weight) for weight in (0.0, 0.5, 1.0, 2.0))
 
 Report = Callable[[str], None]
 
@@ -94,7 +94,7 @@ def train(
         onp.set_env(env)
         ratings = choose_look_ahead(onp, env, judges, looks)
         for look, rating in ratings.items():
-            say(f"look-ahead {look.candidates} {look.loss_weight:g} {look.danger_weight:g}: return {rating:.3f}")
+            say(f"look-ahead {look.slope_weight:g}: return {rating:.3f}")
     onp.facts |= {"seed": seed, "models": len(names), "learned_on": list(infected), "chosen_on": list(validation)}
     onp.save(out)
     checkpoint.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ once the trigger fails, and to stop at once in clean models, in states along one
 of actions from nothing would take far more episodes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backdoor_gym.envs.prune import BackdoorPruneEnv
-from backdoor_gym.envs.victim import Victim
+from backdoor_gym.envs.victim import Slopes, Victim
 from backdoor_gym.errors import DataError
 from backdoor_gym.metrics import target_margin
 
@@ -66,9 +66,10 @@ def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
     target = victim.model.target
     clean, labels = victim.clean.images[:IMAGES], victim.clean.labels[:IMAGES]
     mask = victim.neuron_mask(np.zeros(len(victim), dtype=bool) if pruned is None else pruned)
-    pull = _by_mask(victim, mask, images[:IMAGES], lambda logits: target_margin(logits, target).mean())
-    harm = -_by_mask(victim, mask, clean, lambda logits: F.cross_entropy(logits, labels))
-    return pull / max(pull.std(), 1e-12) - np.maximum(harm, 0) / max(harm.std(), 1e-12)
+    return Slopes(
+        victim.by_mask(victim.neurons, images[:IMAGES], lambda logits: target_margin(logits, target).mean(), mask),
+        -victim.by_mask(victim.neurons, clean, lambda logits: F.cross_entropy(logits, labels), mask),
+    ).benefit
 
 
 def examples(infected: Sequence[str], seed: int = 0, **options: Any) -> list[Example]:
@@ -153,23 +154,6 @@ def warm_start(
 
 def _is_clean(victim: Victim) -> bool:
     return victim.model.facts.get("attack") == "clean"
-
-
-def _by_mask(victim: Victim, mask: np.ndarray, images: Tensor, quantity: Callable[[Tensor], Tensor]) -> np.ndarray:
-    """Derivative of a quantity of the logits by the mask of each unit, float64 (units,)."""
-    masks = [
-        torch.from_numpy(mask[layer.neurons].astype(np.float32)).requires_grad_() for layer in victim.neurons.layers
-    ]
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(quantity(victim.neurons.graph(images, *masks)), masks, allow_unused=True)
-    flat = torch.cat(
-        [
-            torch.zeros_like(one) if gradient is None else gradient
-            for one, gradient in zip(masks, gradients, strict=True)
-        ]
-    )
-    values = flat.double().numpy()
-    return np.array([values[unit].sum() for unit in victim.units])
 
 
 def _padded(batch: Sequence[Example]) -> tuple[dict[str, Tensor], Tensor]:

@@ -13,7 +13,7 @@ from ..pruning.neurons import RESIDUAL_MODES
 from .generator import Infected, InfectedGenerator
 from .observation import ObservationBuilder, Progress
 from .reward import Reward, Transition, make_reward
-from .victim import Figures, Victim, VictimOptions
+from .victim import Figures, Slopes, Victim, VictimOptions
 from .viewer import Snapshot, Viewer
 
 DEFAULT_INFECTED = "digits-badnets"
@@ -187,6 +187,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._steps = 0
         self._failures = 0
         self._history = [self._current]
+        self._slopes: tuple[int, Slopes] | None = None
         if self.render_mode == "human":
             self.render()
         return self._observe(), self._info(None, False)
@@ -265,6 +266,16 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         For policies that look ahead: what they may know, without ASR and RA.
         """
         return self.victim.figures(self._with(units), score=False)
+
+    def slopes(self, every: int = 1) -> Slopes:
+        """Derivatives by the mask of each unit at the current state, taken anew once so many more units are pruned.
+
+        For policies that look ahead: like ``evaluate_also``, but to first order and of all units at once.
+        """
+        count = int(self._pruned.sum())
+        if self._slopes is None or count - self._slopes[0] >= every:
+            self._slopes = count, self.victim.slopes(self._pruned)
+        return self._slopes[1]
 
     def render(self) -> Any:
         """An RGB array, a text, or None after showing a window, as ``render_mode`` says."""

@@ -1,6 +1,6 @@
 """An infected model made ready for episodes: its neurons, what an agent sees of them, and its figures under a mask."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..graph.features import neuron_features, standardise
+from ..graph.mask_gradient import mask_gradient
 from ..graph.neuron_graph import NeuronGraph, max_edges, neuron_graph
 from ..graph.simulated_trigger import SimulatedTrigger, simulate_trigger
 from ..graph.uclc import uclc
 from ..infected import InfectedModel
-from ..metrics import accuracy, attack_success, danger
+from ..metrics import accuracy, attack_success, danger, target_margin
 from ..pruning.masked import MaskedNetwork
 from ..pruning.neurons import Neurons, find_neurons
 
@@ -60,6 +61,28 @@ class Figures:
     asr: float | None = None
     ra: float | None = None
     danger: float | None = None
+
+
+#: Clean images that ``Victim.slopes`` are taken on.
+SLOPE_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Derivatives by the mask of each unit, float64 (units,): what pruning it takes away or adds, to first order.
+
+    Attributes:
+        pull: of the suspected target's mean margin under the simulated trigger; zeros where nothing can be simulated.
+        harm: of minus the clean cross-entropy.
+    """
+
+    pull: np.ndarray
+    harm: np.ndarray
+
+    @property
+    def benefit(self) -> np.ndarray:
+        """What the prune takes from the margin, less what it adds to the loss, each in its standard deviation, float64."""
+        return self.pull / max(self.pull.std(), 1e-12) - np.maximum(self.harm, 0) / max(self.harm.std(), 1e-12)
 
 
 class Victim:
@@ -156,6 +179,28 @@ class Victim:
         if networks.triggered is None or not score:
             return Figures(acc, loss, suspected)
         return Figures(acc, loss, suspected, *self._score(networks.triggered.logits(mask)))
+
+    def slopes(self, pruned: np.ndarray) -> Slopes:
+        """To first order, what one more prune would do, from clean images alone; ``pruned`` is bool (units,)."""
+        mask = self.neuron_mask(pruned)
+        images = self.clean.images[:SLOPE_IMAGES].to(self.options.device, memory_format=torch.channels_last)
+        labels = self.clean.labels[:SLOPE_IMAGES].to(self.options.device)
+        harm = -self.by_mask(self.neurons, images, lambda logits: F.cross_entropy(logits, labels), mask)
+        simulated = self.simulated
+        if simulated is None or not (foreign := simulated.labels != simulated.target).any():
+            return Slopes(np.zeros(len(self)), harm)
+        target = simulated.target
+        pull = self.by_mask(
+            simulated.neurons, simulated.images[foreign], lambda logits: target_margin(logits, target).mean(), mask
+        )
+        return Slopes(pull, harm)
+
+    def by_mask(
+        self, neurons: Neurons, images: Tensor, quantity: Callable[[Tensor], Tensor], mask: np.ndarray
+    ) -> np.ndarray:
+        """``mask_gradient`` by unit: of a group the sum over its neurons, float64 (units,)."""
+        by_neuron = mask_gradient(neurons, images, quantity, mask).double().cpu().numpy()
+        return np.array([by_neuron[unit].sum() for unit in self.units])
 
     def keep(self) -> None:
         """Let later figures start from the activations of the last ones."""

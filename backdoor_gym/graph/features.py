@@ -75,7 +75,7 @@ def neuron_features(
     for index, layer in enumerate(neurons.layers):
         columns = {"uclc": bounds[index], **observed[index]}
         if pulls is not None:
-            columns["pull"] = pulls[index]
+            columns["pull"] = pulls[layer.neurons]
         if layer.normalised:
             columns |= _statistics_gap(
                 network.get_submodule(layer.module), columns.pop("mean"), columns.pop("variance")

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from ..metrics import target_margin
 from ..pruning.neurons import NeuronLayer, Neurons
+from .mask_gradient import mask_gradient
 
 POISON_RATE = 0.1
 #: Of the clean images, as many as the simulation uses.
@@ -104,18 +105,13 @@ def class_weights(labels: Tensor) -> Tensor:
     return 1 / (counts[classes] * len(counts))
 
 
-def pull(simulated: SimulatedTrigger) -> list[Tensor]:
-    """Derivative of the suspected target's logit (less the mean logit) by each neuron's mask, one (size,) a layer."""
-    layers = simulated.neurons.layers
-    masks = [torch.ones(layer.size, device=simulated.images.device, requires_grad=True) for layer in layers]
-    with torch.enable_grad():
-        logits = simulated.neurons.graph(simulated.images, *masks)
-        towards = (logits[:, simulated.target] - logits.mean(1)).mean()
-        gradients = torch.autograd.grad(towards, masks, allow_unused=True)
-    return [
-        torch.zeros_like(mask) if gradient is None else gradient
-        for mask, gradient in zip(masks, gradients, strict=True)
-    ]
+def pull(simulated: SimulatedTrigger) -> Tensor:
+    """Derivative of the suspected target's logit, less the mean logit, by each neuron's mask, float32 (neurons,)."""
+    return mask_gradient(
+        simulated.neurons,
+        simulated.images,
+        lambda logits: (logits[:, simulated.target] - logits.mean(1)).mean(),
+    )
 
 
 def _running(graph: nn.Module, norms: Sequence[NeuronLayer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

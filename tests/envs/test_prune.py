@@ -254,3 +254,38 @@ def test_misuse_is_named(infected):
     for action in (env.stop_action + 1, -1, 1.5, "3", None):
         with pytest.raises(gym.error.InvalidAction):
             env.step(action)
+
+
+def test_slopes_are_the_derivatives_where_the_episode_stands(infected):
+    env = BackdoorPruneEnv(infected, accuracy_budget=None)
+    env.reset(seed=0)
+    at_first = env.slopes()
+    for unit in (5, 17, 40):
+        env.step(unit)
+    assert env.slopes(every=4) is at_first
+    now = env.slopes(every=3)
+    assert now is not at_first
+    unit, step = 60, 1e-2
+    neurons = env.victim.neurons
+    images, labels = env.victim.clean.images[:100], env.victim.clean.labels[:100]
+
+    def loss(value):
+        mask = torch.from_numpy(env.victim.neuron_mask(env.pruned)).float()
+        mask[unit] = value
+        with torch.no_grad():
+            logits = neurons.graph(images, *(mask[layer.neurons] for layer in neurons.layers))
+        return torch.nn.functional.cross_entropy(logits, labels).item()
+
+    assert now.harm[unit] == pytest.approx(-(loss(1 + step) - loss(1 - step)) / (2 * step), rel=0.05, abs=1e-4)
+    env.reset(seed=0)
+    np.testing.assert_array_equal(env.slopes(every=100).harm, at_first.harm)
+
+
+def test_slopes_of_groups_are_sums_over_their_neurons(infected):
+    alone, together = (
+        BackdoorPruneEnv(infected, residual=residual, accuracy_budget=None) for residual in ("channel", "group")
+    )
+    for env in (alone, together):
+        env.reset(seed=0)
+    sums = [alone.slopes().pull[unit].sum() for unit in together.victim.units]
+    np.testing.assert_allclose(together.slopes().pull, sums, rtol=1e-5, atol=1e-6)

@@ -64,7 +64,7 @@ def test_the_network_itself_is_left_as_it_was(infected):
 
 def test_pull_is_the_derivative_by_the_mask(infected):
     neurons, simulated = simulate(infected)
-    pulls = torch.cat(pull(simulated))
+    pulls = pull(simulated)
     layer = neurons.layers[1]
 
     def towards(value):
@@ -81,7 +81,7 @@ def test_pull_is_the_derivative_by_the_mask(infected):
 def test_pruning_what_pulls_most_makes_the_real_trigger_fail(infected):
     """The derivative under the simulated trigger points at neurons that carry the real one."""
     victim = Victim(infected, VictimOptions())
-    order = np.argsort(-np.concatenate([one.numpy() for one in pull(victim.simulated)]))
+    order = np.argsort(-pull(victim.simulated).numpy())
     dangers = []
     for chosen in (order[:12], order[50:62]):
         pruned = np.zeros(len(victim), dtype=bool)
