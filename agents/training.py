@@ -16,10 +16,17 @@ from .validation import Validation, choose_look_ahead
 from .warm_start import examples, warm_start
 
 #: Gentler than what a policy that begins from nothing needs.
-PPO_AFTER_WARM_START: dict[str, Any] = {"learning_rate": 5e-4, "ent_coef": 0.003, "gamma": 0.97}
+PPO_AFTER_WARM_START: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "n_steps": 128,
+    "batch_size": 512,
+    "target_kl": 0.02,
+    "ent_coef": 0.0,
+    "gamma": 0.97,
+}
 #: Triggered images in training; danger is a mean over them.
 SCORE_SAMPLES = 64
-LOOKS = tuple(LookAhead(weight) for weight in (0.0, 0.5, 1.0, 2.0))
+LOOKS: tuple[LookAhead | None, ...] = (None, *(LookAhead(5, 3.0, danger) for danger in (0.0, 10.0)))
 
 Report = Callable[[str], None]
 
@@ -34,7 +41,7 @@ def train(
     envs: int = 16,
     epochs: int = 10,
     encoder: EncoderOptions | None = None,
-    looks: Sequence[LookAhead] = LOOKS,
+    looks: Sequence[LookAhead | None] = LOOKS,
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
     report: Report | None = None,
@@ -94,7 +101,8 @@ def train(
         onp.set_env(env)
         ratings = choose_look_ahead(onp, env, judges, looks)
         for look, rating in ratings.items():
-            say(f"look-ahead {look.slope_weight:g}: return {rating:.3f}")
+            weights = f"{look.loss_weight:g} {look.danger_weight:g}" if look else "none"
+            say(f"look-ahead {weights}: return {rating:.3f}")
     onp.facts |= {"seed": seed, "models": len(names), "learned_on": list(infected), "chosen_on": list(validation)}
     onp.save(out)
     checkpoint.unlink(missing_ok=True)

@@ -149,10 +149,10 @@ class Validation(BaseCallback):
 
 
 def choose_look_ahead(
-    onp: ONP, env: gym.Env[Any, Any], infected: Sequence[str], choices: Sequence[LookAhead]
-) -> dict[LookAhead, float]:
+    onp: ONP, env: gym.Env[Any, Any], infected: Sequence[str], choices: Sequence[LookAhead | None]
+) -> dict[LookAhead | None, float]:
     """Give a policy the look-ahead of the largest mean return on these models; the mean return of each choice."""
-    ratings = {}
+    ratings: dict[LookAhead | None, float] = {}
     for choice in choices:
         onp.look_ahead = choice
         ratings[choice] = summary(run(onp, env, infected))["return"]

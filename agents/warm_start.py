@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backdoor_gym.envs.prune import BackdoorPruneEnv
-from backdoor_gym.envs.victim import Slopes, Victim
+from backdoor_gym.envs.victim import Victim
 from backdoor_gym.errors import DataError
 from backdoor_gym.metrics import target_margin
 
@@ -66,10 +66,9 @@ def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
     target = victim.model.target
     clean, labels = victim.clean.images[:IMAGES], victim.clean.labels[:IMAGES]
     mask = victim.neuron_mask(np.zeros(len(victim), dtype=bool) if pruned is None else pruned)
-    return Slopes(
-        victim.by_mask(victim.neurons, images[:IMAGES], lambda logits: target_margin(logits, target).mean(), mask),
-        -victim.by_mask(victim.neurons, clean, lambda logits: F.cross_entropy(logits, labels), mask),
-    ).benefit
+    pull = victim.by_mask(victim.neurons, images[:IMAGES], lambda logits: target_margin(logits, target).mean(), mask)
+    harm = -victim.by_mask(victim.neurons, clean, lambda logits: F.cross_entropy(logits, labels), mask)
+    return pull / max(pull.std(), 1e-12) - np.maximum(harm, 0) / max(harm.std(), 1e-12)
 
 
 def examples(infected: Sequence[str], seed: int = 0, **options: Any) -> list[Example]:

@@ -30,8 +30,9 @@ from sklearn.linear_model import Ridge
 
 import backdoor_gym
 from backdoor_gym.agents import ONP, LookAhead
-from backdoor_gym.agents.training import LOOKS
+from backdoor_gym.agents.training import LOOKS, SCORE_SAMPLES
 from backdoor_gym.agents.validation import run, summary
+from backdoor_gym.agents.warm_start import examples
 from backdoor_gym.baselines import CLP, RandomPolicy
 from backdoor_gym.metrics import der
 from backdoor_gym.pruning.applying import write_mask
@@ -43,7 +44,7 @@ STEPS = 60
 BUDGETS = (0.01, 0.02, 0.05)
 TRAINING = [f"digits-train/{seed}" for seed in range(300)]
 VALIDATION = [f"digits-val/{seed}" for seed in range(30)]
-THRESHOLDS = (-1e6, 0.5, 1.0, 2.0)
+THRESHOLDS = (-1e6, 0.5, 1.5)
 
 
 def environment(names: list[str], budget: float = 0.02, **options: Any) -> gym.Env[Any, Any]:
@@ -62,7 +63,7 @@ def choices() -> dict[str, Any]:
     """The ridge, its threshold and its look-ahead, from training and validation models; made once."""
     if CHOICES.is_file():
         return json.loads(CHOICES.read_text())
-    ridge = fit_ridge(TRAINING)
+    ridge = fit_ridge(examples(TRAINING, score_samples=SCORE_SAMPLES))
     env = environment(VALIDATION, reward="oracle")
     found: dict[str, Any] = {"coefficients": ridge.coef_.tolist(), "intercept": float(ridge.intercept_)}
     ratings = {
@@ -72,7 +73,7 @@ def choices() -> dict[str, Any]:
     threshold = max(ratings, key=ratings.__getitem__)
     looks = {
         look: summary(run(RidgePolicy(env, ridge, threshold=threshold, look_ahead=look), env, VALIDATION))["der"]
-        for look in LOOKS
+        for look in filter(None, LOOKS)
     }
     best = max(looks, key=looks.__getitem__)
     found |= {"threshold": threshold, "thresholds": list(ratings.items()), "look_ahead": asdict(best)}
@@ -101,8 +102,9 @@ def makers(folder: Path | None) -> dict[str, Callable[[Any, float], Any]]:
         ),
     }
     for file in sorted(folder.glob("*.safetensors")) if folder else []:
-        found[f"{file.stem}"] = lambda env, budget, file=file: ONP.load(file, env, look_ahead=None)
-        found[f"{file.stem}, look-ahead"] = lambda env, budget, file=file: ONP.load(file, env)
+        found[file.stem] = lambda env, budget, file=file: ONP.load(file, env)
+        if ONP.load(file).look_ahead is not None:
+            found[f"{file.stem}, no look-ahead"] = lambda env, budget, file=file: ONP.load(file, env, look_ahead=None)
     return found
 
 
@@ -139,7 +141,7 @@ def repair_all(job: tuple[str, float, list[str], Path | None]) -> list[dict[str,
             "der": None if before.asr is None else der(before.acc, before.asr, after.acc, after.asr),
             "pruned": int((~mask).sum()),
         }
-        if isinstance(acting, ONP) and type(acting) is ONP and acting.look_ahead is None:
+        if type(acting) is ONP:
             row["verdict"] = acting.verdict(env.reset(seed=0, options={"infected": name})[0])
         rows.append(row)
     env.close()

@@ -9,19 +9,19 @@ from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 
 from backdoor_gym.agents import ONP, LookAhead
-from backdoor_gym.agents.warm_start import benefits
+from backdoor_gym.agents.warm_start import Example, benefits
 from backdoor_gym.envs.observation import NODE_FEATURES
-from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.victim import Victim
 from backdoor_gym.graph.features import STATIC_FEATURES
 from backdoor_gym.metrics import accuracy, danger, der
 from backdoor_gym.pruning.masked import MaskedNetwork
 
-STATIC = len(STATIC_FEATURES)
+#: What the ridge sees of a neuron: all that changes with the neuron but the flags.
+COLUMNS = [NODE_FEATURES.index(name) for name in (*STATIC_FEATURES, "pull_now", "harm_now")]
 
 
 class Ranking(ONP):
-    """Prunes by a score of the static features while it is above a threshold; looks ahead as ONP does."""
+    """Prunes by a score of each neuron's features while it is above a threshold; looks ahead as ONP does."""
 
     def __init__(self, env: Any, threshold: float = -np.inf, look_ahead: LookAhead | None = None) -> None:
         super().__init__(look_ahead=look_ahead, seed=0)
@@ -31,7 +31,7 @@ class Ranking(ONP):
         raise NotImplementedError
 
     def logits(self, observation: Any) -> np.ndarray:
-        scores = self.score(observation["nodes"][:, :STATIC])
+        scores = self.score(observation["nodes"])
         return np.append(scores, max(self.threshold, -1e6))[None].astype(np.float32)
 
 
@@ -47,25 +47,26 @@ class Column(Ranking):
 
 
 class RidgePolicy(Ranking):
-    """By a ridge regression of the first-order benefit of each prune on all static features."""
+    """By a ridge regression of the first-order benefit of each prune on the features of its neuron."""
 
     def __init__(self, env: Any, model: Ridge, **options: Any) -> None:
         super().__init__(env, **options)
         self.model = model
 
     def score(self, features: np.ndarray) -> np.ndarray:
-        return self.model.predict(features.astype(np.float64))
+        return self.model.predict(features[:, COLUMNS].astype(np.float64))
 
 
-def fit_ridge(infected: Sequence[str]) -> Ridge:
-    """Fitted on the infected ones of these models, with the labels that ONP's warm start has."""
-    env = BackdoorPruneEnv(list(infected), score_samples=100)
+def fit_ridge(school: Sequence[Example]) -> Ridge:
+    """Fitted on what ONP's warm start is fitted on: the same states of the same models, with the same labels."""
     features, labels = [], []
-    for name in infected:
-        env.reset(seed=0, options={"infected": name})
-        if env.victim.model.facts["attack"] != "clean":
-            features.append(env.victim.features.astype(np.float64))
-            labels.append(benefits(env.victim))
+    for example in school:
+        for nodes, preference in zip(example.observation["nodes"], example.preference, strict=True):
+            legal = np.flatnonzero(preference[:-1])
+            if len(legal):  # else it is a state to stop in
+                benefit = np.log(preference[legal].astype(np.float64))
+                features.append(nodes[legal][:, COLUMNS].astype(np.float64))
+                labels.append(benefit - benefit.mean())
     return Ridge(10.0).fit(np.concatenate(features), np.concatenate(labels))
 
 

@@ -8,10 +8,10 @@ from gymnasium import spaces
 
 from ..graph.features import CLAMP, STATIC_FEATURES
 from ..graph.neuron_graph import EDGE_FEATURES, max_edges
-from .victim import Figures, Victim
+from .victim import Figures, Slopes, Victim
 
 #: Columns of ``nodes``: the static features, then what the episode changes, then 1 (0 in padding).
-NODE_FEATURES = (*STATIC_FEATURES, "pruned", "tried", "layer_pruned", "real")
+NODE_FEATURES = (*STATIC_FEATURES, "pruned", "tried", "layer_pruned", "pull_now", "harm_now", "real")
 #: Entries of ``globals``.
 GLOBAL_FEATURES = (
     "accuracy",
@@ -42,6 +42,7 @@ class Progress:
         accuracy_budget: as given to the environment.
         steps_left: share of the steps that are left.
         failures_left: share of the tolerated failures that are left.
+        slopes: what one more prune would do, to first order.
     """
 
     pruned: np.ndarray
@@ -51,6 +52,7 @@ class Progress:
     accuracy_budget: float | None
     steps_left: float
     failures_left: float
+    slopes: Slopes
 
 
 class ObservationBuilder:
@@ -90,6 +92,8 @@ class ObservationBuilder:
         sizes = np.bincount(victim.layer)
         shares = np.bincount(victim.layer, weights=progress.pruned) / np.maximum(sizes, 1)
         nodes[:count, _STATIC + 2] = shares[victim.layer]
+        for column, slope in enumerate((progress.slopes.pull, progress.slopes.harm), start=_STATIC + 3):
+            nodes[:count, column] = np.clip(slope / max(slope.std(), 1e-12), -CLAMP, CLAMP)
         current, initial = progress.current, progress.initial
         figures = (
             current.acc,
@@ -128,11 +132,12 @@ class ObservationBuilder:
 
 
 def evidence(victim: Victim) -> tuple[float, float, float]:
-    """What the simulated trigger says of the whole network: margin / 10, rise and 2 + log10(shift); zeros without it.
+    """What the simulated trigger says of the whole network: margin / 10, 2 + log10 of rise and of shift; zeros without it.
 
     Scores within a layer cannot tell a clean network, since every layer has a largest one. These keep their scale.
     """
     simulated = victim.simulated
     if simulated is None:
         return 0.0, 0.0, 0.0
-    return simulated.margin / 10, simulated.rise, 2 + math.log10(max(simulated.shift, 1e-4))
+    rise, shift = (2 + math.log10(max(value, 1e-4)) for value in (simulated.rise, simulated.shift))
+    return simulated.margin / 10, rise, shift

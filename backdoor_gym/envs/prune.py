@@ -44,15 +44,17 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     | key | dtype | shape | meaning |
     |---|---|---|---|
-    | ``nodes`` | float32 | (N, 14) | features of each neuron, ``observation.NODE_FEATURES``; the static ones are defined in ``backdoor_gym.graph.features`` |
+    | ``nodes`` | float32 | (N, 16) | features of each neuron, ``observation.NODE_FEATURES``; the static ones are defined in ``backdoor_gym.graph.features`` |
     | ``edges`` | float32 | (E, 2) | strength in [0, 1]; 1 for a similarity link, 0 for a connection |
     | ``edge_links`` | int64 | (E, 2) | from which neuron to which |
     | ``num_nodes``, ``num_edges`` | int64 | (1,) | how many of them are real |
     | ``action_mask`` | int8 | (N + 1,) | 1 where the action is legal; stop always is |
-    | ``globals`` | float32 | (12,) | accuracy, its drop, rise of the clean loss, accuracy budget (1 if none), shares of neurons pruned, steps left, failures left; suspected danger and its fall; margin / 10 and rise of the suspected target, 2 + log10 of the shift of BN means (``backdoor_gym.graph.simulated_trigger``); clamped to +-6 |
+    | ``globals`` | float32 | (12,) | accuracy, its drop, rise of the clean loss, accuracy budget (1 if none), shares of neurons pruned, steps left, failures left; suspected danger and its fall; margin / 10 of the suspected target, 2 + log10 of its rise and of the shift of BN means (``backdoor_gym.graph.simulated_trigger``); clamped to +-6 |
 
     The trigger never reaches the observation. The dynamic node features are: pruned, tried (pruned and undone), share
-    of the layer that is pruned, and 1 for a real neuron.
+    of the layer that is pruned, ``pull_now`` and ``harm_now`` (what pruning the neuron would take from the suspected
+    target's margin under the simulated trigger, and add to the clean loss, to first order, each in standard deviations
+    over the network; taken anew after every ``slopes_every`` prunes), and 1 for a real neuron.
 
     ## Accuracy budget
 
@@ -96,6 +98,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         residual: "channel", or "group" to prune neurons that share a residual sum together.
         connections: strongest inputs of each neuron that are edges.
         similar: similarity links of each neuron that are edges.
+        slopes_every: prunes after which the derivatives among the features are taken anew.
         clean_samples: how many clean images the defender uses, None for all there are.
         score_samples: how many triggered test images ASR and RA are measured on; 0 switches both off.
         data: data set to read the images of model files from, instead of the one they name.
@@ -124,6 +127,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         residual: str = "channel",
         connections: int = 4,
         similar: int = 4,
+        slopes_every: int = 4,
         clean_samples: int | None = None,
         score_samples: int = 256,
         data: str | None = None,
@@ -132,15 +136,25 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     ) -> None:
         EzPickle.__init__(
             self, infected, reward, accuracy_budget, max_steps, max_failures, step_cost, failure_cost, residual,
-            connections, similar, clean_samples, score_samples, data, device, render_mode,
+            connections, similar, slopes_every, clean_samples, score_samples, data, device, render_mode,
         )  # fmt: skip
-        _check(accuracy_budget, max_steps, max_failures, clean_samples, score_samples, residual, connections, similar)
+        _check(
+            accuracy_budget,
+            max_steps,
+            max_failures,
+            clean_samples,
+            score_samples,
+            residual,
+            connections,
+            similar,
+            slopes_every,
+        )
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise UnknownNameError("render mode", render_mode, self.metadata["render_modes"])
         self._options = {
             "infected": infected, "accuracy_budget": accuracy_budget, "max_steps": max_steps, "max_failures": max_failures,
             "step_cost": step_cost, "failure_cost": failure_cost, "residual": residual, "connections": connections,
-            "similar": similar, "clean_samples": clean_samples, "data": data, "device": device,
+            "similar": similar, "slopes_every": slopes_every, "clean_samples": clean_samples, "data": data, "device": device,
         }  # fmt: skip
         self.accuracy_budget = accuracy_budget
         self.max_steps = max_steps
@@ -148,6 +162,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self.step_cost = step_cost
         self.failure_cost = failure_cost
         self.render_mode = render_mode
+        self.slopes_every = slopes_every
         self._reward = make_reward(reward)
         self.generator = InfectedGenerator(
             infected, VictimOptions(residual, connections, similar, clean_samples, score_samples, device), data
@@ -187,7 +202,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._steps = 0
         self._failures = 0
         self._history = [self._current]
-        self._slopes: tuple[int, Slopes] | None = None
+        self._slopes, self._slopes_taken = victim.first_slopes, 0
         if self.render_mode == "human":
             self.render()
         return self._observe(), self._info(None, False)
@@ -267,16 +282,6 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         """
         return self.victim.figures(self._with(units), score=False)
 
-    def slopes(self, every: int = 1) -> Slopes:
-        """Derivatives by the mask of each unit at the current state, taken anew once so many more units are pruned.
-
-        For policies that look ahead: like ``evaluate_also``, but to first order and of all units at once.
-        """
-        count = int(self._pruned.sum())
-        if self._slopes is None or count - self._slopes[0] >= every:
-            self._slopes = count, self.victim.slopes(self._pruned)
-        return self._slopes[1]
-
     def render(self) -> Any:
         """An RGB array, a text, or None after showing a window, as ``render_mode`` says."""
         if self.render_mode is None:
@@ -303,6 +308,12 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             return False
         return self._initial.acc - figures.acc > self.accuracy_budget + TOLERANCE
 
+    def _slopes_now(self) -> Slopes:
+        count = int(self._pruned.sum())
+        if count - self._slopes_taken >= self.slopes_every:
+            self._slopes, self._slopes_taken = self.victim.slopes(self._pruned), count
+        return self._slopes
+
     def _observe(self) -> dict[str, np.ndarray]:
         progress = Progress(
             self._pruned,
@@ -312,6 +323,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             self.accuracy_budget,
             max(0.0, 1 - self._steps / self.step_limit),
             1 - self._failures / self.max_failures,
+            self._slopes_now(),
         )
         return self._observer.observe(self.victim, progress, self.action_masks())
 
@@ -347,6 +359,7 @@ def _check(
     residual: str,
     connections: int,
     similar: int,
+    slopes_every: int,
 ) -> None:
     if accuracy_budget is not None and not 0 <= accuracy_budget <= 1:
         raise DataError(f"accuracy_budget must be None or a share from 0 to 1, not {accuracy_budget}")
@@ -357,6 +370,7 @@ def _check(
         ("score_samples", score_samples, 0),
         ("connections", connections, 0),
         ("similar", similar, 0),
+        ("slopes_every", slopes_every, 1),
     ):
         if value is not None and (value != int(value) or value < least):
             raise DataError(f"{name} must be a whole number of at least {least}, not {value}")

@@ -79,11 +79,6 @@ class Slopes:
     pull: np.ndarray
     harm: np.ndarray
 
-    @property
-    def benefit(self) -> np.ndarray:
-        """What the prune takes from the margin, less what it adds to the loss, each in its standard deviation, float64."""
-        return self.pull / max(self.pull.std(), 1e-12) - np.maximum(self.harm, 0) / max(self.harm.std(), 1e-12)
-
 
 class Victim:
     """One infected model in an environment. A *unit* is what one action prunes: a neuron, or a group of coupled ones."""
@@ -179,6 +174,11 @@ class Victim:
         if networks.triggered is None or not score:
             return Figures(acc, loss, suspected)
         return Figures(acc, loss, suspected, *self._score(networks.triggered.logits(mask)))
+
+    @cached_property
+    def first_slopes(self) -> Slopes:
+        """Those of the whole network."""
+        return self.slopes(np.zeros(len(self), dtype=bool))
 
     def slopes(self, pruned: np.ndarray) -> Slopes:
         """To first order, what one more prune would do, from clean images alone; ``pruned`` is bool (units,)."""

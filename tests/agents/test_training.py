@@ -72,7 +72,7 @@ def test_validation_keeps_the_best_policy(files, tmp_path):
 def test_the_look_ahead_of_the_best_rating_is_taken(infected):
     env = gym.make("BackdoorPrune-v0", infected=[infected], max_steps=4)
     onp = ONP(env, seed=0)
-    looks = [LookAhead(weight) for weight in (0.0, 5.0)]
+    looks = [LookAhead(3, weight, 0.0) for weight in (0.0, 5.0)]
     ratings = choose_look_ahead(onp, env, [infected], looks)
     assert ratings[onp.look_ahead] == max(ratings.values())
     assert list(ratings) == looks

@@ -256,15 +256,19 @@ def test_misuse_is_named(infected):
             env.step(action)
 
 
+def slope(observation, name):
+    return observation["nodes"][: int(observation["num_nodes"][0]), NODE_FEATURES.index(name)]
+
+
 def test_slopes_are_the_derivatives_where_the_episode_stands(infected):
-    env = BackdoorPruneEnv(infected, accuracy_budget=None)
-    env.reset(seed=0)
-    at_first = env.slopes()
-    for unit in (5, 17, 40):
-        env.step(unit)
-    assert env.slopes(every=4) is at_first
-    now = env.slopes(every=3)
-    assert now is not at_first
+    env = BackdoorPruneEnv(infected, accuracy_budget=None, slopes_every=3)
+    first, _ = env.reset(seed=0)
+    for unit in (5, 17):
+        observation, *_ = env.step(unit)
+        np.testing.assert_array_equal(slope(observation, "harm_now"), slope(first, "harm_now"))
+    observation, *_ = env.step(40)
+    assert (slope(observation, "harm_now") != slope(first, "harm_now")).any()
+    assert (slope(observation, "pull_now") != slope(first, "pull_now")).any()
     unit, step = 60, 1e-2
     neurons = env.victim.neurons
     images, labels = env.victim.clean.images[:100], env.victim.clean.labels[:100]
@@ -276,9 +280,11 @@ def test_slopes_are_the_derivatives_where_the_episode_stands(infected):
             logits = neurons.graph(images, *(mask[layer.neurons] for layer in neurons.layers))
         return torch.nn.functional.cross_entropy(logits, labels).item()
 
-    assert now.harm[unit] == pytest.approx(-(loss(1 + step) - loss(1 - step)) / (2 * step), rel=0.05, abs=1e-4)
-    env.reset(seed=0)
-    np.testing.assert_array_equal(env.slopes(every=100).harm, at_first.harm)
+    harm = env.victim.slopes(env.pruned).harm
+    assert harm[unit] == pytest.approx(-(loss(1 + step) - loss(1 - step)) / (2 * step), rel=0.05, abs=1e-4)
+    np.testing.assert_allclose(slope(observation, "harm_now"), np.clip(harm / harm.std(), -6, 6), rtol=1e-4, atol=1e-5)
+    again, _ = env.reset(seed=0)
+    np.testing.assert_array_equal(slope(again, "harm_now"), slope(first, "harm_now"))
 
 
 def test_slopes_of_groups_are_sums_over_their_neurons(infected):
@@ -287,5 +293,5 @@ def test_slopes_of_groups_are_sums_over_their_neurons(infected):
     )
     for env in (alone, together):
         env.reset(seed=0)
-    sums = [alone.slopes().pull[unit].sum() for unit in together.victim.units]
-    np.testing.assert_allclose(together.slopes().pull, sums, rtol=1e-5, atol=1e-6)
+    sums = [alone.victim.first_slopes.pull[unit].sum() for unit in together.victim.units]
+    np.testing.assert_allclose(together.victim.first_slopes.pull, sums, rtol=1e-5, atol=1e-6)
