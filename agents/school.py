@@ -7,6 +7,8 @@ import gymnasium as gym
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
+from backdoor_gym.envs.generator import InfectedGenerator
+from backdoor_gym.envs.victim import VictimOptions
 from backdoor_gym.errors import DataError
 from backdoor_gym.zoo.catalogue import resolve
 
@@ -36,10 +38,9 @@ def school(
     names = [name for pattern in infected for name in resolve(pattern)]
     if len(names) < envs:
         raise DataError(f"{len(names)} models cannot be divided among {envs} sub-environments; lower envs")
+    shared = {"max_steps": MAX_STEPS, "max_units": InfectedGenerator(names, VictimOptions()).max_units(), **options}
     makers = [
-        _maker(
-            {"max_steps": MAX_STEPS, "accuracy_budget": BUDGETS[index % len(BUDGETS)], **options}, names[index::envs]
-        )
+        _maker({"accuracy_budget": BUDGETS[index % len(BUDGETS)], **shared}, names[index::envs])
         for index in range(envs)
     ]
     vector: VecEnv = SubprocVecEnv(makers) if processes else DummyVecEnv(makers)

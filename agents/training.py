@@ -71,8 +71,8 @@ def train(
     if not checkpoint.is_file():
         out.unlink(missing_ok=True)  # of an earlier training: not to be compared with
     names, judges = ([name for pattern in patterns for name in resolve(pattern)] for patterns in (infected, validation))
-    say(f"preparing {len(names)} models")
     vector = school(names, envs, seed=seed, reward="oracle", score_samples=SCORE_SAMPLES)
+    say(f"{len(names)} models to learn from, {len(judges)} to choose by")
     settings = {**(PPO_AFTER_WARM_START if epochs else {}), **ppo}
     onp = ONP(vector, encoder=encoder, seed=seed, tensorboard_log=tensorboard_log, **settings)
     if epochs and not checkpoint.is_file():

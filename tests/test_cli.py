@@ -125,7 +125,6 @@ def test_list_and_inspect(run, infected_file):
     code, out, _ = run("list")
     assert code == 0
     assert "digits-badnets" in out
-    assert "Signs of a backdoor, which seems to call label 3" in out
     assert "digits-train/<seed>" in out
     assert "wrn16" in out
     assert run("list", "digits-test/99*")[1].split() == [

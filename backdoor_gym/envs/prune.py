@@ -99,6 +99,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         connections: strongest inputs of each neuron that are edges.
         similar: similarity links of each neuron that are edges.
         slopes_every: prunes after which the derivatives among the features are taken anew.
+        max_units: N, None for that of the largest network of ``infected``. Environments that are stepped together as one
+            vector need the same.
         clean_samples: how many clean images the defender uses, None for all there are.
         score_samples: how many triggered test images ASR and RA are measured on; 0 switches both off.
         data: data set to read the images of model files from, instead of the one they name.
@@ -128,6 +130,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         connections: int = 4,
         similar: int = 4,
         slopes_every: int = 4,
+        max_units: int | None = None,
         clean_samples: int | None = None,
         score_samples: int = 256,
         data: str | None = None,
@@ -136,7 +139,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     ) -> None:
         EzPickle.__init__(
             self, infected, reward, accuracy_budget, max_steps, max_failures, step_cost, failure_cost, residual,
-            connections, similar, slopes_every, clean_samples, score_samples, data, device, render_mode,
+            connections, similar, slopes_every, max_units, clean_samples, score_samples, data, device, render_mode,
         )  # fmt: skip
         _check(
             accuracy_budget,
@@ -148,13 +151,15 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             connections,
             similar,
             slopes_every,
+            max_units,
         )
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise UnknownNameError("render mode", render_mode, self.metadata["render_modes"])
         self._options = {
             "infected": infected, "accuracy_budget": accuracy_budget, "max_steps": max_steps, "max_failures": max_failures,
             "step_cost": step_cost, "failure_cost": failure_cost, "residual": residual, "connections": connections,
-            "similar": similar, "slopes_every": slopes_every, "clean_samples": clean_samples, "data": data, "device": device,
+            "similar": similar, "slopes_every": slopes_every, "max_units": max_units,
+            "clean_samples": clean_samples, "data": data, "device": device,
         }  # fmt: skip
         self.accuracy_budget = accuracy_budget
         self.max_steps = max_steps
@@ -167,7 +172,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self.generator = InfectedGenerator(
             infected, VictimOptions(residual, connections, similar, clean_samples, score_samples, device), data
         )
-        self._observer = ObservationBuilder(self.generator.max_units(), connections, similar)
+        self._observer = ObservationBuilder(max_units or self.generator.max_units(), connections, similar)
         self.observation_space = self._observer.space  # type: ignore[assignment]
         self.action_space = spaces.Discrete(self._observer.max_units + 1)
         self.stop_action = self._observer.max_units
@@ -190,7 +195,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         if len(victim) > self._observer.max_units:
             raise DataError(
                 f"{victim.name} has {len(victim)} neurons, and this environment's spaces have room for "
-                f"{self._observer.max_units}; name it in infected= when the environment is made"
+                f"{self._observer.max_units}; name it in infected= when the environment is made, or raise max_units"
             )
         if before is not None and before is not victim:
             before.release()
@@ -360,6 +365,7 @@ def _check(
     connections: int,
     similar: int,
     slopes_every: int,
+    max_units: int | None,
 ) -> None:
     if accuracy_budget is not None and not 0 <= accuracy_budget <= 1:
         raise DataError(f"accuracy_budget must be None or a share from 0 to 1, not {accuracy_budget}")
@@ -371,6 +377,7 @@ def _check(
         ("connections", connections, 0),
         ("similar", similar, 0),
         ("slopes_every", slopes_every, 1),
+        ("max_units", max_units, 1),
     ):
         if value is not None and (value != int(value) or value < least):
             raise DataError(f"{name} must be a whole number of at least {least}, not {value}")

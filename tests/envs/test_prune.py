@@ -295,3 +295,14 @@ def test_slopes_of_groups_are_sums_over_their_neurons(infected):
         env.reset(seed=0)
     sums = [alone.victim.first_slopes.pull[unit].sum() for unit in together.victim.units]
     np.testing.assert_allclose(together.victim.first_slopes.pull, sums, rtol=1e-5, atol=1e-6)
+
+
+def test_environments_of_networks_of_other_sizes_step_together_with_the_same_max_units(infected, plain_infected):
+    vector = gym.vector.SyncVectorEnv(
+        [lambda model=model: BackdoorPruneEnv(model, max_units=150) for model in (infected, plain_infected)]
+    )
+    observation, _ = vector.reset(seed=0)
+    assert observation["nodes"].shape == (2, 150, len(NODE_FEATURES))
+    assert observation["num_nodes"].ravel().tolist() == [112, 48]
+    with pytest.raises(DataError, match="room for 100"):
+        BackdoorPruneEnv(infected, max_units=100).reset(seed=0)
