@@ -56,6 +56,9 @@ class GraphActorCritic(nn.Module):
     nothing but the order of the logits.
     """
 
+    node_columns: Tensor
+    global_columns: Tensor
+
     def __init__(self, options: EncoderOptions) -> None:
         super().__init__()
         self.options = options
@@ -71,8 +74,10 @@ class GraphActorCritic(nn.Module):
         self.stop = nn.Sequential(nn.Linear(2 * hidden + figures, hidden), nn.SiLU(), nn.Linear(hidden, 1))
         self.value = nn.Sequential(nn.Linear(2 * hidden + figures, hidden), nn.SiLU(), nn.Linear(hidden, 1))
         for head in (self.neuron, self.stop):  # begin without a preference
-            nn.init.zeros_(head[-1].bias)
-            head[-1].weight.data.mul_(0.1)
+            last = head[-1]
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.bias)
+            last.weight.data.mul_(0.1)
 
     def forward(self, observation: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits and values of a batch of observations.

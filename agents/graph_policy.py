@@ -10,6 +10,7 @@ from gymnasium import spaces
 from sb3_contrib.common.maskable.distributions import MaskableDistribution
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from torch import Tensor
+from torch.distributions import Categorical
 
 from backdoor_gym.errors import DataError
 
@@ -51,7 +52,8 @@ class GraphPolicy(MaskableActorCriticPolicy):
 
     def _build(self, lr_schedule: Any) -> None:
         self.network = GraphActorCritic(self.options)
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+        options = {"lr": lr_schedule(1), **self.optimizer_kwargs}
+        self.optimizer = self.optimizer_class(self.parameters(), **options)
 
     def forward(
         self, obs: Any, deterministic: bool = False, action_masks: np.ndarray | None = None
@@ -60,7 +62,7 @@ class GraphPolicy(MaskableActorCriticPolicy):
         actions = _choose(distribution, deterministic)
         return actions, values, distribution.log_prob(actions)
 
-    def _predict(self, observation: Any, deterministic: bool = False, action_masks: np.ndarray | None = None) -> Tensor:  # type: ignore[override]
+    def _predict(self, observation: Any, deterministic: bool = False, action_masks: np.ndarray | None = None) -> Tensor:
         return _choose(self.get_distribution(observation, action_masks), deterministic)
 
     def evaluate_actions(
@@ -90,7 +92,9 @@ def _choose(distribution: MaskableDistribution, deterministic: bool) -> Tensor:
     """Actions; without chance, stop where that is likelier than to go on, and else the likeliest neuron."""
     if not deterministic:
         return distribution.get_actions(deterministic=False)
-    chances = distribution.distribution.probs  # type: ignore[attr-defined]
+    categorical = distribution.distribution
+    assert isinstance(categorical, Categorical)
+    chances = categorical.probs
     last = chances.shape[1] - 1
     return torch.where(chances[:, -1] > 0.5, last, chances[:, :-1].argmax(1))
 

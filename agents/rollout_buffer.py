@@ -46,7 +46,7 @@ class GraphRolloutBuffer(MaskableDictRolloutBuffer):
         rest = {key: value for key, value in obs.items() if key not in EDGES}
         super().add({**rest, _GRAPH: np.array(self._current)[:, None]}, *args, **kwargs)
 
-    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> MaskableDictRolloutBufferSamples:
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> MaskableDictRolloutBufferSamples:  # type: ignore[override]
         samples = super()._get_samples(batch_inds, env)
         observations = dict(samples.observations)
         used, which = np.unique(observations[_GRAPH].cpu().numpy(), return_inverse=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import gymnasium as gym
@@ -58,16 +59,17 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
     infected = [one for one in outcomes if one.asr is not None]
     clean = [one for one in outcomes if one.asr is None]
     figures = {
-        "acc": np.mean([one.acc for one in outcomes]),
-        "acc_drop": np.mean([one.acc_drop for one in outcomes]),
-        "pruned": np.mean([one.pruned for one in outcomes]),
-        "return": np.mean([one.reward for one in outcomes]),
+        "acc": fmean(one.acc for one in outcomes),
+        "acc_drop": fmean(one.acc_drop for one in outcomes),
+        "pruned": fmean(one.pruned for one in outcomes),
+        "return": fmean(one.reward for one in outcomes),
     }
     if infected:
-        figures |= {"asr": np.mean([one.asr for one in infected]), "der": np.mean([one.der for one in infected])}  # type: ignore[misc]
+        figures["asr"] = fmean(one.asr for one in infected if one.asr is not None)
+        figures["der"] = fmean(one.der for one in infected if one.der is not None)
     if clean:
-        figures["untouched"] = np.mean([one.pruned == 0 for one in clean])
-    return {key: float(value) for key, value in figures.items()}
+        figures["untouched"] = fmean(one.pruned == 0 for one in clean)
+    return figures
 
 
 class Validation(BaseCallback):

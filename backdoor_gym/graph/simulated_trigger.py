@@ -131,6 +131,7 @@ def _moved(neurons: Neurons, norms: Sequence[NeuronLayer], moves: Mapping[str, T
     graph = copy.deepcopy(neurons.graph)
     for layer in norms:
         norm = graph.get_submodule(layer.module)
+        assert isinstance(norm.running_mean, Tensor)
         norm.running_mean = norm.running_mean - moves[layer.node]
     return Neurons(neurons.layers, graph)
 
