@@ -1,9 +1,10 @@
 """A first guess for the policy, before it learns from episodes: what each neuron's prune would do, to first order.
 
 On models of ours the trigger is known, so the derivatives of the true target's margin and of the clean loss by every
-neuron's mask are. The policy is fitted to prefer neurons whose loss hurts the trigger and not the clean images, to stop
-once the trigger fails, and to stop at once in clean models, in states along one repair of each model. Exploring hundreds
-of actions from nothing would take far more episodes.
+neuron's mask are, on test images: what the few clean images of the environment can only hint at. The policy is fitted
+to prefer neurons whose loss hurts the trigger and not the clean images, to stop once the trigger fails, and to stop at
+once in clean models, in states along one repair of each model. Exploring hundreds of actions from nothing would take far
+more episodes.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ from backdoor_gym.metrics import target_margin
 from .encoder import GraphActorCritic
 from .graph_policy import OBSERVED
 
-#: Images that derivatives are taken on.
-IMAGES = 100
+#: Test images that derivatives are taken on, which the environment does not show.
+IMAGES = 300
 #: Danger below which a repair is done.
 DONE = 0.1
 #: Steps of a repair after which its state becomes an example.
@@ -48,26 +49,26 @@ class Example:
 def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
     """First-order benefit of pruning each unit, float64 (units,); zeros for a clean model.
 
-    It is what the prune takes from the margin of the true target, less what it adds to the clean loss, each in standard
-    deviations over the network.
+    It is what the prune takes from the margin of the true target on triggered test images, less what it adds to the loss
+    on clean ones, each in standard deviations over the network.
 
     Args:
         victim: the model.
         pruned: units that are pruned already, bool (units,).
 
     Raises:
-        DataError: the trigger is not known.
+        DataError: the trigger, the target or test images are not known.
     """
     if _is_clean(victim):
         return np.zeros(len(victim))
-    images, _ = victim.triggered
-    if not len(images) or victim.model.target is None:
-        raise DataError(f"the trigger of {victim.name} is not known")
-    target = victim.model.target
-    clean, labels = victim.clean.images[:IMAGES], victim.clean.labels[:IMAGES]
+    trigger, target, test = victim.model.trigger, victim.model.target, victim.model.test
+    if trigger is None or target is None or test is None:
+        raise DataError(f"the trigger, the target or test images of {victim.name} are not known")
+    some = test.first(IMAGES)
+    triggered = trigger(some.images[some.labels != target])
     mask = victim.neuron_mask(np.zeros(len(victim), dtype=bool) if pruned is None else pruned)
-    pull = victim.by_mask(victim.neurons, images[:IMAGES], lambda logits: target_margin(logits, target).mean(), mask)
-    harm = -victim.by_mask(victim.neurons, clean, lambda logits: F.cross_entropy(logits, labels), mask)
+    pull = victim.by_mask(victim.neurons, triggered, lambda logits: target_margin(logits, target).mean(), mask)
+    harm = -victim.by_mask(victim.neurons, some.images, lambda logits: F.cross_entropy(logits, some.labels), mask)
     return pull / max(pull.std(), 1e-12) - np.maximum(harm, 0) / max(harm.std(), 1e-12)
 
 

@@ -64,7 +64,7 @@ class Figures:
 
 
 #: Clean images that ``Victim.slopes`` are taken on.
-SLOPE_IMAGES = 100
+SLOPE_IMAGES = 200
 
 
 @dataclass(frozen=True)
