@@ -13,7 +13,7 @@ from .look_ahead import LookAhead
 from .onp import ONP
 from .school import ENVIRONMENT, MAX_STEPS, school
 from .validation import Validation, choose_look_ahead
-from .warm_start import examples, warm_start
+from .warm_start import Example, examples, warm_start
 
 #: Gentler than what a policy that begins from nothing needs.
 PPO_AFTER_WARM_START: dict[str, Any] = {
@@ -26,6 +26,8 @@ PPO_AFTER_WARM_START: dict[str, Any] = {
 }
 #: Triggered images in training; danger is a mean over them.
 SCORE_SAMPLES = 64
+#: Rollouts between two validations.
+VALIDATE_EVERY = 2
 LOOKS: tuple[LookAhead | None, ...] = (None, *(LookAhead(5, 3.0, danger) for danger in (0.0, 10.0)))
 
 Report = Callable[[str], None]
@@ -41,6 +43,7 @@ def train(
     envs: int = 16,
     epochs: int = 10,
     encoder: EncoderOptions | None = None,
+    guide: Sequence[Example] | None = None,
     looks: Sequence[LookAhead | None] = LOOKS,
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
@@ -60,6 +63,7 @@ def train(
         envs: sub-environments; the models are divided among them.
         epochs: passes of the warm start over the models, 0 for none.
         encoder: shape of the network.
+        guide: examples of the models for the warm start, where they are made already.
         looks: look-aheads to choose from; none for a policy without.
         tensorboard_log: folder for TensorBoard.
         progress_bar: whether to draw one.
@@ -76,13 +80,15 @@ def train(
     settings = {**(PPO_AFTER_WARM_START if epochs else {}), **ppo}
     onp = ONP(vector, encoder=encoder, seed=seed, tensorboard_log=tensorboard_log, **settings)
     if epochs and not checkpoint.is_file():
-        losses = warm_start(onp.network, examples(names, score_samples=SCORE_SAMPLES), epochs, seed=seed)
+        guide = guide or examples(names, score_samples=SCORE_SAMPLES)
+        losses = warm_start(onp.network, guide, epochs, seed=seed)
         say(f"warm start: cross-entropy {losses[0]:.2f} -> {losses[-1]:.2f}")
     best = Validation(
         onp,
         judges,
         out,
         report=lambda figures: say(", ".join(f"{key} {value:.3f}" for key, value in figures.items())),
+        every=VALIDATE_EVERY,
         score_samples=SCORE_SAMPLES,
         max_steps=MAX_STEPS,
     )

@@ -1,10 +1,9 @@
 """A first guess for the policy, before it learns from episodes: what each neuron's prune would do, to first order.
 
 On models of ours the trigger is known, so the derivatives of the true target's margin and of the clean loss by every
-neuron's mask are, on test images: what the few clean images of the environment can only hint at. The policy is fitted
-to prefer neurons whose loss hurts the trigger and not the clean images, to stop once the trigger fails, and to stop at
-once in clean models, in states along one repair of each model. Exploring hundreds of actions from nothing would take far
-more episodes.
+neuron's mask are. The policy is fitted to prefer neurons whose loss hurts the trigger and not the clean images, to stop
+once the trigger fails, and to stop at once in clean models, in states along one repair of each model. Exploring hundreds
+of actions from nothing would take far more episodes.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from backdoor_gym.metrics import target_margin
 from .encoder import GraphActorCritic
 from .graph_policy import OBSERVED
 
-#: Test images that derivatives are taken on, which the environment does not show.
+#: Images that derivatives are taken on, at most.
 IMAGES = 300
 #: Danger below which a repair is done.
 DONE = 0.1
@@ -50,7 +49,8 @@ def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
     """First-order benefit of pruning each unit, float64 (units,); zeros for a clean model.
 
     It is what the prune takes from the margin of the true target on triggered test images, less what it adds to the loss
-    on clean ones, each in standard deviations over the network.
+    on the defender's clean images, each in standard deviations over the network. The loss is not that on test images:
+    those would tell more of the accuracy that a prune costs, but the budget is kept on the defender's.
 
     Args:
         victim: the model.
@@ -66,9 +66,10 @@ def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
         raise DataError(f"the trigger, the target or test images of {victim.name} are not known")
     some = test.first(IMAGES)
     triggered = trigger(some.images[some.labels != target])
+    clean = victim.clean.first(IMAGES)
     mask = victim.neuron_mask(np.zeros(len(victim), dtype=bool) if pruned is None else pruned)
     pull = victim.by_mask(victim.neurons, triggered, lambda logits: target_margin(logits, target).mean(), mask)
-    harm = -victim.by_mask(victim.neurons, some.images, lambda logits: F.cross_entropy(logits, some.labels), mask)
+    harm = -victim.by_mask(victim.neurons, clean.images, lambda logits: F.cross_entropy(logits, clean.labels), mask)
     return pull / max(pull.std(), 1e-12) - np.maximum(harm, 0) / max(harm.std(), 1e-12)
 
 

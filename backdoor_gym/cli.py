@@ -115,7 +115,7 @@ def train(
     ] = None,
     most: Annotated[int, typer.Option(min=1, help="Only the first so many of each training pattern.")] = 300,
     validation_models: Annotated[int, typer.Option(min=1, help="The same for validation.")] = 30,
-    steps: Annotated[int, typer.Option(min=1, help="Environment steps of reinforcement.")] = 25_000,
+    steps: Annotated[int, typer.Option(min=1, help="Environment steps of reinforcement.")] = 8_192,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     envs: Annotated[int, typer.Option(min=1, help="Sub-environments, among which the models are divided.")] = 16,
     warm_epochs: Annotated[

@@ -1,0 +1,72 @@
+"""Trains the policies of the tables, as ``backdoor-gym train`` does.
+
+    backdoor-gym zoo build 'digits-train/*' --most 300
+    backdoor-gym zoo build 'digits-val/*' --most 30
+    python benchmarks/train_policies.py
+    python benchmarks/train_policies.py --only mlp-0 mlp-1 mlp-2
+
+They go to ``benchmarks/policies``. What is there is left alone, and what was begun goes on after its last rollout.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import backdoor_gym
+from backdoor_gym.agents import EncoderOptions
+from backdoor_gym.agents.training import SCORE_SAMPLES, checkpoint_of, train
+from backdoor_gym.agents.warm_start import Example, examples
+
+POLICIES = Path(__file__).parent / "policies"
+ATTACKS = ("badnets", "blended", "sig", "wanet")
+STEPS = 8_192
+TRAINING = [f"digits-train/{seed}" for seed in range(300)]
+VALIDATION = [f"digits-val/{seed}" for seed in range(30)]
+#: All that compares the running statistics of batch normalisation with those of clean images.
+BN_STATISTICS = (
+    "kl", "log_variance_ratio", "mean_shift", "pull", "pull_now",
+    "suspected_danger", "suspected_drop", "target_margin", "target_rise", "shift",
+)  # fmt: skip
+
+MLP = EncoderOptions(message_passing=False)
+#: Name -> shape of the network, seed, attack that is left out.
+WANTED: dict[str, tuple[EncoderOptions, int, str | None]] = {
+    **{f"mlp-{seed}": (MLP, seed, None) for seed in range(3)},
+    **{f"gnn-{seed}": (EncoderOptions(), seed, None) for seed in range(3)},
+    "no-bn-statistics-0": (EncoderOptions(message_passing=False, ignore=BN_STATISTICS), 0, None),
+    **{f"without-{attack}": (MLP, 0, attack) for attack in ATTACKS},
+}
+
+
+def train_all(wanted: list[str], guide: list[Example], steps: int = STEPS) -> None:
+    """Train some of ``WANTED``; ``guide`` are the examples of ``TRAINING``."""
+    attack_of = {name: backdoor_gym.load_infected(name).facts["attack"] for name in TRAINING + VALIDATION}
+    for policy in wanted:
+        encoder, seed, left_out = WANTED[policy]
+        out = POLICIES / f"{policy}.safetensors"
+        if out.is_file() and not checkpoint_of(out).is_file():
+            continue
+        POLICIES.mkdir(exist_ok=True)
+        train(
+            [name for name in TRAINING if attack_of[name] != left_out],
+            [name for name in VALIDATION if attack_of[name] != left_out],
+            steps,
+            out,
+            seed=seed,
+            encoder=encoder,
+            guide=[one for name, one in zip(TRAINING, guide, strict=True) if attack_of[name] != left_out],
+            report=lambda line, policy=policy: print(f"{policy}: {line}", flush=True),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=WANTED, default=list(WANTED))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    train_all(arguments.only, examples(TRAINING, score_samples=SCORE_SAMPLES))
+
+
+if __name__ == "__main__":
+    main()
