@@ -17,7 +17,7 @@ from backdoor_gym.metrics import accuracy, danger, der
 from backdoor_gym.pruning.masked import MaskedNetwork
 
 #: What the ridge sees of a neuron: all that changes with the neuron but the flags.
-COLUMNS = [NODE_FEATURES.index(name) for name in (*STATIC_FEATURES, "pull_now", "harm_now")]
+COLUMNS = [NODE_FEATURES.index(name) for name in (*STATIC_FEATURES, "pull_now", "harm_now", "clean_pull_now")]
 
 
 class Ranking(ONP):

@@ -25,7 +25,7 @@ TRAINING = [f"digits-train/{seed}" for seed in range(300)]
 VALIDATION = [f"digits-val/{seed}" for seed in range(30)]
 #: All that compares the running statistics of batch normalisation with those of clean images.
 BN_STATISTICS = (
-    "kl", "log_variance_ratio", "mean_shift", "pull", "pull_now",
+    "kl", "log_variance_ratio", "mean_shift", "pull", "pull_now", "clean_pull_now",
     "suspected_danger", "suspected_drop", "target_margin", "target_rise", "shift",
 )  # fmt: skip
 

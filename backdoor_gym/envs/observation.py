@@ -11,7 +11,7 @@ from ..graph.neuron_graph import EDGE_FEATURES, max_edges
 from .victim import Figures, Slopes, Victim
 
 #: Columns of ``nodes``: the static features, then what the episode changes, then 1 (0 in padding).
-NODE_FEATURES = (*STATIC_FEATURES, "pruned", "tried", "layer_pruned", "pull_now", "harm_now", "real")
+NODE_FEATURES = (*STATIC_FEATURES, "pruned", "tried", "layer_pruned", "pull_now", "harm_now", "clean_pull_now", "real")
 #: Entries of ``globals``.
 GLOBAL_FEATURES = (
     "accuracy",
@@ -92,7 +92,8 @@ class ObservationBuilder:
         sizes = np.bincount(victim.layer)
         shares = np.bincount(victim.layer, weights=progress.pruned) / np.maximum(sizes, 1)
         nodes[:count, _STATIC + 2] = shares[victim.layer]
-        for column, slope in enumerate((progress.slopes.pull, progress.slopes.harm), start=_STATIC + 3):
+        slopes = progress.slopes
+        for column, slope in enumerate((slopes.pull, slopes.harm, slopes.clean_pull), start=_STATIC + 3):
             nodes[:count, column] = np.clip(slope / max(slope.std(), 1e-12), -CLAMP, CLAMP)
         current, initial = progress.current, progress.initial
         figures = (

@@ -44,7 +44,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     | key | dtype | shape | meaning |
     |---|---|---|---|
-    | ``nodes`` | float32 | (N, 16) | features of each neuron, ``observation.NODE_FEATURES``; the static ones are defined in ``backdoor_gym.graph.features`` |
+    | ``nodes`` | float32 | (N, 17) | features of each neuron, ``observation.NODE_FEATURES``; the static ones are defined in ``backdoor_gym.graph.features`` |
     | ``edges`` | float32 | (E, 2) | strength in [0, 1]; 1 for a similarity link, 0 for a connection |
     | ``edge_links`` | int64 | (E, 2) | from which neuron to which |
     | ``num_nodes``, ``num_edges`` | int64 | (1,) | how many of them are real |
@@ -52,9 +52,10 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     | ``globals`` | float32 | (12,) | accuracy, its drop, rise of the clean loss, accuracy budget (1 if none), shares of neurons pruned, steps left, failures left; suspected danger and its fall; margin / 10 of the suspected target, 2 + log10 of its rise and of the shift of BN means (``backdoor_gym.graph.simulated_trigger``); clamped to +-6 |
 
     The trigger never reaches the observation. The dynamic node features are: pruned, tried (pruned and undone), share
-    of the layer that is pruned, ``pull_now`` and ``harm_now`` (what pruning the neuron would take from the suspected
-    target's margin under the simulated trigger, and add to the clean loss, to first order, each in standard deviations
-    over the network; taken anew after every ``slopes_every`` prunes), and 1 for a real neuron.
+    of the layer that is pruned, ``pull_now``, ``harm_now`` and ``clean_pull_now`` (what pruning the neuron would take
+    from the suspected target's margin under the simulated trigger, add to the clean loss, and take from that margin on
+    the clean images as they are, to first order, each in standard deviations over the network; taken anew after every
+    ``slopes_every`` prunes), and 1 for a real neuron.
 
     ## Accuracy budget
 

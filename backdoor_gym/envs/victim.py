@@ -74,10 +74,13 @@ class Slopes:
     Attributes:
         pull: of the suspected target's mean margin under the simulated trigger; zeros where nothing can be simulated.
         harm: of minus the clean cross-entropy.
+        clean_pull: of the suspected target's mean margin on the clean images as they are; what pulls there too is no
+            detector of a trigger.
     """
 
     pull: np.ndarray
     harm: np.ndarray
+    clean_pull: np.ndarray
 
 
 class Victim:
@@ -188,12 +191,13 @@ class Victim:
         harm = -self.by_mask(self.neurons, images, lambda logits: F.cross_entropy(logits, labels), mask)
         simulated = self.simulated
         if simulated is None or not (foreign := simulated.labels != simulated.target).any():
-            return Slopes(np.zeros(len(self)), harm)
+            return Slopes(np.zeros(len(self)), harm, np.zeros(len(self)))
         target = simulated.target
-        pull = self.by_mask(
-            simulated.neurons, simulated.images[foreign], lambda logits: target_margin(logits, target).mean(), mask
+        pull, clean_pull = (
+            self.by_mask(neurons, simulated.images[foreign], lambda logits: target_margin(logits, target).mean(), mask)
+            for neurons in (simulated.neurons, self.neurons)
         )
-        return Slopes(pull, harm)
+        return Slopes(pull, harm, clean_pull)
 
     def by_mask(
         self, neurons: Neurons, images: Tensor, quantity: Callable[[Tensor], Tensor], mask: np.ndarray

@@ -55,7 +55,7 @@ def to_graph(observation: Mapping[str, np.ndarray]) -> GraphInstance:
 def to_pyg(observation: Mapping[str, np.ndarray]) -> "Data":
     """The observation as a ``torch_geometric.data.Data`` without padding.
 
-    It has ``x`` float32 (n, 16), ``edge_index`` int64 (2, e), ``edge_attr`` float32 (e, 2), ``globals`` float32 (1, 12),
+    It has ``x`` float32 (n, 17), ``edge_index`` int64 (2, e), ``edge_attr`` float32 (e, 2), ``globals`` float32 (1, 12),
     and ``action_mask`` bool (n + 1,) with the stop action last.
     """
     import torch

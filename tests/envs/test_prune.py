@@ -5,9 +5,10 @@ import torch
 
 from backdoor_gym.envs.observation import GLOBAL_FEATURES, NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
+from backdoor_gym.envs.victim import SLOPE_IMAGES
 from backdoor_gym.errors import BackdoorGymError, DataError, UnknownNameError
 from backdoor_gym.infected import InfectedModel
-from backdoor_gym.metrics import evaluate
+from backdoor_gym.metrics import evaluate, target_margin
 from backdoor_gym.pruning.applying import write_mask
 
 
@@ -271,17 +272,28 @@ def test_slopes_are_the_derivatives_where_the_episode_stands(infected):
     assert (slope(observation, "pull_now") != slope(first, "pull_now")).any()
     unit, step = 60, 1e-2
     neurons = env.victim.neurons
-    images, labels = env.victim.clean.images[:100], env.victim.clean.labels[:100]
+    clean = env.victim.clean.first(SLOPE_IMAGES)
 
-    def loss(value):
+    def logits(value, images):
         mask = torch.from_numpy(env.victim.neuron_mask(env.pruned)).float()
         mask[unit] = value
         with torch.no_grad():
-            logits = neurons.graph(images, *(mask[layer.neurons] for layer in neurons.layers))
-        return torch.nn.functional.cross_entropy(logits, labels).item()
+            return neurons.graph(images, *(mask[layer.neurons] for layer in neurons.layers))
 
-    harm = env.victim.slopes(env.pruned).harm
+    def loss(value):
+        return torch.nn.functional.cross_entropy(logits(value, clean.images), clean.labels).item()
+
+    simulated = env.victim.simulated
+    foreign = simulated.images[simulated.labels != simulated.target]
+
+    def margin(value):
+        return target_margin(logits(value, foreign), simulated.target).mean().item()
+
+    slopes = env.victim.slopes(env.pruned)
+    harm = slopes.harm
     assert harm[unit] == pytest.approx(-(loss(1 + step) - loss(1 - step)) / (2 * step), rel=0.05, abs=1e-4)
+    clean_pull = (margin(1 + step) - margin(1 - step)) / (2 * step)
+    assert slopes.clean_pull[unit] == pytest.approx(clean_pull, rel=0.05, abs=1e-3)
     np.testing.assert_allclose(slope(observation, "harm_now"), np.clip(harm / harm.std(), -6, 6), rtol=1e-4, atol=1e-5)
     again, _ = env.reset(seed=0)
     np.testing.assert_array_equal(slope(again, "harm_now"), slope(first, "harm_now"))
