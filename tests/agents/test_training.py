@@ -8,6 +8,7 @@ from backdoor_gym.agents import ONP, LookAhead
 from backdoor_gym.agents.school import BUDGETS, school
 from backdoor_gym.agents.training import checkpoint_of, train
 from backdoor_gym.agents.validation import Validation, choose_look_ahead, run, summary
+from backdoor_gym.agents.warm_start import examples
 from backdoor_gym.baselines import CLP
 from backdoor_gym.errors import DataError
 
@@ -76,6 +77,24 @@ def test_the_look_ahead_of_the_best_rating_is_taken(infected):
     ratings = choose_look_ahead(onp, env, [infected], looks)
     assert ratings[onp.look_ahead] == max(ratings.values())
     assert list(ratings) == looks
+
+
+def test_examples_that_are_made_already_are_not_made_again(files, tmp_path, monkeypatch):
+    guide = examples(files, max_steps=6)
+    monkeypatch.setattr("backdoor_gym.agents.training.examples", None)
+    said = []
+    train(
+        files,
+        files[:1],
+        32,
+        tmp_path / "policy.safetensors",
+        envs=2,
+        guide=guide,
+        looks=(),
+        report=said.append,
+        **QUICK,
+    )
+    assert any("warm start" in line for line in said)
 
 
 class KilledError(Exception):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from backdoor_gym.envs.victim import Victim, VictimOptions
-from backdoor_gym.graph.simulated_trigger import POISON_RATE, class_weights, pull, simulate_trigger
+from backdoor_gym.graph.simulated_trigger import POISON_RATE, _clearness, class_weights, pull, simulate_trigger
 from backdoor_gym.infected import InfectedModel
 from backdoor_gym.pruning.neurons import find_neurons
 
@@ -51,6 +51,12 @@ def test_the_target_is_found_although_all_images_are_brighter_and_classes_are_un
 def test_class_weights():
     weights = class_weights(torch.tensor([4, 4, 4, 9, 2, 2]))
     torch.testing.assert_close(weights, torch.tensor([1 / 9, 1 / 9, 1 / 9, 1 / 3, 1 / 6, 1 / 6]))
+
+
+def test_the_clearer_reading_is_that_in_which_one_label_stands_out():
+    faint, broad = torch.tensor([0.02, 0.0, 0.001]), torch.tensor([0.4, 0.3, -0.5])
+    assert _clearness(faint) == pytest.approx(20)
+    assert _clearness(broad) == pytest.approx(0.8)
 
 
 def test_the_network_itself_is_left_as_it_was(infected):
