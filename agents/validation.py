@@ -19,7 +19,7 @@ from .school import ENVIRONMENT
 
 @dataclass(frozen=True)
 class Outcome:
-    """One episode on one model; ASR and DER are None where it has no backdoor."""
+    """One episode on one model: ACC on test images where there are any; ASR and DER None where there is no backdoor."""
 
     infected: str
     acc: float
@@ -42,11 +42,10 @@ def run(policy: Any, env: gym.Env[Any, Any], infected: Sequence[Any]) -> list[Ou
             start = np.zeros(1, dtype=bool)
             observation, reward, terminated, truncated, after = env.step(int(action))
             total, done = total + float(reward), terminated or truncated
+        acc = "test_acc" if "test_acc" in after else "acc"
         asr = after.get("asr")
-        rating = None if asr is None else der(before["acc"], before["asr"], after["acc"], asr)
-        outcomes.append(
-            Outcome(str(name), after["acc"], before["acc"] - after["acc"], asr, rating, after["pruned"], total)
-        )
+        rating = None if asr is None else der(before[acc], before["asr"], after[acc], asr)
+        outcomes.append(Outcome(str(name), after[acc], before[acc] - after[acc], asr, rating, after["pruned"], total))
     return outcomes
 
 
@@ -115,9 +114,9 @@ class Validation(BaseCallback):
         for index, (done, after) in enumerate(zip(self.locals["dones"], self.locals["infos"], strict=True)):
             if done:
                 before = self._before[index]
-                figures = {key: after[key] for key in ("acc", "asr", "pruned") if key in after}
+                figures = {key: after[key] for key in ("acc", "test_acc", "asr", "pruned") if key in after}
                 if "asr" in after:
-                    figures["der"] = der(before["acc"], before["asr"], after["acc"], after["asr"])
+                    figures["der"] = der(before["test_acc"], before["asr"], after["test_acc"], after["asr"])
                 for key, value in figures.items():
                     self.logger.record_mean(f"train/{key}", value)
                 self._before[index] = vector.reset_infos[index]

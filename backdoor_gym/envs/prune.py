@@ -69,7 +69,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
       danger is the smoothed share of clean images that get the suspected target under a trigger simulated from the BN
       statistics (``backdoor_gym.graph.simulated_trigger``): no trigger is needed.
     - ``"oracle"``: fall of the danger, (ASR + mean sigmoid of a quarter of the target margin) / 2, minus the same price
-      of accuracy; a prune of a network known to be clean costs 0.05 instead. For models whose trigger is known.
+      of accuracy, of that on test images; a prune of a network known to be clean costs 0.05 instead. For models whose
+      trigger is known.
     - a callable from ``reward.Transition`` to float.
 
     Each step but stop also costs ``step_cost``. Stopping at once scores 0.
@@ -82,8 +83,9 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     ## Info
 
     ``acc`` (accuracy on the clean images), ``pruned`` (number of neurons pruned), ``neuron`` (name of what this step
-    pruned, "" if nothing), ``undone`` (whether this step's prune was undone), ``infected`` (name of the model), and,
-    where trigger and target are known, ``asr`` and ``ra`` on ``score_samples`` triggered test images.
+    pruned, "" if nothing), ``undone`` (whether this step's prune was undone), ``infected`` (name of the model);
+    ``test_acc`` where there are test images, and ``asr`` and ``ra`` where trigger and target are known too (see
+    ``score_samples``).
 
     ## Arguments
 
@@ -103,7 +105,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         max_units: N, None for that of the largest network of ``infected``. Environments that are stepped together as one
             vector need the same.
         clean_samples: how many clean images the defender uses, None for all there are.
-        score_samples: how many triggered test images ASR and RA are measured on; 0 switches both off.
+        score_samples: how many triggered test images ASR and RA are measured on, and half of how many clean ones the
+            accuracy on test images; 0 switches them off.
         data: data set to read the images of model files from, instead of the one they name.
         device: where the network runs.
         render_mode: "human", "rgb_array", "ansi" or None.
@@ -334,7 +337,9 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         return self._observer.observe(self.victim, progress, self.action_masks())
 
     def _info(self, pruned: int | None, undone: bool) -> dict[str, Any]:
-        figures = {key: value for key, value in asdict(self._current).items() if key in ("acc", "asr", "ra")}
+        figures = {
+            key: value for key, value in asdict(self._current).items() if key in ("acc", "asr", "ra", "test_acc")
+        }
         return {
             **{key: value for key, value in figures.items() if value is not None},
             "pruned": int(self._pruned.sum()),

@@ -47,15 +47,20 @@ def accuracy_reward(transition: Transition) -> float:
 
 
 def oracle_reward(transition: Transition) -> float:
-    """Fall of ``Figures.danger``, minus what the prune costs in clean accuracy: for models whose trigger is known.
+    """Fall of ``Figures.danger``, minus what the prune costs in accuracy: for models whose trigger is known.
 
+    The accuracy is that on test images where there are any. The accuracy budget keeps the loss on the defender's few
+    clean images small; it is those that nothing was fitted to which tell what a repair has cost.
     In a model without a backdoor each prune costs ``CLEAN_PRUNE_COST`` besides.
 
     Raises:
         DataError: the model says that it has a backdoor, but its trigger is not known.
     """
     before, after = transition.before, transition.after
-    lost = ACCURACY_WEIGHT * (before.acc - after.acc)
+    if before.test_acc is None or after.test_acc is None:
+        lost = ACCURACY_WEIGHT * (before.acc - after.acc)
+    else:
+        lost = ACCURACY_WEIGHT * (before.test_acc - after.test_acc)
     if before.danger is None or after.danger is None:
         if transition.victim.model.facts.get("attack") == "clean":
             return -CLEAN_PRUNE_COST - lost

@@ -1,7 +1,7 @@
 """An infected model made ready for episodes: its neurons, what an agent sees of them, and its figures under a mask."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..infected import InfectedModel
 from ..metrics import accuracy, attack_success, danger, target_margin
 from ..pruning.masked import MaskedNetwork
 from ..pruning.neurons import Neurons, find_neurons
+from ..zoo.datasets import LabelledImages
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class VictimOptions:
         connections: strongest inputs that each neuron keeps as edges.
         similar: similarity links that each neuron keeps.
         clean_samples: how many of the defender's clean images to use, None for all.
-        score_samples: how many triggered test images ASR and RA are measured on, 0 for none.
+        score_samples: how many triggered test images ASR and RA are measured on, and twice as many clean ones for the
+            accuracy on test images; 0 for none.
         device: where networks run.
     """
 
@@ -53,6 +55,7 @@ class Figures:
         asr: share of triggered images that get the target label.
         ra: share of them that get their true label.
         danger: ``metrics.danger`` of the target on triggered images.
+        test_acc: accuracy on clean test images.
     """
 
     acc: float
@@ -61,6 +64,7 @@ class Figures:
     asr: float | None = None
     ra: float | None = None
     danger: float | None = None
+    test_acc: float | None = None
 
 
 #: Clean images that ``Victim.slopes`` are taken on.
@@ -174,9 +178,14 @@ class Victim:
         suspected = 0.0
         if networks.simulated is not None and self.simulated is not None:
             suspected = danger(networks.simulated.logits(mask), self.simulated.target)
-        if networks.triggered is None or not score:
-            return Figures(acc, loss, suspected)
-        return Figures(acc, loss, suspected, *self._score(networks.triggered.logits(mask)))
+        figures = Figures(acc, loss, suspected)
+        if score and networks.triggered is not None:
+            asr, ra, true_danger = self._score(networks.triggered.logits(mask))
+            figures = replace(figures, asr=asr, ra=ra, danger=true_danger)
+        if score and networks.test is not None and self.tested is not None:
+            test_logits = networks.test.logits(mask)
+            figures = replace(figures, test_acc=accuracy(test_logits, self.tested.labels.to(test_logits.device)))
+        return figures
 
     @cached_property
     def first_slopes(self) -> Slopes:
@@ -223,12 +232,15 @@ class Victim:
     def _open(self) -> "_Networks":
         if self._networks is None:
             device, simulated = self.options.device, self.simulated
-            triggered = foreign = None
+            triggered = foreign = test = None
             if simulated is not None and (others := simulated.labels != simulated.target).any():
                 foreign = MaskedNetwork(simulated.neurons, simulated.images[others], device)
             if len(self.triggered[0]):
                 triggered = MaskedNetwork(self.neurons, self.triggered[0], device)
-            self._networks = _Networks(MaskedNetwork(self.neurons, self.clean.images, device), foreign, triggered)
+            if self.tested is not None:
+                test = MaskedNetwork(self.neurons, self.tested.images, device)
+            clean = MaskedNetwork(self.neurons, self.clean.images, device)
+            self._networks = _Networks(clean, foreign, triggered, test)
         return self._networks
 
     @cached_property
@@ -240,6 +252,12 @@ class Victim:
         test = model.test.first(4 * count)  # not the whole test split, which may be large
         others = torch.nonzero(test.labels != model.target).flatten()[:count]
         return model.trigger(test.images[others]), test.labels[others]
+
+    @cached_property
+    def tested(self) -> LabelledImages | None:
+        """Clean test images that the accuracy is scored on; None where there are none."""
+        test, count = self.model.test, 2 * self.options.score_samples
+        return test.first(count) if test is not None and count else None
 
     def _score(self, logits: Tensor) -> tuple[float, float, float]:
         target = self.model.target
@@ -253,11 +271,13 @@ class Victim:
 
 @dataclass(frozen=True)
 class _Networks:
-    """One network on three sets of images: clean, clean under the simulated trigger, and triggered."""
+    """One network on up to four sets of images: clean, clean under the simulated trigger, triggered, and clean test ones."""
 
     clean: MaskedNetwork
     simulated: MaskedNetwork | None
     triggered: MaskedNetwork | None
+    test: MaskedNetwork | None
 
     def __iter__(self) -> Iterator[MaskedNetwork]:
-        return (network for network in (self.clean, self.simulated, self.triggered) if network is not None)
+        everyone = (self.clean, self.simulated, self.triggered, self.test)
+        return (network for network in everyone if network is not None)

@@ -318,3 +318,18 @@ def test_environments_of_networks_of_other_sizes_step_together_with_the_same_max
     assert observation["num_nodes"].ravel().tolist() == [112, 48]
     with pytest.raises(DataError, match="room for 100"):
         BackdoorPruneEnv(infected, max_units=100).reset(seed=0)
+
+
+def test_the_accuracy_on_test_images_is_that_of_the_pruned_network(infected):
+    env = BackdoorPruneEnv(infected, accuracy_budget=None, score_samples=40)
+    _, before = env.reset(seed=0)
+    unit = harmful_unit(env)
+    *_, after = env.step(unit)
+    first = infected.test.first(80)
+    for info, pruned in ((before, []), (after, [unit])):
+        mask = np.ones(len(env.victim), dtype=bool)
+        mask[pruned] = False
+        logits = write_mask(infected.network, env.victim.neurons, mask)(first.images)
+        assert info["test_acc"] == pytest.approx((logits.argmax(1) == first.labels).double().mean().item())
+    unscored = BackdoorPruneEnv(infected, score_samples=0)
+    assert "test_acc" not in unscored.reset(seed=0)[1]

@@ -49,6 +49,12 @@ def test_oracle_reward_is_the_fall_of_danger_minus_accuracy_lost(victim):
     assert oracle_reward(Transition(victim, 0, before, after)) == pytest.approx(0.6 - 0.02 * ACCURACY_WEIGHT)
 
 
+def test_oracle_reward_charges_for_accuracy_on_test_images_where_there_are_any(victim):
+    before = Figures(0.98, 0.1, asr=1.0, ra=0.0, danger=0.9, test_acc=0.97)
+    after = replace(before, acc=0.98, danger=0.3, test_acc=0.93)
+    assert oracle_reward(Transition(victim, 0, before, after)) == pytest.approx(0.6 - 0.04 * ACCURACY_WEIGHT)
+
+
 def test_oracle_reward_needs_the_trigger(infected):
     env = BackdoorPruneEnv(InfectedModel(infected.network, infected.clean), reward="oracle")
     env.reset(seed=0)
