@@ -1,14 +1,14 @@
 """ONP and its rivals on digits networks that nothing was chosen with, at fixed accuracy budgets.
 
     python benchmarks/train_policies.py  # says how its models are built
-    backdoor-gym zoo build 'digits-test/*' --most 130
+    backdoor-gym zoo build 'digits-test/*' --most 80
     python benchmarks/onp_digits.py --jobs 2
 
 Every policy runs in the same environment: the budget holds on the defender's clean images and a prune that breaks it is
 undone, five of those end the repair, and so do 60 steps. ACC and ASR are those of the whole test split. Rivals' thresholds
 and all look-aheads are chosen on ``digits-val`` (kept in ``results/onp_digits_choices.json``). "attack left out" is a row
-of the policy, or ridge, that met no model of the attack it is tested on. Killed and called again it
-goes on where it was: one line a repair in ``results/onp_digits.jsonl``; the tables go to ``results/onp_digits.md``.
+of the policy, or ridge, that met no model of the attack it is tested on. Killed and called again it goes on where it
+was: one line a repair in ``results/onp_digits.jsonl``; the tables go to ``results/onp_digits.md``.
 """
 
 import argparse

@@ -195,9 +195,9 @@ class Victim:
     def slopes(self, pruned: np.ndarray) -> Slopes:
         """To first order, what one more prune would do, from clean images alone; ``pruned`` is bool (units,)."""
         mask = self.neuron_mask(pruned)
-        images = self.clean.images[:SLOPE_IMAGES].to(self.options.device, memory_format=torch.channels_last)
-        labels = self.clean.labels[:SLOPE_IMAGES].to(self.options.device)
-        harm = -self.by_mask(self.neurons, images, lambda logits: F.cross_entropy(logits, labels), mask)
+        clean = self.clean.first(SLOPE_IMAGES)
+        labels = clean.labels.to(self.options.device)
+        harm = -self.by_mask(self.neurons, clean.images, lambda logits: F.cross_entropy(logits, labels), mask)
         simulated = self.simulated
         if simulated is None or not (foreign := simulated.labels != simulated.target).any():
             return Slopes(np.zeros(len(self)), harm, np.zeros(len(self)))
@@ -212,6 +212,7 @@ class Victim:
         self, neurons: Neurons, images: Tensor, quantity: Callable[[Tensor], Tensor], mask: np.ndarray
     ) -> np.ndarray:
         """``mask_gradient`` by unit: of a group the sum over its neurons, float64 (units,)."""
+        images = images.to(self.options.device, memory_format=torch.channels_last)
         by_neuron = mask_gradient(neurons, images, quantity, mask).double().cpu().numpy()
         return np.array([by_neuron[unit].sum() for unit in self.units])
 

@@ -50,6 +50,23 @@ def test_examples_follow_a_repair(planted, monkeypatch):
     assert example.observation["nodes"].shape[:2] == (len(example.preference), 8)
 
 
+def test_half_of_the_repairs_are_by_what_is_seen(planted, monkeypatch):
+    followed = []
+
+    def seen(observation):
+        followed.append(observation["num_nodes"])
+        return np.zeros(len(observation["nodes"]))
+
+    monkeypatch.setattr("backdoor_gym.agents.warm_start._seen_benefits", seen)
+    counts = []
+    for seed in range(8):
+        followed.clear()
+        examples([planted], seed=seed)
+        counts.append(len(followed))
+    assert 0 in counts
+    assert max(counts) > 0
+
+
 def test_in_clean_models_to_stop_is_right_at_once():
     [example] = examples(["digits-clean"])
     assert (example.preference[:, -1] == 1).all()
