@@ -44,7 +44,7 @@ class RepairResult:
         infected: the model as it was.
         verdict: probability that the network has a backdoor, as the policy judges it before it prunes; None where the
             policy gives none.
-        suspected_target: the label that the simulated trigger calls; None where nothing can be simulated.
+        suspected_target: the label that the BN statistics call; None where they cannot tell.
     """
 
     network: nn.Module
@@ -217,5 +217,5 @@ def repair(
         mask,
         drawing,
         verdict,
-        None if victim.simulated is None else victim.simulated.target,
+        None if victim.suspected is None else victim.suspected.target,
     )

@@ -1,4 +1,4 @@
-"""How often the simulated trigger names the attacker's label, and whether its rise tells infected from clean networks.
+"""How often the BN statistics name the attacker's label, and whether its rise tells infected from clean networks.
 
     backdoor-gym zoo build 'digits-train/*' --most 300
     backdoor-gym zoo build 'digits-val/*' --most 40
@@ -16,7 +16,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import backdoor_gym
-from backdoor_gym.graph.simulated_trigger import simulate_trigger
+from backdoor_gym.graph.suspected_target import suspect_target
 from backdoor_gym.pruning.neurons import find_neurons
 
 RESULT = Path(__file__).parent / "results" / "suspected_target.json"
@@ -31,14 +31,14 @@ def main() -> None:
     for split, count in MODELS.items():
         for seed in range(count):
             model = backdoor_gym.load_infected(f"{split}/{seed}")
-            simulated = simulate_trigger(find_neurons(model.network), model.clean.images, model.clean.labels)
-            assert simulated is not None
+            suspected = suspect_target(find_neurons(model.network), model.clean.images, model.clean.labels)
+            assert suspected is not None
             labels.append(model.facts["attack"] != "clean")
-            rises.append(simulated.rise)
+            rises.append(suspected.rise)
             if labels[-1]:
                 for group in (split, model.facts["attack"]):
                     infected[group] += 1
-                    named[group] += simulated.target == model.target
+                    named[group] += suspected.target == model.target
     figures = {
         "infected": dict(infected),
         "named": dict(named),

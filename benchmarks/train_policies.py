@@ -27,6 +27,7 @@ VALIDATION = [f"digits-val/{seed}" for seed in range(30)]
 BN_STATISTICS = (
     "kl", "log_variance_ratio", "mean_shift", "pull", "pull_now", "clean_pull_now",
     "suspected_danger", "suspected_drop", "target_margin", "target_rise", "shift",
+    "inversion_error", "inversion_size", "inversion_evidence",
 )  # fmt: skip
 
 MLP = EncoderOptions(message_passing=False)

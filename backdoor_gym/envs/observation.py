@@ -26,6 +26,9 @@ GLOBAL_FEATURES = (
     "target_margin",
     "target_rise",
     "shift",
+    "inversion_error",
+    "inversion_size",
+    "inversion_evidence",
 )
 _STATIC = len(STATIC_FEATURES)
 
@@ -132,13 +135,15 @@ class ObservationBuilder:
         self._victim = victim
 
 
-def evidence(victim: Victim) -> tuple[float, float, float]:
-    """What the simulated trigger says of the whole network: margin / 10, 2 + log10 of rise and of shift; zeros without it.
+def evidence(victim: Victim) -> tuple[float, ...]:
+    """What tells an infected from a clean network as a whole; zeros where the BN statistics cannot tell.
 
-    Scores within a layer cannot tell a clean network, since every layer has a largest one. These keep their scale.
+    Of the suspected target the margin / 10 and 2 + log10 of rise and of shift; of the inverted trigger the error, 5 times
+    the size, and the evidence. Scores within a layer cannot tell a clean network, since every layer has a largest one.
+    These keep their scale.
     """
-    simulated = victim.simulated
-    if simulated is None:
-        return 0.0, 0.0, 0.0
-    rise, shift = (2 + math.log10(max(value, 1e-4)) for value in (simulated.rise, simulated.shift))
-    return simulated.margin / 10, rise, shift
+    suspected, inverted = victim.suspected, victim.inverted
+    if suspected is None or inverted is None:
+        return (0.0,) * 6
+    rise, shift = (2 + math.log10(max(value, 1e-4)) for value in (suspected.rise, suspected.shift))
+    return suspected.margin / 10, rise, shift, inverted.error, 5 * inverted.size, inverted.evidence

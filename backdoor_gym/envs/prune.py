@@ -49,11 +49,11 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     | ``edge_links`` | int64 | (E, 2) | from which neuron to which |
     | ``num_nodes``, ``num_edges`` | int64 | (1,) | how many of them are real |
     | ``action_mask`` | int8 | (N + 1,) | 1 where the action is legal; stop always is |
-    | ``globals`` | float32 | (12,) | accuracy, its drop, rise of the clean loss, accuracy budget (1 if none), shares of neurons pruned, steps left, failures left; suspected danger and its fall; margin / 10 of the suspected target, 2 + log10 of its rise and of the shift of BN means (``backdoor_gym.graph.simulated_trigger``); clamped to +-6 |
+    | ``globals`` | float32 | (15,) | accuracy, its drop, rise of the clean loss, accuracy budget (1 if none), shares of neurons pruned, steps left, failures left; suspected danger and its fall; of the suspected target margin / 10, 2 + log10 of its rise and of the shift of BN means (``backdoor_gym.graph.suspected_target``); error, 5 times the size, and evidence of the inverted trigger (``backdoor_gym.graph.trigger_inversion``); clamped to +-6 |
 
     The trigger never reaches the observation. The dynamic node features are: pruned, tried (pruned and undone), share
     of the layer that is pruned, ``pull_now``, ``harm_now`` and ``clean_pull_now`` (what pruning the neuron would take
-    from the suspected target's margin under the simulated trigger, add to the clean loss, and take from that margin on
+    from the suspected target's margin under the inverted trigger, add to the clean loss, and take from that margin on
     the clean images as they are, to first order, each in standard deviations over the network; taken anew after every
     ``slopes_every`` prunes), and 1 for a real neuron.
 
@@ -66,8 +66,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     ## Reward
 
     - ``"acc"`` (default): fall of the suspected danger, minus twice the accuracy that the prune cost. The suspected
-      danger is the smoothed share of clean images that get the suspected target under a trigger simulated from the BN
-      statistics (``backdoor_gym.graph.simulated_trigger``): no trigger is needed.
+      danger is the smoothed share of clean images that get the suspected target when they bear the inverted trigger, a
+      pattern found from the BN statistics (``backdoor_gym.graph.trigger_inversion``): the trigger itself is not needed.
     - ``"oracle"``: fall of the danger, (ASR + mean sigmoid of a quarter of the target margin) / 2, minus the same price
       of accuracy, of that on test images; a prune of a network known to be clean costs 0.05 instead. For models whose
       trigger is known.

@@ -40,7 +40,7 @@ Reward = Callable[[Transition], float]
 def accuracy_reward(transition: Transition) -> float:
     """Fall of the suspected danger minus what the prune costs in clean accuracy: no trigger is needed.
 
-    The suspected danger is that of the simulated trigger (``backdoor_gym.graph.simulated_trigger``).
+    The suspected danger is that of the inverted trigger (``backdoor_gym.graph.trigger_inversion``).
     """
     before, after = transition.before, transition.after
     return before.suspected_danger - after.suspected_danger - ACCURACY_WEIGHT * (before.acc - after.acc)

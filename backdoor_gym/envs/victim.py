@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from ..graph.features import neuron_features, standardise
 from ..graph.mask_gradient import mask_gradient
 from ..graph.neuron_graph import NeuronGraph, max_edges, neuron_graph
-from ..graph.simulated_trigger import SimulatedTrigger, simulate_trigger
+from ..graph.suspected_target import SuspectedTarget, suspect_target
+from ..graph.trigger_inversion import InvertedTrigger, invert_trigger
 from ..graph.uclc import uclc
 from ..infected import InfectedModel
 from ..metrics import accuracy, attack_success, danger, target_margin
@@ -50,8 +51,8 @@ class Figures:
     Attributes:
         acc: accuracy on the clean images.
         loss: mean cross-entropy on them.
-        suspected_danger: ``metrics.danger`` of the suspected target under the simulated trigger, on clean images of other
-            labels; 0 where nothing can be simulated.
+        suspected_danger: ``metrics.danger`` of the suspected target on clean images of other labels that bear the inverted
+            trigger; 0 where there is none.
         asr: share of triggered images that get the target label.
         ra: share of them that get their true label.
         danger: ``metrics.danger`` of the target on triggered images.
@@ -76,7 +77,7 @@ class Slopes:
     """Derivatives by the mask of each unit, float64 (units,): what pruning it takes away or adds, to first order.
 
     Attributes:
-        pull: of the suspected target's mean margin under the simulated trigger; zeros where nothing can be simulated.
+        pull: of the suspected target's mean margin under the inverted trigger; zeros where there is none.
         harm: of minus the clean cross-entropy.
         clean_pull: of the suspected target's mean margin on the clean images as they are; what pulls there too is no
             detector of a trigger.
@@ -107,15 +108,22 @@ class Victim:
         return len(self.units)
 
     @cached_property
-    def simulated(self) -> SimulatedTrigger | None:
-        """The network under the simulated trigger; None where it has no batch normalisation."""
-        return simulate_trigger(self.neurons, self.clean.images, self.clean.labels)
+    def suspected(self) -> SuspectedTarget | None:
+        """The suspected target and its evidence; None where there is no batch normalisation."""
+        return suspect_target(self.neurons, self.clean.images, self.clean.labels)
+
+    @cached_property
+    def inverted(self) -> InvertedTrigger | None:
+        """The trigger sought in the image; None where none can be."""
+        if self.suspected is None:
+            return None
+        return invert_trigger(self.neurons, self.clean.images, self.clean.labels, self.suspected)
 
     @cached_property
     def features(self) -> np.ndarray:
         """Static features of each unit, float32 (units, F); of a group the largest of its neurons."""
         features = neuron_features(
-            self.model.network, self.neurons, self.clean.images, self.clean.labels, self.simulated
+            self.model.network, self.neurons, self.clean.images, self.clean.labels, self.inverted
         )
         if len(self.units) == len(self.neurons):
             return features
@@ -176,8 +184,8 @@ class Victim:
         labels = self.clean.labels.to(logits.device)
         acc, loss = accuracy(logits, labels), F.cross_entropy(logits, labels).item()
         suspected = 0.0
-        if networks.simulated is not None and self.simulated is not None:
-            suspected = danger(networks.simulated.logits(mask), self.simulated.target)
+        if networks.inverted is not None and self.inverted is not None:
+            suspected = danger(networks.inverted.logits(mask), self.inverted.target)
         figures = Figures(acc, loss, suspected)
         if score and networks.triggered is not None:
             asr, ra, true_danger = self._score(networks.triggered.logits(mask))
@@ -198,13 +206,12 @@ class Victim:
         clean = self.clean.first(SLOPE_IMAGES)
         labels = clean.labels.to(self.options.device)
         harm = -self.by_mask(self.neurons, clean.images, lambda logits: F.cross_entropy(logits, labels), mask)
-        simulated = self.simulated
-        if simulated is None or not (foreign := simulated.labels != simulated.target).any():
+        inverted = self.inverted
+        if inverted is None:
             return Slopes(np.zeros(len(self)), harm, np.zeros(len(self)))
-        target = simulated.target
         pull, clean_pull = (
-            self.by_mask(neurons, simulated.images[foreign], lambda logits: target_margin(logits, target).mean(), mask)
-            for neurons in (simulated.neurons, self.neurons)
+            self.by_mask(self.neurons, images, lambda logits: target_margin(logits, inverted.target).mean(), mask)
+            for images in (inverted.images, inverted.clean)
         )
         return Slopes(pull, harm, clean_pull)
 
@@ -232,16 +239,16 @@ class Victim:
 
     def _open(self) -> "_Networks":
         if self._networks is None:
-            device, simulated = self.options.device, self.simulated
-            triggered = foreign = test = None
-            if simulated is not None and (others := simulated.labels != simulated.target).any():
-                foreign = MaskedNetwork(simulated.neurons, simulated.images[others], device)
+            device = self.options.device
+            inverted = triggered = test = None
+            if self.inverted is not None:
+                inverted = MaskedNetwork(self.neurons, self.inverted.images, device)
             if len(self.triggered[0]):
                 triggered = MaskedNetwork(self.neurons, self.triggered[0], device)
             if self.tested is not None:
                 test = MaskedNetwork(self.neurons, self.tested.images, device)
             clean = MaskedNetwork(self.neurons, self.clean.images, device)
-            self._networks = _Networks(clean, foreign, triggered, test)
+            self._networks = _Networks(clean, inverted, triggered, test)
         return self._networks
 
     @cached_property
@@ -272,13 +279,13 @@ class Victim:
 
 @dataclass(frozen=True)
 class _Networks:
-    """One network on up to four sets of images: clean, clean under the simulated trigger, triggered, and clean test ones."""
+    """One network on up to four sets of images: clean, those with the inverted trigger, triggered, and clean test ones."""
 
     clean: MaskedNetwork
-    simulated: MaskedNetwork | None
+    inverted: MaskedNetwork | None
     triggered: MaskedNetwork | None
     test: MaskedNetwork | None
 
     def __iter__(self) -> Iterator[MaskedNetwork]:
-        everyone = (self.clean, self.simulated, self.triggered, self.test)
+        everyone = (self.clean, self.inverted, self.triggered, self.test)
         return (network for network in everyone if network is not None)

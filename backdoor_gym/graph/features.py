@@ -10,7 +10,7 @@
 | ``weight`` | gamma of the BN |
 | ``bias`` | beta of the BN |
 | ``saliency`` | absolute derivative of the clean cross-entropy with respect to the neuron's mask |
-| ``pull`` | derivative of the suspected target's logit by the mask under the simulated trigger (``simulated_trigger.py``) |
+| ``pull`` | derivative of the suspected target's margin by the mask under the inverted trigger (``trigger_inversion.py``) |
 | ``depth`` | index of the layer over that of the last, in [0, 1], not standardised |
 
 Standardised is (x - mean) / unbiased standard deviation over the layer; zero where that deviation is zero or the layer
@@ -24,8 +24,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ..metrics import target_margin
 from ..pruning.neurons import Neurons
-from .simulated_trigger import SimulatedTrigger, class_weights, pull
+from .batch_norms import class_weights
+from .mask_gradient import mask_gradient
+from .trigger_inversion import InvertedTrigger
 from .uclc import uclc
 
 STATIC_FEATURES = (
@@ -57,7 +60,7 @@ def standardise(values: Tensor) -> Tensor:
 
 
 def neuron_features(
-    network: nn.Module, neurons: Neurons, images: Tensor, labels: Tensor, simulated: SimulatedTrigger | None
+    network: nn.Module, neurons: Neurons, images: Tensor, labels: Tensor, inverted: InvertedTrigger | None
 ) -> np.ndarray:
     """Features of each neuron, float32 (neurons, len(STATIC_FEATURES)), always finite.
 
@@ -66,11 +69,11 @@ def neuron_features(
         neurons: its neurons.
         images: the defender's clean images, float32 (n, C, H, W) in [0, 1].
         labels: int64 (n,).
-        simulated: the network under the simulated trigger, None where there is none (``pull`` is zero then).
+        inverted: the inverted trigger, None where there is none (``pull`` is zero then).
     """
     bounds = uclc(network, neurons)
     observed = _observe(neurons, images, labels)
-    pulls = None if simulated is None else pull(simulated)
+    pulls = None if inverted is None else pull(neurons, inverted)
     rows = []
     for index, layer in enumerate(neurons.layers):
         columns = {"uclc": bounds[index], **observed[index]}
@@ -88,6 +91,11 @@ def neuron_features(
         features[:, -1] = index / max(1, len(neurons.layers) - 1)
         rows.append(features)
     return torch.cat(rows).float().numpy()
+
+
+def pull(neurons: Neurons, inverted: InvertedTrigger, mask: np.ndarray | None = None) -> Tensor:
+    """Derivative of the suspected target's mean margin under the inverted trigger by each neuron's mask, (neurons,)."""
+    return mask_gradient(neurons, inverted.images, lambda logits: target_margin(logits, inverted.target).mean(), mask)
 
 
 @torch.no_grad()
@@ -112,7 +120,7 @@ def _statistics_gap(norm: nn.Module, mean: Tensor, variance: Tensor) -> dict[str
 def _observe(neurons: Neurons, images: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
     """Over all images: BN input moments, mean activation and saliency of each layer, float64, batch by batch.
 
-    Moments are over classes of equal weight, see ``simulated_trigger.py``.
+    Moments are over classes of equal weight, see ``batch_norms.py``.
     """
     device = next(neurons.graph.parameters()).device
     total: list[dict[str, Tensor]] = [{} for _ in neurons.layers]

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from backdoor_gym.graph.features import CLAMP, STATIC_FEATURES, neuron_features, standardise
-from backdoor_gym.graph.simulated_trigger import simulate_trigger
+from backdoor_gym.graph.suspected_target import suspect_target
+from backdoor_gym.graph.trigger_inversion import invert_trigger
 from backdoor_gym.graph.uclc import uclc
 from backdoor_gym.pruning.neurons import find_neurons
 
@@ -125,7 +126,8 @@ def test_classes_weigh_alike_however_many_images_they_have(setting):
     network, neurons, images, labels = setting
     again = torch.cat([images, images[labels == 3]]), torch.cat([labels, labels[labels == 3]])
     even, uneven = (
-        neuron_features(network, neurons, *of, simulate_trigger(neurons, *of)) for of in ((images, labels), again)
+        neuron_features(network, neurons, *of, invert_trigger(neurons, *of, suspect_target(neurons, *of)))
+        for of in ((images, labels), again)
     )
     for name in ("kl", "log_variance_ratio", "mean_shift"):
         np.testing.assert_allclose(column(uneven, name), column(even, name), rtol=1e-3, atol=1e-3, err_msg=name)

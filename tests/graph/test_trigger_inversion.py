@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+
+from backdoor_gym.envs.victim import Victim, VictimOptions
+from backdoor_gym.graph.features import pull
+from backdoor_gym.graph.suspected_target import suspect_target
+from backdoor_gym.graph.trigger_inversion import invert_trigger
+from backdoor_gym.metrics import target_margin
+from backdoor_gym.pruning.neurons import find_neurons
+from backdoor_gym.zoo.catalogue import load_infected
+
+
+def invert(model):
+    neurons = find_neurons(model.network)
+    clean = (model.clean.images, model.clean.labels)
+    return neurons, invert_trigger(neurons, *clean, suspect_target(neurons, *clean))
+
+
+def test_the_found_trigger_gets_the_attackers_label_and_explains_the_statistics(infected, plain_infected):
+    for model in (infected, plain_infected):
+        neurons, found = invert(model)
+        assert found.target == model.target
+        with torch.no_grad():
+            assert (neurons.graph(found.images).argmax(1) == model.target).double().mean() > 0.9
+            assert (neurons.graph(found.clean).argmax(1) == model.target).double().mean() < 0.1
+        assert found.error < -0.5
+        assert found.evidence > 0.5
+
+
+def test_the_images_bear_the_pattern_and_stay_images(infected):
+    _, found = invert(infected)
+    assert found.pattern.shape == (1, *infected.clean.images.shape[1:])
+    assert found.images.min() >= 0
+    assert found.images.max() <= 1
+    torch.testing.assert_close(found.images, (found.clean + found.pattern).clamp(0, 1))
+    assert found.size == pytest.approx(found.pattern.abs().mean().item())
+    assert not found.pattern.requires_grad
+
+
+def test_a_clean_network_has_statistics_that_no_trigger_explains():
+    _, found = invert(load_infected("digits-clean"))
+    assert found.error > -0.3
+    assert found.evidence < 0.2
+
+
+def test_it_is_the_same_each_time_and_leaves_the_network_as_it_was(infected):
+    before = {key: value.clone() for key, value in infected.network.state_dict().items()}
+    torch.manual_seed(1)
+    _, first = invert(infected)
+    torch.manual_seed(2)
+    _, second = invert(infected)
+    assert torch.equal(first.pattern, second.pattern)
+    assert all(torch.equal(value, before[key]) for key, value in infected.network.state_dict().items())
+
+
+def test_pull_is_the_derivative_by_the_mask(infected):
+    neurons, found = invert(infected)
+    pulls = pull(neurons, found)
+    layer = neurons.layers[1]
+
+    def towards(value):
+        masks = [torch.ones(one.size) for one in neurons.layers]
+        masks[1][2] = value
+        with torch.no_grad():
+            return target_margin(neurons.graph(found.images, *masks), found.target).mean().item()
+
+    slope = (towards(1.01) - towards(0.99)) / 0.02
+    assert pulls[layer.start + 2].item() == pytest.approx(slope, abs=1e-3, rel=0.05)
+
+
+def test_pruning_what_pulls_most_makes_the_real_trigger_fail(infected):
+    """The derivative under the inverted trigger points at neurons that carry the real one."""
+    victim = Victim(infected, VictimOptions())
+    order = np.argsort(-pull(victim.neurons, victim.inverted).numpy())
+    dangers = []
+    for chosen in (order[:12], order[50:62]):
+        pruned = np.zeros(len(victim), dtype=bool)
+        pruned[chosen] = True
+        dangers.append(victim.figures(pruned).danger)
+    assert dangers[0] < dangers[1] - 0.2
+
+
+def test_without_images_of_other_labels_there_is_none(infected):
+    neurons = find_neurons(infected.network)
+    images, labels = infected.clean.images, infected.clean.labels
+    suspected = suspect_target(neurons, images, labels)
+    own = labels == suspected.target
+    assert invert_trigger(neurons, images[own], labels[own], suspected) is None
+
+
+def test_the_suspected_danger_falls_as_the_true_one(infected):
+    """A repair by the true derivatives ends the answer to the found trigger too; pruning at random does not."""
+    from backdoor_gym.agents.warm_start import benefits
+
+    victim = Victim(infected, VictimOptions())
+    order, random = np.argsort(-benefits(victim)), np.random.default_rng(0).permutation(len(victim))
+    whole = victim.figures(np.zeros(len(victim), dtype=bool))
+    figures = []
+    for chosen in (order[:16], random[:16]):
+        pruned = np.zeros(len(victim), dtype=bool)
+        pruned[chosen] = True
+        figures.append(victim.figures(pruned))
+    assert figures[0].danger < 0.5 * whole.danger
+    assert figures[0].suspected_danger < figures[1].suspected_danger - 0.1
