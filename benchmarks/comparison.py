@@ -1,0 +1,275 @@
+"""Every policy on every model in the same environment: what the tables of digits and CIFAR-10 networks share.
+
+The budget holds on the defender's clean images and a prune that breaks it is undone, five of those end the repair, and so
+do 60 steps. ACC and ASR are those of test images. Rivals' thresholds and all look-aheads are chosen on ``digits-val``
+(kept in ``results/onp_digits_choices.json``). Killed and called again, a table goes on where it was: one line a repair.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from rivals import Column, RidgePolicy, fit_ridge, greedy_reference
+from sklearn.linear_model import Ridge
+from sklearn.metrics import roc_auc_score
+from train_policies import ATTACKS, POLICIES, TRAINING, VALIDATION
+
+import backdoor_gym
+from backdoor_gym.agents import ONP, LookAhead
+from backdoor_gym.agents.training import LOOKS, SCORE_SAMPLES
+from backdoor_gym.agents.validation import run, summary
+from backdoor_gym.agents.warm_start import examples
+from backdoor_gym.baselines import CLP, RandomPolicy
+from backdoor_gym.metrics import der
+from backdoor_gym.pruning.applying import write_mask
+
+RESULTS = Path(__file__).parent / "results"
+CHOICES = RESULTS / "onp_digits_choices.json"
+STEPS = 60
+THRESHOLDS = (-1e6, 0.5, 1.5)
+REFERENCE = "greedy reference"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model at one budget, and the policies that repair it.
+
+    Attributes:
+        model: name or file.
+        budget: accuracy budget.
+        policies: names, of ``makers`` or ``REFERENCE``.
+        clean_images: how many of the defender's images are used, None for all.
+        test_images: how many test images ACC is measured on, None for all.
+    """
+
+    model: str
+    budget: float
+    policies: tuple[str, ...]
+    clean_images: int | None = None
+    test_images: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What the model is called in the records, wherever its file lies."""
+        return self.model.removesuffix(".safetensors").rpartition("models/")[2]
+
+
+def environment(names: list[Any], budget: float = 0.02, **options: Any) -> gym.Env[Any, Any]:
+    return gym.make(
+        "backdoor_gym:BackdoorPrune-v0",
+        infected=names,
+        accuracy_budget=budget,
+        max_steps=STEPS,
+        disable_env_checker=True,
+        **options,
+    )
+
+
+@cache
+def choices() -> dict[str, Any]:
+    """The ridge, its threshold and its look-ahead, from training and validation models; made once."""
+    if CHOICES.is_file():
+        return json.loads(CHOICES.read_text())
+    guide = dict(zip(TRAINING, examples(TRAINING, score_samples=SCORE_SAMPLES), strict=True))
+    ridge = fit_ridge(list(guide.values()))
+    env = environment(VALIDATION, reward="oracle")
+    found: dict[str, Any] = {"coefficients": ridge.coef_.tolist(), "intercept": float(ridge.intercept_)}
+    ratings = {
+        threshold: summary(run(RidgePolicy(env, ridge, threshold=threshold), env, VALIDATION))["der"]
+        for threshold in THRESHOLDS
+    }
+    threshold = max(ratings, key=ratings.__getitem__)
+    looks = {
+        look: summary(run(RidgePolicy(env, ridge, threshold=threshold, look_ahead=look), env, VALIDATION))["der"]
+        for look in filter(None, LOOKS)
+    }
+    best = max(looks, key=looks.__getitem__)
+    found |= {"threshold": threshold, "thresholds": list(ratings.items()), "look_ahead": asdict(best)}
+    found["attack_left_out"] = {}
+    for attack in ATTACKS:
+        others = [one for name, one in guide.items() if backdoor_gym.load_infected(name).facts["attack"] != attack]
+        partial = fit_ridge(others)
+        found["attack_left_out"][attack] = {
+            "coefficients": partial.coef_.tolist(),
+            "intercept": float(partial.intercept_),
+        }
+    found["look_aheads"] = [[asdict(look), rating] for look, rating in looks.items()]
+    CHOICES.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def ridge(left_out: str | None = None) -> Ridge:
+    fitted = choices() if left_out is None else choices()["attack_left_out"][left_out]
+    model = Ridge()
+    model.coef_, model.intercept_ = np.array(fitted["coefficients"]), fitted["intercept"]
+    return model
+
+
+def makers(attack: str) -> dict[str, Callable[[Any, float], Any]]:
+    """Policies by name for models of an attack, each made for an environment and a budget."""
+    look = LookAhead(**choices()["look_ahead"])
+    threshold = choices()["threshold"]
+    found: dict[str, Callable[[Any, float], Any]] = {
+        "random": lambda env, budget: RandomPolicy(0),
+        "CLP u=3": lambda env, budget: CLP(3.0),
+        "CLP auto": lambda env, budget: CLP("auto", env, budget),
+        "rank by KL": lambda env, budget: Column(env, "kl"),
+        "rank by pull": lambda env, budget: Column(env, "pull_now"),
+        "ridge": lambda env, budget: RidgePolicy(env, ridge(), threshold=threshold),
+        "ridge, look-ahead": lambda env, budget: RidgePolicy(env, ridge(), threshold=threshold, look_ahead=look),
+    }
+    if attack in ATTACKS:
+        found["ridge, look-ahead, attack left out"] = lambda env, budget: RidgePolicy(
+            env, ridge(attack), threshold=threshold, look_ahead=look
+        )
+    for file in sorted(POLICIES.glob("*.safetensors")):
+        name = file.stem
+        if name.startswith("without-"):
+            if name != f"without-{attack}":
+                continue
+            name = "mlp-0, attack left out"
+        found[name] = lambda env, budget, file=file: ONP.load(file, env)
+        if ONP.load(file).look_ahead is not None:
+            found[f"{name}, no look-ahead"] = lambda env, budget, file=file: ONP.load(file, env, look_ahead=None)
+    return found
+
+
+def repair_all(job: Job) -> list[Row]:
+    """One model, all the policies of a job."""
+    torch.set_num_threads(1)
+    model = backdoor_gym.load_infected(job.model)
+    if job.test_images is not None and model.test is not None:
+        model = replace(model, test=model.test.first(job.test_images))
+    reference = 100 if REFERENCE in job.policies else 0
+    env = environment([model], job.budget, score_samples=reference, clean_samples=job.clean_images)
+    before = model.evaluate()
+    rows = []
+    for policy in job.policies:
+        observation, _ = env.reset(seed=0)
+        victim, acting = env.unwrapped.victim, None
+        if policy == REFERENCE:
+            mask = victim.neuron_mask(greedy_reference(victim, job.budget))
+        else:
+            acting = makers(model.facts["attack"])[policy](env, job.budget)
+            done, state, start = False, None, np.ones(1, dtype=bool)
+            while not done:
+                action, state = acting.predict(observation, state, start, deterministic=True)
+                observation, _, terminated, truncated, _ = env.step(int(action))
+                done, start = terminated or truncated, np.zeros(1, dtype=bool)
+            mask = victim.neuron_mask(env.unwrapped.pruned)
+        after = model.evaluate(write_mask(model.network, victim.neurons, mask))
+        row = {
+            "model": job.name,
+            "attack": model.facts["attack"],
+            "corruption": model.facts.get("corruption", "none"),
+            "policy": policy,
+            "budget": job.budget,
+            "clean_images": job.clean_images,
+            "acc_drop": before.acc - after.acc,
+            "asr": after.asr,
+            "der": None if before.asr is None else der(before.acc, before.asr, after.acc, after.asr),
+            "pruned": int((~mask).sum()),
+        }
+        if type(acting) is ONP:
+            row["verdict"] = acting.verdict(env.reset(seed=0)[0])
+        rows.append(row)
+    env.close()
+    return rows
+
+
+def run_all(jobs: Sequence[Job], file: Path, processes: int) -> list[Row]:
+    """What is missing of the jobs, in processes; all rows of the file, old and new."""
+    choices()
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    done = {(row["policy"], row["model"], row["budget"], row["clean_images"]) for row in rows}
+    left = []
+    for job in jobs:
+        missing = [one for one in job.policies if (one, job.name, job.budget, job.clean_images) not in done]
+        if missing:
+            left.append(replace(job, policies=tuple(missing)))
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool, file.open("a") as records:
+        for index, found in enumerate(pool.map(repair_all, left)):
+            rows.extend(found)
+            records.writelines(json.dumps(row) + "\n" for row in found)
+            records.flush()
+            print(f"{index + 1} of {len(left)}", flush=True)
+    return rows
+
+
+def by_policy(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """Rows by policy and model."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row["policy"], {})[row["model"]] = row
+    return found
+
+
+def infected_table(rows: Sequence[Row], against: str) -> list[str]:
+    """Means over infected models, and the paired difference of the DER to one policy with its standard error."""
+    policies = by_policy([row for row in rows if row["der"] is not None])
+    other = policies.get(against, {})
+    text = [
+        f"| policy | models | ACC lost (points) | ASR | worst ASR | DER | pruned | DER less {against} |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for policy, found in policies.items():
+        mine = list(found.values())
+        paired = [row["der"] - other[row["model"]]["der"] for row in mine if row["model"] in other]
+        error = stdev(paired) / len(paired) ** 0.5 if len(paired) > 1 else 0.0
+        text.append(
+            f"| {policy} | {len(mine)} | {100 * mean(row['acc_drop'] for row in mine):.2f} | "
+            f"{mean(row['asr'] for row in mine):.3f} | {max(row['asr'] for row in mine):.3f} | "
+            f"{mean(row['der'] for row in mine):.3f} | {mean(row['pruned'] for row in mine):.1f} | "
+            f"{mean(paired or [0]):+.3f} ± {error:.3f} |"
+        )
+    return text
+
+
+def clean_table(rows: Sequence[Row]) -> list[str]:
+    """Means over clean models."""
+    text = ["| policy | models | ACC lost (points) | untouched | pruned |", "|---|---|---|---|---|"]
+    for policy, found in by_policy([row for row in rows if row["der"] is None]).items():
+        mine = list(found.values())
+        text.append(
+            f"| {policy} | {len(mine)} | {100 * mean(row['acc_drop'] for row in mine):.2f} | "
+            f"{mean(row['pruned'] == 0 for row in mine):.2f} | {mean(row['pruned'] for row in mine):.1f} |"
+        )
+    return text
+
+
+def attack_table(rows: Sequence[Row]) -> list[str]:
+    """Mean DER by attack."""
+    text = [f"| policy | {' | '.join(ATTACKS)} | mean |", "|---|" + "---|" * (len(ATTACKS) + 1)]
+    for policy, found in by_policy([row for row in rows if row["der"] is not None]).items():
+        means = [
+            mean(mine) if (mine := [row["der"] for row in found.values() if row["attack"] == attack]) else None
+            for attack in ATTACKS
+        ]
+        there = [one for one in means if one is not None]
+        cells = ["" if one is None else f"{one:.3f}" for one in (*means, mean(there))]
+        text.append(f"| {policy} | {' | '.join(cells)} |")
+    return text
+
+
+def verdict_table(rows: Sequence[Row]) -> list[str]:
+    """AUROC of the verdict, clean against infected models."""
+    text = ["| policy | AUROC |", "|---|---|"]
+    for policy, found in by_policy([row for row in rows if "verdict" in row]).items():
+        labels = [row["attack"] != "clean" for row in found.values()]
+        if len(set(labels)) == 2:
+            text.append(f"| {policy} | {roc_auc_score(labels, [row['verdict'] for row in found.values()]):.3f} |")
+    return text
+
+
+torch.set_num_threads(1)
