@@ -13,7 +13,7 @@ from .look_ahead import LookAhead
 from .onp import ONP
 from .school import ENVIRONMENT, MAX_STEPS, school
 from .validation import Validation, choose_look_ahead
-from .warm_start import Example, examples, warm_start
+from .warm_start import GAMMA, Example, examples, warm_start
 
 #: Gentler than what a policy that begins from nothing needs.
 PPO_AFTER_WARM_START: dict[str, Any] = {
@@ -22,7 +22,7 @@ PPO_AFTER_WARM_START: dict[str, Any] = {
     "batch_size": 512,
     "target_kl": 0.02,
     "ent_coef": 0.0,
-    "gamma": 0.97,
+    "gamma": GAMMA,
 }
 #: Triggered images in training; danger is a mean over them.
 SCORE_SAMPLES = 64

@@ -5,7 +5,7 @@ neuron's mask are. The policy is fitted to prefer neurons whose loss hurts the t
 once the trigger fails, and to stop at once in clean models. It meets states along one repair of each model, of half the
 models by these derivatives and of the others by what the environment shows of them, as its own repairs will be: a policy
 that only saw the best repairs does not know when a worse one is done. Exploring hundreds of actions from nothing would
-take far more episodes.
+take far more episodes. The value is fitted to what those repairs earned, or reinforcement would begin with noise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +25,7 @@ from backdoor_gym.metrics import target_margin
 
 from .encoder import GraphActorCritic
 from .graph_policy import OBSERVED
+from .school import BUDGETS
 
 #: Images that derivatives are taken on, at most.
 IMAGES = 300
@@ -32,6 +33,8 @@ IMAGES = 300
 DONE = 0.13
 #: Steps of a repair after which its state becomes an example.
 STATES = (0, 4, 10, 20, 35)
+#: Discount of rewards, here and in the reinforcement after it.
+GAMMA = 0.97
 _GRAPH = ("edges", "edge_links", "num_edges")
 _PULL, _HARM = (NODE_FEATURES.index(name) for name in ("pull_now", "harm_now"))
 
@@ -43,10 +46,12 @@ class Example:
     Attributes:
         observation: arrays of the environment's observation without padding, (states, ...); those of the edges once.
         preference: float32 (states, n + 1), of sum 1.
+        value: float32 (states,), what is earned from there if the repair goes on and stops where that is best.
     """
 
     observation: dict[str, np.ndarray]
     preference: np.ndarray
+    value: np.ndarray
 
 
 def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
@@ -84,21 +89,25 @@ def examples(infected: Sequence[str], seed: int = 0, **options: Any) -> list[Exa
     Args:
         infected: names.
         seed: of the noise that makes repairs differ from the best.
-        options: of the environment.
+        options: of the environment; ``accuracy_budget`` replaces the ``BUDGETS`` that the models take in turn.
     """
-    env = BackdoorPruneEnv(list(infected), reward="oracle", **options)
     random = np.random.default_rng(seed)
-    return [_example(env, name, random) for name in infected]
+    found = []
+    for index, name in enumerate(infected):
+        settings = {"accuracy_budget": BUDGETS[index % len(BUDGETS)], **options}
+        found.append(_example(BackdoorPruneEnv([name], reward="oracle", **settings), random))
+    return found
 
 
-def _example(env: BackdoorPruneEnv, name: str, random: np.random.Generator) -> Example:
-    observation, _ = env.reset(seed=0, options={"infected": name})
+def _example(env: BackdoorPruneEnv, random: np.random.Generator) -> Example:
+    observation, _ = env.reset(seed=0)
     victim = env.victim
     noise = random.gumbel(size=len(victim))
     order = benefits(victim) + noise if random.random() < 0.5 else None
     edges = int(observation["num_edges"][0])
     seen: list[dict[str, np.ndarray]] = []
     preferences: list[np.ndarray] = []
+    rewards: list[float] = []
     for step in range(max(STATES) + 1):
         legal = env.action_masks()[:-1][: len(victim)]
         if not legal.any():
@@ -108,12 +117,22 @@ def _example(env: BackdoorPruneEnv, name: str, random: np.random.Generator) -> E
             seen[-1]["nodes"] = observation["nodes"][: len(victim)]
             preferences.append(_preference(env, legal))
         worth = _seen_benefits(observation)[: len(victim)] + noise if order is None else order
-        observation, _, terminated, truncated, _ = env.step(int(np.where(legal, worth, -np.inf).argmax()))
+        observation, reward, terminated, truncated, _ = env.step(int(np.where(legal, worth, -np.inf).argmax()))
+        rewards.append(float(reward))
         if terminated or truncated:
             break
     stacked = {key: np.stack([one[key] for one in seen]) for key in seen[0]}
     graph = {"edges": observation["edges"][:edges], "edge_links": observation["edge_links"][:edges]}
-    return Example(stacked | graph, np.stack(preferences).astype(np.float32))
+    values = _values(rewards)[[step for step in STATES if step <= len(rewards)][: len(seen)]]
+    return Example(stacked | graph, np.stack(preferences).astype(np.float32), values.astype(np.float32))
+
+
+def _values(rewards: Sequence[float]) -> np.ndarray:
+    """What is earned from each step on if the repair stops where that is best, discounted, (steps + 1,)."""
+    values = np.zeros(len(rewards) + 1)
+    for step in reversed(range(len(rewards))):
+        values[step] = max(0.0, rewards[step] + GAMMA * values[step + 1])
+    return values
 
 
 def _seen_benefits(observation: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -141,7 +160,7 @@ def warm_start(
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> list[float]:
-    """Fit the policy to the examples by cross-entropy; the mean loss of each epoch."""
+    """Fit the policy to the examples by cross-entropy, and the value by squares; the mean cross-entropy of each epoch."""
     network.train()
     random = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
@@ -153,11 +172,12 @@ def warm_start(
         for chosen in np.array_split(random.permutation(len(school)), -(-len(school) // batch_size)):
             batch = [school[index] for index in chosen]
             observation, preference = _padded(batch)
-            logits, _ = network(observation)
+            logits, values = network(observation)
             likelihood = torch.log_softmax(logits, 1)
             loss = -(preference * likelihood.clamp(min=-30)).sum(1).mean()
+            earned = torch.from_numpy(np.concatenate([example.value for example in batch]))
             optimizer.zero_grad()
-            loss.backward()
+            (loss + F.mse_loss(values.squeeze(1), earned)).backward()
             optimizer.step()
             schedule.step()
             total += loss.item() * len(batch)

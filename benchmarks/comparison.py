@@ -29,6 +29,7 @@ from backdoor_gym.agents.training import LOOKS, SCORE_SAMPLES
 from backdoor_gym.agents.validation import run, summary
 from backdoor_gym.agents.warm_start import examples
 from backdoor_gym.baselines import CLP, RandomPolicy
+from backdoor_gym.graph.features import STATIC_FEATURES
 from backdoor_gym.metrics import der
 from backdoor_gym.pruning.applying import write_mask
 
@@ -39,6 +40,13 @@ THRESHOLDS = (-1e6, 0.5, 1.5)
 REFERENCE = "greedy reference"
 
 Row = dict[str, Any]
+
+#: What a rival can say of the network as a whole, beside the policies' verdicts.
+SIGNS: dict[str, tuple[str, Callable[[Any], float]]] = {
+    "CLP u=3": ("largest UCLC z", lambda victim: float(victim.uclc_scores.max())),
+    "rank by KL": ("largest KL z", lambda victim: float(victim.features[:, STATIC_FEATURES.index("kl")].max())),
+    "rank by pull": ("evidence of the inverted trigger alone", lambda victim: victim.inverted.evidence),
+}
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,8 @@ def repair_all(job: Job) -> list[Row]:
         }
         if type(acting) is ONP:
             row["verdict"] = acting.verdict(env.reset(seed=0)[0])
+        if policy in SIGNS:
+            row["verdict"] = SIGNS[policy][1](victim)
         rows.append(row)
     env.close()
     return rows
@@ -263,12 +273,13 @@ def attack_table(rows: Sequence[Row]) -> list[str]:
 
 
 def verdict_table(rows: Sequence[Row]) -> list[str]:
-    """AUROC of the verdict, clean against infected models."""
+    """AUROC of the verdict or sign, clean against infected models."""
     text = ["| policy | AUROC |", "|---|---|"]
     for policy, found in by_policy([row for row in rows if "verdict" in row]).items():
         labels = [row["attack"] != "clean" for row in found.values()]
         if len(set(labels)) == 2:
-            text.append(f"| {policy} | {roc_auc_score(labels, [row['verdict'] for row in found.values()]):.3f} |")
+            sign = f"{policy}: {SIGNS[policy][0]}" if policy in SIGNS else policy
+            text.append(f"| {sign} | {roc_auc_score(labels, [row['verdict'] for row in found.values()]):.3f} |")
     return text
 
 

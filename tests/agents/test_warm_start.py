@@ -72,6 +72,25 @@ def test_in_clean_models_to_stop_is_right_at_once():
     assert (example.preference[:, -1] == 1).all()
 
 
+def test_the_value_is_what_is_earned_until_the_best_moment_to_stop(planted):
+    from backdoor_gym.agents.warm_start import GAMMA, _values
+
+    values = _values([0.5, -0.1, 0.4, -1.0])
+    np.testing.assert_allclose(values, [0.5 + GAMMA * (-0.1 + GAMMA * 0.4), -0.1 + GAMMA * 0.4, 0.4, 0, 0])
+    [example] = examples([planted], accuracy_budget=None)
+    assert len(example.value) == len(example.preference)
+    assert example.value[0] > 0.3
+
+
+def test_the_warm_start_fits_the_value_too(planted):
+    torch.manual_seed(0)
+    network = GraphActorCritic(EncoderOptions())
+    found = examples([planted], accuracy_budget=None)
+    warm_start(network, found * 8, epochs=40)
+    _, values = network.eval()(_padded(found)[0])
+    np.testing.assert_allclose(values.detach().squeeze(1), found[0].value, atol=0.15)
+
+
 def test_a_batch_holds_what_its_examples_hold(infected, plain_infected):
     torch.manual_seed(0)
     network = GraphActorCritic(EncoderOptions()).eval()
