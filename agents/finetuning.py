@@ -8,23 +8,30 @@ from backdoor_gym.envs.prune import BackdoorPruneEnv
 
 from .onp import ONP
 from .school import ENVIRONMENT, MAX_STEPS
+from .warm_start import examples, warm_start
 
 ENVS = 4
+#: Passes of the warm start over the few states of one repair.
+EPOCHS = 60
 
 
-def learn_alone(onp: ONP, env: BackdoorPruneEnv, steps: int) -> ONP:
+def learn_alone(onp: ONP, env: BackdoorPruneEnv, steps: int, warm: bool = False) -> ONP:
     """Let a policy learn on the network of an environment, by the reward that needs no trigger.
 
     Args:
         onp: the policy; it acts in ``env`` afterwards.
         env: an environment of a single network.
         steps: environment steps.
+        warm: begin with a warm start on what the environment shows of this network: for a policy that knows nothing.
     """
-    options = {**env.spec_options(), "reward": "acc", "score_samples": 0}
+    options = {**env.spec_options(), "score_samples": 0}
     options["max_steps"] = min(options["max_steps"] or MAX_STEPS, MAX_STEPS)
+    if warm:
+        shown = {key: value for key, value in options.items() if key != "infected"}
+        warm_start(onp.network, examples([env.victim.model], oracle=False, **shown), EPOCHS)
 
     def make() -> gym.Env:
-        return Monitor(gym.make(f"backdoor_gym:{ENVIRONMENT}", disable_env_checker=True, **options))
+        return Monitor(gym.make(f"backdoor_gym:{ENVIRONMENT}", reward="acc", disable_env_checker=True, **options))
 
     onp.set_env(DummyVecEnv([make] * ENVS))
     onp.learn(steps)

@@ -6,6 +6,8 @@ once the trigger fails, and to stop at once in clean models. It meets states alo
 models by these derivatives and of the others by what the environment shows of them, as its own repairs will be: a policy
 that only saw the best repairs does not know when a worse one is done. Exploring hundreds of actions from nothing would
 take far more episodes. The value is fitted to what those repairs earned, or reinforcement would begin with noise.
+
+On a network whose trigger is not known the same is done with what the environment shows alone: ``oracle=False``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -83,27 +85,29 @@ def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
     return pull / max(pull.std(), 1e-12) - np.maximum(harm, 0) / max(harm.std(), 1e-12)
 
 
-def examples(infected: Sequence[str], seed: int = 0, **options: Any) -> list[Example]:
+def examples(infected: Sequence[Any], seed: int = 0, *, oracle: bool = True, **options: Any) -> list[Example]:
     """An example of each model: what a repair by first-order benefit meets, true in half the cases, else as it is seen.
 
     Args:
-        infected: names.
+        infected: names or models.
         seed: of the noise that makes repairs differ from the best.
+        oracle: whether the triggers are known. If not, repairs, preferences and values are by what the environment shows.
         options: of the environment; ``accuracy_budget`` replaces the ``BUDGETS`` that the models take in turn.
     """
     random = np.random.default_rng(seed)
     found = []
     for index, name in enumerate(infected):
         settings = {"accuracy_budget": BUDGETS[index % len(BUDGETS)], **options}
-        found.append(_example(BackdoorPruneEnv([name], reward="oracle", **settings), random))
+        env = BackdoorPruneEnv([name], reward="oracle" if oracle else "acc", **settings)
+        found.append(_example(env, random, oracle))
     return found
 
 
-def _example(env: BackdoorPruneEnv, random: np.random.Generator) -> Example:
+def _example(env: BackdoorPruneEnv, random: np.random.Generator, oracle: bool) -> Example:
     observation, _ = env.reset(seed=0)
     victim = env.victim
     noise = random.gumbel(size=len(victim))
-    order = benefits(victim) + noise if random.random() < 0.5 else None
+    order = benefits(victim) + noise if oracle and random.random() < 0.5 else None
     edges = int(observation["num_edges"][0])
     seen: list[dict[str, np.ndarray]] = []
     preferences: list[np.ndarray] = []
@@ -115,7 +119,7 @@ def _example(env: BackdoorPruneEnv, random: np.random.Generator) -> Example:
         if step in STATES:
             seen.append({key: observation[key] for key in OBSERVED if key not in _GRAPH})
             seen[-1]["nodes"] = observation["nodes"][: len(victim)]
-            preferences.append(_preference(env, legal))
+            preferences.append(_preference(env, legal, None if oracle else _seen_benefits(observation)[: len(victim)]))
         worth = _seen_benefits(observation)[: len(victim)] + noise if order is None else order
         observation, reward, terminated, truncated, _ = env.step(int(np.where(legal, worth, -np.inf).argmax()))
         rewards.append(float(reward))
@@ -140,13 +144,15 @@ def _seen_benefits(observation: Mapping[str, np.ndarray]) -> np.ndarray:
     return nodes[:, _PULL] - np.maximum(nodes[:, _HARM], 0)
 
 
-def _preference(env: BackdoorPruneEnv, legal: np.ndarray) -> np.ndarray:
-    victim, danger = env.victim, env.figures.danger
+def _preference(env: BackdoorPruneEnv, legal: np.ndarray, seen: np.ndarray | None) -> np.ndarray:
+    """By the true benefits and danger, or by benefits as they are ``seen`` and the suspected danger."""
+    victim, figures = env.victim, env.figures
     preference = np.zeros(len(victim) + 1)
-    if _is_clean(victim) or (danger is not None and danger < DONE):
+    danger = figures.danger if seen is None else figures.suspected_danger
+    if (seen is None and _is_clean(victim)) or (danger is not None and danger < DONE):
         preference[-1] = 1
     else:
-        benefit = np.where(legal, benefits(victim, env.pruned), -np.inf)
+        benefit = np.where(legal, benefits(victim, env.pruned) if seen is None else seen, -np.inf)
         preference[:-1] = np.exp(benefit - benefit.max())
         preference /= preference.sum()
     return preference

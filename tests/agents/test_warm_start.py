@@ -122,3 +122,13 @@ def test_examples_are_reproducible(infected):
     first, second = (examples([infected], seed=1, score_samples=50)[0] for _ in range(2))
     assert isinstance(first, Example)
     assert np.array_equal(first.preference, second.preference)
+
+
+def test_without_the_trigger_a_repair_shows_enough(infected):
+    """By what the environment shows alone the warm start prefers neurons whose loss hurts the real trigger."""
+    blind = InfectedModel(infected.network, infected.clean)
+    [example] = examples([blind], oracle=False, score_samples=0, accuracy_budget=0.05)
+    order = np.argsort(-example.preference[0, :-1])
+    true = benefits(Victim(infected, VictimOptions()))
+    assert true[order[:8]].mean() > true.mean() + true.std()
+    assert example.value[0] > 0.1
