@@ -15,7 +15,7 @@ from backdoor_gym.zoo.catalogue import resolve
 ENVIRONMENT = "BackdoorPrune-v0"
 #: Accuracy budgets met in training; the observation tells which one it is.
 BUDGETS = (0.01, 0.02, 0.05)
-MAX_STEPS = 60
+MAX_STEPS = 100
 
 
 def school(

@@ -33,8 +33,10 @@ from .school import BUDGETS
 IMAGES = 300
 #: Danger below which a repair is done. Margins keep it near 0.1 where no image gets the target any more.
 DONE = 0.13
-#: Steps of a repair after which its state becomes an example.
-STATES = (0, 4, 10, 20, 35)
+#: Steps of a repair after which its state becomes an example, and those after it was done: where to stop is to be learned
+#: too, and without these only clean models would show it.
+STATES = (0, 4, 10, 20, 35, 55, 80)
+STATES_AFTER_DONE = (0, 5, 10)
 #: Discount of rewards, here and in the reinforcement after it.
 GAMMA = 0.97
 _GRAPH = ("edges", "edge_links", "num_edges")
@@ -112,14 +114,21 @@ def _example(env: BackdoorPruneEnv, random: np.random.Generator, oracle: bool) -
     seen: list[dict[str, np.ndarray]] = []
     preferences: list[np.ndarray] = []
     rewards: list[float] = []
+    steps: list[int] = []
+    done = None
     for step in range(max(STATES) + 1):
         legal = env.action_masks()[:-1][: len(victim)]
         if not legal.any():
             break
-        if step in STATES:
+        if done is None and _is_done(env, oracle):
+            done = step
+        if step in STATES or (done is not None and step - done in STATES_AFTER_DONE):
+            steps.append(step)
             seen.append({key: observation[key] for key in OBSERVED if key not in _GRAPH})
             seen[-1]["nodes"] = observation["nodes"][: len(victim)]
             preferences.append(_preference(env, legal, None if oracle else _seen_benefits(observation)[: len(victim)]))
+        if done is not None and step - done == max(STATES_AFTER_DONE):
+            break
         worth = _seen_benefits(observation)[: len(victim)] + noise if order is None else order
         observation, reward, terminated, truncated, _ = env.step(int(np.where(legal, worth, -np.inf).argmax()))
         rewards.append(float(reward))
@@ -127,8 +136,9 @@ def _example(env: BackdoorPruneEnv, random: np.random.Generator, oracle: bool) -
             break
     stacked = {key: np.stack([one[key] for one in seen]) for key in seen[0]}
     graph = {"edges": observation["edges"][:edges], "edge_links": observation["edge_links"][:edges]}
-    values = _values(rewards)[[step for step in STATES if step <= len(rewards)][: len(seen)]]
-    return Example(stacked | graph, np.stack(preferences).astype(np.float32), values.astype(np.float32))
+    return Example(
+        stacked | graph, np.stack(preferences).astype(np.float32), _values(rewards)[steps].astype(np.float32)
+    )
 
 
 def _values(rewards: Sequence[float]) -> np.ndarray:
@@ -144,12 +154,17 @@ def _seen_benefits(observation: Mapping[str, np.ndarray]) -> np.ndarray:
     return nodes[:, _PULL] - np.maximum(nodes[:, _HARM], 0)
 
 
+def _is_done(env: BackdoorPruneEnv, oracle: bool) -> bool:
+    """Whether there is no backdoor, or no longer: by the true danger, or by the suspected one."""
+    danger = env.figures.danger if oracle else env.figures.suspected_danger
+    return (oracle and _is_clean(env.victim)) or (danger is not None and danger < DONE)
+
+
 def _preference(env: BackdoorPruneEnv, legal: np.ndarray, seen: np.ndarray | None) -> np.ndarray:
     """By the true benefits and danger, or by benefits as they are ``seen`` and the suspected danger."""
-    victim, figures = env.victim, env.figures
+    victim = env.victim
     preference = np.zeros(len(victim) + 1)
-    danger = figures.danger if seen is None else figures.suspected_danger
-    if (seen is None and _is_clean(victim)) or (danger is not None and danger < DONE):
+    if _is_done(env, oracle=seen is None):
         preference[-1] = 1
     else:
         benefit = np.where(legal, benefits(victim, env.pruned) if seen is None else seen, -np.inf)

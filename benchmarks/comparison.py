@@ -1,7 +1,7 @@
 """Every policy on every model in the same environment: what the tables of digits and CIFAR-10 networks share.
 
 The budget holds on the defender's clean images and a prune that breaks it is undone, five of those end the repair, and so
-do 60 steps. ACC and ASR are those of test images. Rivals' thresholds and all look-aheads are chosen on ``digits-val``
+do 100 steps. ACC and ASR are those of test images. Rivals' thresholds and all look-aheads are chosen on ``digits-val``
 (kept in ``results/onp_digits_choices.json``). Killed and called again, a table goes on where it was: one line a repair.
 """
 
@@ -35,7 +35,7 @@ from backdoor_gym.pruning.applying import write_mask
 
 RESULTS = Path(__file__).parent / "results"
 CHOICES = RESULTS / "onp_digits_choices.json"
-STEPS = 60
+STEPS = 100
 THRESHOLDS = (-1e6, 0.5, 1.5)
 REFERENCE = "greedy reference"
 

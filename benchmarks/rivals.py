@@ -70,7 +70,7 @@ def fit_ridge(school: Sequence[Example]) -> Ridge:
     return Ridge(10.0).fit(np.concatenate(features), np.concatenate(labels))
 
 
-def greedy_reference(victim: Victim, accuracy_budget: float, candidates: int = 60, steps: int = 60) -> np.ndarray:
+def greedy_reference(victim: Victim, accuracy_budget: float, candidates: int = 60, steps: int = 100) -> np.ndarray:
     """Pruned units, bool (units,): greedy search on the true test ACC and danger, within the budget on the clean images.
 
     It knows the trigger and the test images: a reference of what pruning one neuron after the other can reach, not a

@@ -12,6 +12,10 @@ moved as above, and from one whose early BN layers are moved by m - m_clean alon
 while only what the late half then still lacks is divided by p. The reading in which one label stands out most is taken:
 the first sees faint triggers that the second takes for such a difference, the second holds where there is one.
 
+Augmentation moves means as well: the black borders of random crops outweigh a trigger by far. How the network was trained is
+not known, so m_clean is taken from the images as they are and from images cropped and flipped at random, and that one
+is believed which is nearer to the running means in the early half of the network.
+
 An attacker who computes the BN statistics anew on clean images leaves nothing to see here.
 """
 
@@ -23,6 +27,7 @@ from torch import Tensor
 
 from ..metrics import target_margin
 from ..pruning.neurons import Neurons
+from ..zoo.training import augment
 from .batch_norms import NormReader, class_weights, normalised_layers, running_statistics
 
 POISON_RATE = 0.1
@@ -71,7 +76,11 @@ def suspect_target(neurons: Neurons, images: Tensor, labels: Tensor) -> Suspecte
     early, late = ([layer.node for layer in part] for part in (norms[: len(norms) // 2], norms[len(norms) // 2 :]))
 
     plain = NormReader(neurons, weights).run_on(images)
-    gaps = {name: mean - plain.mean(name, weights) for name, mean in running.items()}
+    cropped = NormReader(neurons, weights).run_on(augment(images, torch.Generator().manual_seed(0)))
+    gaps = min(
+        ({name: mean - clean.mean(name, weights) for name, mean in running.items()} for clean in (plain, cropped)),
+        key=lambda gaps: sum((gaps[name] / deviations[name]).square().mean().item() for name in early),
+    )
     everywhere = {name: plain.mean(name, few_weights) + gap / POISON_RATE for name, gap in gaps.items()}
     moved = NormReader(neurons, few_weights, everywhere).run_on(few)
 

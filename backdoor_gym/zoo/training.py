@@ -99,7 +99,7 @@ def train(
             for chosen in torch.randperm(len(images), generator=generator).split(schedule.batch_size):
                 batch = images[chosen.to(device)]
                 if schedule.augment:
-                    batch = _augment(batch, generator)
+                    batch = augment(batch, generator)
                 if alter is not None:
                     batch = alter(batch, chosen, generator)
                 with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
@@ -121,7 +121,7 @@ def train(
     network.eval()
 
 
-def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """A random crop of the padded image and a random flip, for each image."""
     count, _, height, width = images.shape
     pad = max(1, height // 8)

@@ -103,7 +103,7 @@ def test_augmentation_shifts_and_flips_within_the_padding():
     image[0, 0, 3, 2] = 1
     places = set()
     for seed in range(200):
-        moved = training._augment(image, torch.Generator().manual_seed(seed))
+        moved = training.augment(image, torch.Generator().manual_seed(seed))
         assert moved.shape == image.shape
         places |= {tuple(place) for place in torch.nonzero(moved[0, 0]).tolist()}
     assert places == {(row, column) for row in (2, 3, 4) for column in (1, 2, 3, 4, 5, 6)}
