@@ -11,16 +11,19 @@ from backdoor_gym.envs.observation import GLOBAL_FEATURES
 
 _ACCURACY, _DROP, _BUDGET = (GLOBAL_FEATURES.index(name) for name in ("accuracy", "accuracy_drop", "accuracy_budget"))
 
+#: Times ``candidates``, as many are looked at where those before break the accuracy budget.
+PATIENCE = 4
+
 
 @dataclass(frozen=True)
 class LookAhead:
     """Corrects the logits of the best few candidates by what each would do to the figures on the clean images.
 
     logit - loss_weight * (rise of the clean cross-entropy) + danger_weight * (fall of the suspected danger); a candidate
-    that would break the accuracy budget is out.
+    that would break the accuracy budget is out, and the next largest logit is looked at in its place.
 
     Attributes:
-        candidates: how many of the largest logits are looked at.
+        candidates: how many of the largest logits are looked at; up to ``PATIENCE`` times as many if some break the budget.
         loss_weight: per unit of cross-entropy.
         danger_weight: per unit of suspected danger.
     """
@@ -36,14 +39,18 @@ class LookAhead:
         figures = observation["globals"]
         initial_accuracy = figures[_ACCURACY] + figures[_DROP]
         legal = np.flatnonzero(observation["action_mask"][:-1])
-        best = legal[np.argsort(-logits[legal], kind="stable")[: self.candidates]]
+        best = legal[np.argsort(-logits[legal], kind="stable")[: PATIENCE * self.candidates]]
         corrected = np.full_like(logits, -np.inf)
         corrected[-1] = logits[-1]
         base = ask(env, environment, "evaluate_also", [])
+        found = 0
         for unit in best:
+            if found == self.candidates:
+                break
             seen = ask(env, environment, "evaluate_also", [int(unit)])
             if initial_accuracy - seen.acc > figures[_BUDGET] + 1e-6:
                 continue
+            found += 1
             rise, fall = seen.loss - base.loss, base.suspected_danger - seen.suspected_danger
             corrected[unit] = logits[unit] - self.loss_weight * rise + self.danger_weight * fall
         return corrected

@@ -27,6 +27,8 @@ from .rollout_buffer import GraphRolloutBuffer
 PRETRAINED = "pretrained"
 FORMAT = "onp-policy"
 CHECKPOINT = "onp-checkpoint"
+#: Log odds of stopping from which on no look-ahead could change the decision.
+SURE_TO_STOP = 4.0
 
 #: MaskablePPO's arguments where ONP departs from its defaults.
 PPO: dict[str, Any] = {
@@ -163,21 +165,24 @@ class ONP:
             one = observation if single else {key: value[index] for key, value in observation.items()}
             legal = one["action_mask"] if action_masks is None else np.atleast_2d(action_masks)[index]
             row = np.where(np.asarray(legal).astype(bool), row, -np.inf)
-            if deterministic and self._stops(row):
-                actions.append(len(row) - 1)
-                continue
-            if self.look_ahead is not None and self.env is not None:
+            going_on = np.logaddexp.reduce(row[:-1].astype(np.float64))
+            if self.look_ahead is not None and self.env is not None and row[-1] < SURE_TO_STOP:
                 row = self.look_ahead.correct(row, {**one, "action_mask": np.asarray(legal)}, self.env, index)
             if deterministic:
-                actions.append(int(row[:-1].argmax()) if np.isfinite(row[:-1]).any() else len(row) - 1)
+                actions.append(len(row) - 1 if self._stops(row, going_on) else int(row[:-1].argmax()))
             else:
                 chances = np.exp(row - row.max())
                 actions.append(int(self._random.choice(len(row), p=chances / chances.sum())))
         return np.array(actions[0] if single else actions, dtype=np.int64), state
 
-    def _stops(self, row: np.ndarray) -> bool:
-        """Whether stopping has the better odds: no single one of hundreds of neurons could outweigh it."""
-        return bool(row[-1] > np.logaddexp.reduce(row[:-1].astype(np.float64)))
+    @staticmethod
+    def _stops(row: np.ndarray, going_on: float) -> bool:
+        """Whether stopping has the better odds against all neurons together: no single one of hundreds could outweigh it.
+
+        A look-ahead may find more in its candidates than all neurons had before it; it cannot make the others worse.
+        """
+        found = np.logaddexp.reduce(row[:-1].astype(np.float64))
+        return not np.isfinite(found) or bool(row[-1] > max(found, going_on))
 
     def verdict(self, observation: Mapping[str, np.ndarray]) -> float:
         """Probability that a network has a backdoor: that the policy would not stop at once, seen before any prune.

@@ -41,7 +41,7 @@ def train(
     *,
     seed: int = 0,
     envs: int = 16,
-    epochs: int = 10,
+    epochs: int = 50,
     encoder: EncoderOptions | None = None,
     guide: Sequence[Example] | None = None,
     looks: Sequence[LookAhead | None] = LOOKS,

@@ -220,6 +220,30 @@ def test_look_ahead_weighs_the_clean_loss_and_the_suspected_danger(infected):
     assert np.isfinite(few).nonzero()[0].tolist() == [109, 110, 111, 112]
 
 
+def test_what_breaks_the_budget_gives_its_place_to_the_next(infected):
+    env = make(infected, accuracy_budget=0.0, clean_samples=None)
+    observation, before = env.reset(seed=0)
+    breaks = [env.unwrapped.evaluate_also([unit]).acc < before["acc"] for unit in range(112)]
+    logits = np.append(np.array(breaks, dtype=np.float32)[:112], 0)  # those that break it are liked best
+    assert 0 < sum(breaks) <= 36
+    corrected = LookAhead(sum(breaks) // 3 + 1).correct(logits, observation, env, 0)
+    looked_at = np.isfinite(corrected[:-1]).nonzero()[0]
+    assert len(looked_at) == sum(breaks) // 3 + 1
+    assert not np.array(breaks)[looked_at].any()
+
+
+def test_what_is_seen_ahead_may_outweigh_stopping(infected):
+    env = make(infected, accuracy_budget=None)
+    observation, _ = env.reset(seed=0)
+    onp = ONP(env, seed=0)
+    onp.network.stop[-1].bias.data.fill_(2.0)
+    assert onp.predict(observation, deterministic=True)[0] == 112
+    onp.look_ahead = LookAhead(112, 0.0, 1000.0)
+    assert onp.predict(observation, deterministic=True)[0] < 112
+    onp.network.stop[-1].bias.data.fill_(10.0)  # surer than anything seen ahead could change
+    assert onp.predict(observation, deterministic=True)[0] == 112
+
+
 @pytest.mark.parametrize("kind", [DummyVecEnv, SubprocVecEnv])
 def test_it_looks_ahead_in_vector_environments(infected_file, kind):
     env = make_vec_env(lambda: make(str(infected_file)), n_envs=2, vec_env_cls=kind)

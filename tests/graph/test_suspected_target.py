@@ -8,6 +8,7 @@ from backdoor_gym.graph.batch_norms import class_weights
 from backdoor_gym.graph.suspected_target import POISON_RATE, _clearness, suspect_target
 from backdoor_gym.infected import InfectedModel
 from backdoor_gym.pruning.neurons import find_neurons
+from backdoor_gym.zoo.training import augment
 
 
 def suspect(model):
@@ -45,6 +46,25 @@ def test_the_target_is_found_although_all_images_are_brighter_and_classes_are_un
     images = (infected.clean.images[kept] + 0.04).clamp(0, 1)
     neurons = find_neurons(infected.network)
     assert suspect_target(neurons, images, labels[kept]).target == infected.target
+
+
+def test_augmentation_is_not_taken_for_a_trigger(network_of):
+    """BN statistics of cropped and flipped images: what is left over for a trigger is nothing."""
+    network = network_of("small_cnn", blocks=2)
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(200, 1, 8, 8, generator=generator), torch.arange(200) % 10
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    shifts = []
+    for seen in (augment(images, torch.Generator().manual_seed(0)), images + 0.2):
+        network.train()
+        with torch.no_grad():
+            network(seen)
+        network.eval()
+        shifts.append(suspect_target(find_neurons(network), images, labels).shift)
+    assert shifts[0] < 0.01
+    assert shifts[1] > 0.05
 
 
 def test_class_weights():
