@@ -9,7 +9,10 @@ import numpy as np
 from backdoor_gym.baselines.policy import ask
 from backdoor_gym.envs.observation import GLOBAL_FEATURES
 
-_ACCURACY, _DROP, _BUDGET = (GLOBAL_FEATURES.index(name) for name in ("accuracy", "accuracy_drop", "accuracy_budget"))
+_ACCURACY, _DROP, _BUDGET, _PRUNED, _DANGER = (
+    GLOBAL_FEATURES.index(name)
+    for name in ("accuracy", "accuracy_drop", "accuracy_budget", "pruned", "suspected_danger")
+)
 
 #: Times ``candidates``, as many are looked at where those before break the accuracy budget.
 PATIENCE = 4
@@ -26,11 +29,18 @@ class LookAhead:
         candidates: how many of the largest logits are looked at; up to ``PATIENCE`` times as many if some break the budget.
         loss_weight: per unit of cross-entropy.
         danger_weight: per unit of suspected danger.
+        done: suspected danger below which the repair ends.
     """
 
     candidates: int = 30
     loss_weight: float = 3.0
     danger_weight: float = 0.0
+    done: float = 0.0
+
+    def is_done(self, observation: Mapping[str, np.ndarray]) -> bool:
+        """Whether the trigger as it is suspected fails already, in a network that something was pruned from."""
+        figures = observation["globals"]
+        return bool(figures[_PRUNED] > 0 and figures[_DANGER] < self.done)
 
     def correct(
         self, logits: np.ndarray, observation: Mapping[str, np.ndarray], env: Any, environment: int

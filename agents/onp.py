@@ -165,6 +165,9 @@ class ONP:
             one = observation if single else {key: value[index] for key, value in observation.items()}
             legal = one["action_mask"] if action_masks is None else np.atleast_2d(action_masks)[index]
             row = np.where(np.asarray(legal).astype(bool), row, -np.inf)
+            if deterministic and self.look_ahead is not None and self.look_ahead.is_done(one):
+                actions.append(len(row) - 1)
+                continue
             going_on = np.logaddexp.reduce(row[:-1].astype(np.float64))
             if self.look_ahead is not None and self.env is not None and row[-1] < SURE_TO_STOP:
                 row = self.look_ahead.correct(row, {**one, "action_mask": np.asarray(legal)}, self.env, index)

@@ -28,7 +28,7 @@ PPO_AFTER_WARM_START: dict[str, Any] = {
 SCORE_SAMPLES = 64
 #: Rollouts between two validations.
 VALIDATE_EVERY = 2
-LOOKS: tuple[LookAhead | None, ...] = (None, *(LookAhead(5, 3.0, danger) for danger in (0.0, 10.0)))
+LOOKS: tuple[LookAhead | None, ...] = (None, LookAhead(5, 3.0), LookAhead(5, 3.0, 10.0), LookAhead(5, 3.0, 10.0, 0.12))
 
 Report = Callable[[str], None]
 
@@ -107,7 +107,7 @@ def train(
         onp.set_env(env)
         ratings = choose_look_ahead(onp, env, judges, looks)
         for look, rating in ratings.items():
-            weights = f"{look.loss_weight:g} {look.danger_weight:g}" if look else "none"
+            weights = f"{look.loss_weight:g} {look.danger_weight:g} {look.done:g}" if look else "none"
             say(f"look-ahead {weights}: return {rating:.3f}")
     onp.facts |= {"seed": seed, "models": len(names), "learned_on": list(infected), "chosen_on": list(validation)}
     onp.save(out)

@@ -220,6 +220,19 @@ def test_look_ahead_weighs_the_clean_loss_and_the_suspected_danger(infected):
     assert np.isfinite(few).nonzero()[0].tolist() == [109, 110, 111, 112]
 
 
+def test_the_repair_ends_where_the_suspected_trigger_fails(infected):
+    env = make(infected, accuracy_budget=None)
+    observation, _ = env.reset(seed=0)
+    onp = ONP(env, seed=0, look_ahead=LookAhead(2, 0.0, 0.0, done=1.0))
+    onp.network.stop[-1].bias.data.fill_(-10.0)
+    first, _ = onp.predict(observation, deterministic=True)
+    assert first < 112  # nothing is pruned yet: that is for the verdict
+    observation, *_ = env.step(int(first))
+    assert onp.predict(observation, deterministic=True)[0] == 112
+    onp.look_ahead = LookAhead(2, 0.0, 0.0, done=0.0)
+    assert onp.predict(observation, deterministic=True)[0] < 112
+
+
 def test_what_breaks_the_budget_gives_its_place_to_the_next(infected):
     env = make(infected, accuracy_budget=0.0, clean_samples=None)
     observation, before = env.reset(seed=0)
