@@ -13,8 +13,8 @@ while only what the late half then still lacks is divided by p. The reading in w
 the first sees faint triggers that the second takes for such a difference, the second holds where there is one.
 
 Augmentation moves means as well: the black borders of random crops outweigh a trigger by far. How the network was trained is
-not known, so m_clean is taken from the images as they are and from images cropped and flipped at random, and that one
-is believed which is nearer to the running means in the early half of the network.
+not known, so m_clean is taken from images cropped and flipped at random where that brings the early half of the network
+far nearer to its running means than the images as they are.
 
 An attacker who computes the BN statistics anew on clean images leaves nothing to see here.
 """
@@ -31,6 +31,8 @@ from ..zoo.training import augment
 from .batch_norms import NormReader, class_weights, normalised_layers, running_statistics
 
 POISON_RATE = 0.1
+#: Share of the squared gap of the early means that may be left if training is to have cropped and flipped.
+AUGMENTED = 0.5
 #: Of the clean images, as many as are run under moved BN inputs.
 IMAGES = 100
 
@@ -77,10 +79,14 @@ def suspect_target(neurons: Neurons, images: Tensor, labels: Tensor) -> Suspecte
 
     plain = NormReader(neurons, weights).run_on(images)
     cropped = NormReader(neurons, weights).run_on(augment(images, torch.Generator().manual_seed(0)))
-    gaps = min(
-        ({name: mean - clean.mean(name, weights) for name, mean in running.items()} for clean in (plain, cropped)),
-        key=lambda gaps: sum((gaps[name] / deviations[name]).square().mean().item() for name in early),
+    gaps, augmented = (
+        {name: mean - clean.mean(name, weights) for name, mean in running.items()} for clean in (plain, cropped)
     )
+    off, augmented_off = (
+        sum((these[name] / deviations[name]).square().mean().item() for name in early) for these in (gaps, augmented)
+    )
+    if augmented_off < AUGMENTED * off:
+        gaps = augmented
     everywhere = {name: plain.mean(name, few_weights) + gap / POISON_RATE for name, gap in gaps.items()}
     moved = NormReader(neurons, few_weights, everywhere).run_on(few)
 
