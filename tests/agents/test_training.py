@@ -5,7 +5,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from backdoor_gym.agents import ONP, LookAhead
-from backdoor_gym.agents.school import BUDGETS, school
+from backdoor_gym.agents.school import BUDGETS, MAX_STEPS, school
 from backdoor_gym.agents.training import checkpoint_of, train
 from backdoor_gym.agents.validation import Validation, choose_look_ahead, run, summary
 from backdoor_gym.agents.warm_start import examples
@@ -36,7 +36,7 @@ def test_a_school_divides_the_models_and_varies_the_budget(files):
     shares = vector.get_attr("generator")
     assert [len(share) for share in shares] == [1, 1, 1, 1]
     assert vector.get_attr("accuracy_budget") == [*BUDGETS, BUDGETS[0]]
-    assert set(vector.get_attr("max_steps")) == {60}
+    assert set(vector.get_attr("max_steps")) == {MAX_STEPS}
     vector.close()
 
 
