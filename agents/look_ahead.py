@@ -9,9 +9,9 @@ import numpy as np
 from backdoor_gym.baselines.policy import ask
 from backdoor_gym.envs.observation import GLOBAL_FEATURES
 
-_ACCURACY, _DROP, _BUDGET, _PRUNED, _DANGER = (
+_ACCURACY, _DROP, _BUDGET, _DANGER, _FALL = (
     GLOBAL_FEATURES.index(name)
-    for name in ("accuracy", "accuracy_drop", "accuracy_budget", "pruned", "suspected_danger")
+    for name in ("accuracy", "accuracy_drop", "accuracy_budget", "suspected_danger", "suspected_drop")
 )
 
 #: Times ``candidates``, as many are looked at where those before break the accuracy budget.
@@ -29,7 +29,7 @@ class LookAhead:
         candidates: how many of the largest logits are looked at; up to ``PATIENCE`` times as many if some break the budget.
         loss_weight: per unit of cross-entropy.
         danger_weight: per unit of suspected danger.
-        done: suspected danger below which the repair ends.
+        done: suspected danger; a repair that has brought it below ends.
     """
 
     candidates: int = 30
@@ -38,9 +38,9 @@ class LookAhead:
     done: float = 0.0
 
     def is_done(self, observation: Mapping[str, np.ndarray]) -> bool:
-        """Whether the trigger as it is suspected fails already, in a network that something was pruned from."""
-        figures = observation["globals"]
-        return bool(figures[_PRUNED] > 0 and figures[_DANGER] < self.done)
+        """Whether the suspected danger fell below ``done``: where it never was above, it says nothing."""
+        now, fall = observation["globals"][[_DANGER, _FALL]]
+        return bool(now < self.done <= now + fall)
 
     def correct(
         self, logits: np.ndarray, observation: Mapping[str, np.ndarray], env: Any, environment: int

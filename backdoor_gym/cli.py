@@ -120,7 +120,7 @@ def train(
     envs: Annotated[int, typer.Option(min=1, help="Sub-environments, among which the models are divided.")] = 16,
     warm_epochs: Annotated[
         int, typer.Option(min=0, help="Passes over the models for a first guess from derivatives; 0 for none.")
-    ] = 10,
+    ] = 50,
     message_passing: Annotated[
         bool, typer.Option(help="Let the policy see the connections, or each neuron alone.")
     ] = True,

@@ -21,13 +21,12 @@ import torch
 from rivals import Column, RidgePolicy, fit_ridge, greedy_reference
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
-from train_policies import ATTACKS, POLICIES, TRAINING, VALIDATION
+from train_policies import ATTACKS, POLICIES, TRAINING, VALIDATION, guide
 
 import backdoor_gym
 from backdoor_gym.agents import ONP, LookAhead
-from backdoor_gym.agents.training import LOOKS, SCORE_SAMPLES
+from backdoor_gym.agents.training import LOOKS
 from backdoor_gym.agents.validation import run, summary
-from backdoor_gym.agents.warm_start import examples
 from backdoor_gym.baselines import CLP, RandomPolicy
 from backdoor_gym.graph.features import STATIC_FEATURES
 from backdoor_gym.metrics import der
@@ -89,8 +88,8 @@ def choices() -> dict[str, Any]:
     """The ridge, its threshold and its look-ahead, from training and validation models; made once."""
     if CHOICES.is_file():
         return json.loads(CHOICES.read_text())
-    guide = dict(zip(TRAINING, examples(TRAINING, score_samples=SCORE_SAMPLES), strict=True))
-    ridge = fit_ridge(list(guide.values()))
+    school = dict(zip(TRAINING, guide(), strict=True))
+    ridge = fit_ridge(list(school.values()))
     env = environment(VALIDATION, reward="oracle")
     found: dict[str, Any] = {"coefficients": ridge.coef_.tolist(), "intercept": float(ridge.intercept_)}
     ratings = {
@@ -106,7 +105,7 @@ def choices() -> dict[str, Any]:
     found |= {"threshold": threshold, "thresholds": list(ratings.items()), "look_ahead": asdict(best)}
     found["attack_left_out"] = {}
     for attack in ATTACKS:
-        others = [one for name, one in guide.items() if backdoor_gym.load_infected(name).facts["attack"] != attack]
+        others = [one for name, one in school.items() if backdoor_gym.load_infected(name).facts["attack"] != attack]
         partial = fit_ridge(others)
         found["attack_left_out"][attack] = {
             "coefficients": partial.coef_.tolist(),

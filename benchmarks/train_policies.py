@@ -1,16 +1,18 @@
 """Trains the policies of the tables, as ``backdoor-gym train`` does.
 
-    backdoor-gym zoo build 'digits-train/*' --most 300
+    backdoor-gym zoo build 'digits-train/*' --most 160
     backdoor-gym zoo build 'digits-val/*' --most 30
     python benchmarks/train_policies.py
     python benchmarks/train_policies.py --only mlp-0 mlp-1 mlp-2
 
-They go to ``benchmarks/policies``. What is there is left alone, and what was begun goes on after its last rollout.
+They go to ``benchmarks/policies``. What is there is left alone, and what was begun goes on after its last rollout. The
+examples of the warm start are made once, for these policies and for the ridge regression: ``policies/guide.npz``.
 """
 
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import backdoor_gym
@@ -21,7 +23,7 @@ from backdoor_gym.agents.warm_start import Example, examples
 POLICIES = Path(__file__).parent / "policies"
 ATTACKS = ("badnets", "blended", "sig", "wanet")
 STEPS = 8_192
-TRAINING = [f"digits-train/{seed}" for seed in range(300)]
+TRAINING = [f"digits-train/{seed}" for seed in range(160)]
 VALIDATION = [f"digits-val/{seed}" for seed in range(30)]
 #: All that compares the running statistics of batch normalisation with those of clean images.
 BN_STATISTICS = (
@@ -40,8 +42,27 @@ WANTED: dict[str, tuple[EncoderOptions, int, str | None]] = {
 }
 
 
-def train_all(wanted: list[str], guide: list[Example], steps: int = STEPS) -> None:
-    """Train some of ``WANTED``; ``guide`` are the examples of ``TRAINING``."""
+def guide() -> list[Example]:
+    """The examples of ``TRAINING``, made once."""
+    file = POLICIES / "guide.npz"
+    if not file.is_file():
+        POLICIES.mkdir(exist_ok=True)
+        arrays = {}
+        for name, one in zip(TRAINING, examples(TRAINING, score_samples=SCORE_SAMPLES), strict=True):
+            arrays |= {f"{name}:{key}": value for key, value in one.observation.items()}
+            arrays |= {f"{name}:preference": one.preference, f"{name}:value": one.value}
+        np.savez_compressed(file, **arrays)
+    with np.load(file) as arrays:
+        found: dict[str, dict[str, np.ndarray]] = {name: {} for name in TRAINING}
+        for key in arrays.files:
+            name, _, field = key.partition(":")
+            found[name][field] = arrays[key]
+    return [Example(preference=one.pop("preference"), value=one.pop("value"), observation=one) for one in found.values()]
+
+
+def train_all(wanted: list[str], steps: int = STEPS) -> None:
+    """Train some of ``WANTED``."""
+    school = guide()
     attack_of = {name: backdoor_gym.load_infected(name).facts["attack"] for name in TRAINING + VALIDATION}
     for policy in wanted:
         encoder, seed, left_out = WANTED[policy]
@@ -56,7 +77,7 @@ def train_all(wanted: list[str], guide: list[Example], steps: int = STEPS) -> No
             out,
             seed=seed,
             encoder=encoder,
-            guide=[one for name, one in zip(TRAINING, guide, strict=True) if attack_of[name] != left_out],
+            guide=[one for name, one in zip(TRAINING, school, strict=True) if attack_of[name] != left_out],
             report=lambda line, policy=policy: print(f"{policy}: {line}", flush=True),
         )
 
@@ -66,7 +87,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=WANTED, default=list(WANTED))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    train_all(arguments.only, examples(TRAINING, score_samples=SCORE_SAMPLES))
+    train_all(arguments.only)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_maskable_ppo_learns_a_known_answer(infected):
         n_epochs=10,
         learning_rate=3e-3,
         seed=0,
-    ).learn(4_000)
+    ).learn(5_000)
     learned, _ = evaluate_maskable(model, env(), 10, deterministic=True, warn=False)
     random, _ = evaluate_policy(RandomPolicy(0), env(), 10, warn=False)
     assert learned > 0.8

@@ -1,13 +1,13 @@
-"""Trigger inversion: a pattern on the image that does to the network what training's triggered images did.
+"""Trigger inversion: a change of the image that does to the network what training's triggered images did.
 
 Inversion by the label alone (Neural Cleanse, Wang et al., IEEE S&P 2019) finds some pattern with which images get a label,
 and a network without a backdoor has such patterns too. The BN statistics say more: the mean inputs m_trigger that the
-triggered images of training gave every BN layer (``suspected_target.py``). One small pattern, added to every image, is
-sought with which the clean images of other labels have those means. Whether they then get the suspected target, which
-this first search knows nothing of, tells an infected network from a clean one. A second, short search goes on from there
-and asks for that label too. What a neuron does for the label under the pattern is far closer to what it does under the
-real trigger than what it does in a network whose BN inputs are merely moved, and a network that lost its backdoor
-answers the pattern no longer.
+triggered images of training gave every BN layer (``suspected_target.py``). A small trigger of each family
+(``trigger_families.py``) is sought with which the clean images of other labels have those means. Whether they then get the
+suspected target, which this first search knows nothing of, tells an infected network from a clean one, and the family of
+the trigger from the others. A second search goes on from there and asks for that label too. What a neuron does for the
+label under the trigger that is found is far closer to what it does under the real one than what it does in a network
+whose BN inputs are merely moved, and a network that lost its backdoor answers it no longer.
 """
 
 import math
@@ -21,16 +21,16 @@ from ..metrics import danger
 from ..pruning.neurons import Neurons
 from .batch_norms import NormReader
 from .suspected_target import SuspectedTarget
+from .trigger_families import FAMILIES, TriggerFamily
 
 #: Of the clean images, as many as are looked at.
 IMAGES = 100
 #: Those in one step of the search.
-BATCH = 32
+BATCH = 16
 #: Steps without and with the cross-entropy to the suspected target.
-MEANS_STEPS, TARGET_STEPS = 20, 25
-LEARNING_RATE = 0.1
-#: Weights of that cross-entropy and of the mean absolute pattern, beside the means' squared error.
-TARGET_WEIGHT, SIZE_WEIGHT = 0.1, 1.0
+MEANS_STEPS, TARGET_STEPS = 15, 15
+#: Weight of that cross-entropy, beside the means' squared error.
+TARGET_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class InvertedTrigger:
 
     Attributes:
         target: the suspected target label.
-        pattern: what is added to an image before it is cut to [0, 1], float32 (1, C, H, W).
+        family: name of the trigger's family.
         clean: clean images of other labels, float32 (n, C, H, W).
-        images: the same with the pattern.
-        size: mean absolute value of the pattern.
-        error: log10 of the squared error of the BN means with the pattern over that without it.
-        evidence: ``metrics.danger`` of the target with the pattern that the means alone gave.
+        images: the same with the trigger.
+        size: mean absolute change of a pixel.
+        error: log10 of the squared error of the BN means with the trigger over that without it.
+        evidence: ``metrics.danger`` of the target with the trigger that the means alone gave, the largest of a family.
     """
 
     target: int
-    pattern: Tensor
+    family: str
     clean: Tensor
     images: Tensor
     size: float
@@ -59,7 +59,7 @@ class InvertedTrigger:
 def invert_trigger(
     neurons: Neurons, images: Tensor, labels: Tensor, suspected: SuspectedTarget
 ) -> InvertedTrigger | None:
-    """The pattern that explains the BN statistics; None where no image has another label than the suspected target.
+    """The trigger that explains the BN statistics; None where no image has another label than the suspected target.
 
     Args:
         neurons: of the network.
@@ -72,29 +72,50 @@ def invert_trigger(
     foreign = images[:IMAGES][labels[:IMAGES] != suspected.target].to(device, memory_format=torch.channels_last)
     if not len(foreign):
         return None
-    random = torch.Generator().manual_seed(0)
-    pattern = torch.zeros_like(foreign[:1], requires_grad=True)
-    optimizer = torch.optim.Adam([pattern], LEARNING_RATE)
-    evidence = 0.0
-    for step in range(MEANS_STEPS + TARGET_STEPS):
-        if step == MEANS_STEPS:
-            evidence = _danger(neurons, foreign + pattern, suspected.target)
-        some = foreign[torch.randperm(len(foreign), generator=random)[:BATCH]]
-        error, logits = _means_error(neurons, (some + pattern).clamp(0, 1), suspected)
-        loss = error + SIZE_WEIGHT * pattern.abs().mean()
-        if step >= MEANS_STEPS:
-            wanted = torch.full((len(some),), suspected.target, device=some.device)
-            loss = loss + TARGET_WEIGHT * F.cross_entropy(logits, wanted)
-        (pattern.grad,) = torch.autograd.grad(loss, [pattern])
-        optimizer.step()
-    pattern = pattern.detach()
-    images = (foreign + pattern).clamp(0, 1)
+    searches = [_Search(family(foreign), neurons, foreign, suspected) for family in FAMILIES]
+    evidence = []
+    for search in searches:
+        search.go(MEANS_STEPS)
+        evidence.append(danger(search.logits(), suspected.target))
+    best = max(range(len(searches)), key=evidence.__getitem__)
+    search = searches[best]
+    search.go(TARGET_STEPS, TARGET_WEIGHT)
     with torch.no_grad():
-        after, before = (_means_error(neurons, these, suspected)[0].item() for these in (images, foreign))
-    error_ratio = math.log10(max(after, 1e-12) / max(before, 1e-12))
+        triggered = search.trigger(foreign).contiguous(memory_format=torch.channels_last)
+        after, before = (_means_error(neurons, these, suspected)[0].item() for these in (triggered, foreign))
     return InvertedTrigger(
-        suspected.target, pattern, foreign, images, pattern.abs().mean().item(), error_ratio, evidence
+        suspected.target,
+        search.trigger.name,
+        foreign,
+        triggered,
+        size=(triggered - foreign).abs().mean().item(),
+        error=math.log10(max(after, 1e-12) / max(before, 1e-12)),
+        evidence=evidence[best],
     )
+
+
+class _Search:
+    """The search for one trigger, which may be taken up again with another aim."""
+
+    def __init__(self, trigger: TriggerFamily, neurons: Neurons, images: Tensor, suspected: SuspectedTarget) -> None:
+        self.trigger, self.neurons, self.images, self.suspected = trigger, neurons, images, suspected
+        self._random = torch.Generator().manual_seed(0)
+        self._optimizer = torch.optim.Adam([trigger.parameter], trigger.rate)
+
+    def go(self, steps: int, target_weight: float = 0.0) -> None:
+        """Some steps towards the means, and towards the target where it has a weight."""
+        for _ in range(steps):
+            some = self.images[torch.randperm(len(self.images), generator=self._random)[:BATCH]]
+            error, logits = _means_error(self.neurons, self.trigger(some), self.suspected)
+            wanted = torch.full((len(some),), self.suspected.target, device=some.device)
+            loss = error + self.trigger.price() + target_weight * F.cross_entropy(logits, wanted)
+            (self.trigger.parameter.grad,) = torch.autograd.grad(loss, [self.trigger.parameter])
+            self._optimizer.step()
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """Of the images with the trigger as it is found so far, float32 (n, classes)."""
+        return self.neurons.graph(self.trigger(self.images))
 
 
 def _means_error(neurons: Neurons, images: Tensor, suspected: SuspectedTarget) -> tuple[Tensor, Tensor]:
@@ -106,8 +127,3 @@ def _means_error(neurons: Neurons, images: Tensor, suspected: SuspectedTarget) -
         for name, wanted in suspected.means.items()
     ]
     return torch.stack(errors).mean(), reader.logits
-
-
-@torch.no_grad()
-def _danger(neurons: Neurons, images: Tensor, target: int) -> float:
-    return danger(neurons.graph(images.clamp(0, 1)), target)

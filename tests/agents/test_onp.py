@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 import backdoor_gym
 from backdoor_gym.agents import ONP, EncoderOptions, GraphPolicy, GraphRolloutBuffer, LookAhead
 from backdoor_gym.errors import DataError, ModelFileError
+from backdoor_gym.infected import InfectedModel
 
 from .conftest import PLANTED
 
@@ -223,14 +224,29 @@ def test_look_ahead_weighs_the_clean_loss_and_the_suspected_danger(infected):
 def test_the_repair_ends_where_the_suspected_trigger_fails(infected):
     env = make(infected, accuracy_budget=None)
     observation, _ = env.reset(seed=0)
-    onp = ONP(env, seed=0, look_ahead=LookAhead(2, 0.0, 0.0, done=1.0))
+    onp = ONP(env, seed=0, look_ahead=LookAhead(2, 0.0, 0.0, done=0.5))
     onp.network.stop[-1].bias.data.fill_(-10.0)
-    first, _ = onp.predict(observation, deterministic=True)
-    assert first < 112  # nothing is pruned yet: that is for the verdict
-    observation, *_ = env.step(int(first))
-    assert onp.predict(observation, deterministic=True)[0] == 112
-    onp.look_ahead = LookAhead(2, 0.0, 0.0, done=0.0)
+    for unit in np.argsort(-env.unwrapped.victim.slopes(env.unwrapped.pruned).pull):
+        fails = env.unwrapped.figures.suspected_danger < 0.5
+        assert (onp.predict(observation, deterministic=True)[0] == 112) == fails
+        if fails:
+            break
+        observation, *_ = env.step(int(unit))
+    assert fails
+    onp.look_ahead = LookAhead(2, 0.0, 0.0, done=0.99)  # above what it was at first: no sign of anything
     assert onp.predict(observation, deterministic=True)[0] < 112
+
+
+def test_where_nothing_is_suspected_the_suspected_danger_ends_no_repair(infected):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 10)).eval()
+    env = make(InfectedModel(network, infected.clean), accuracy_budget=None)
+    onp = ONP(env, seed=0, look_ahead=LookAhead(2, 0.0, 0.0, done=0.5))
+    onp.network.stop[-1].bias.data.fill_(-10.0)
+    observation, _ = env.reset(seed=0)
+    first, _ = onp.predict(observation, deterministic=True)
+    observation, *_ = env.step(int(first))
+    assert onp.predict(observation, deterministic=True)[0] < 4
 
 
 def test_what_breaks_the_budget_gives_its_place_to_the_next(infected):

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from backdoor_gym.agents.encoder import EncoderOptions, GraphActorCritic
+from backdoor_gym.agents.finetuning import learn_alone
 from backdoor_gym.agents.graph_policy import as_tensors
+from backdoor_gym.agents.onp import ONP
 from backdoor_gym.agents.warm_start import Example, _padded, benefits, examples, warm_start
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
@@ -122,6 +124,19 @@ def test_examples_are_reproducible(infected):
     first, second = (examples([infected], seed=1, score_samples=50)[0] for _ in range(2))
     assert isinstance(first, Example)
     assert np.array_equal(first.preference, second.preference)
+
+
+def test_learning_alone_can_begin_with_what_the_environment_shows(infected):
+    env = BackdoorPruneEnv(InfectedModel(infected.network, infected.clean), accuracy_budget=0.05, max_steps=20)
+    env.reset(seed=0)
+    ranks = []
+    true = np.argsort(np.argsort(-benefits(Victim(infected, VictimOptions()))))
+    for warm in (True, False):
+        onp = learn_alone(ONP(seed=2, n_steps=16, batch_size=32), env, 64, warm=warm)
+        logits = onp.logits(env.reset(seed=0)[0])[0, :-1]
+        ranks.append(true[np.argsort(-logits)[:8]].mean())
+    assert ranks[0] < 12  # of 112; the best eight have a mean of 3.5
+    assert ranks[1] > ranks[0] + 5
 
 
 def test_without_the_trigger_a_repair_shows_enough(infected):

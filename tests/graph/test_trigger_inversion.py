@@ -9,6 +9,9 @@ from backdoor_gym.graph.trigger_inversion import invert_trigger
 from backdoor_gym.metrics import target_margin
 from backdoor_gym.pruning.neurons import find_neurons
 from backdoor_gym.zoo.catalogue import load_infected
+from backdoor_gym.zoo.infecting import infect
+
+from ..conftest import QUICK
 
 
 def invert(model):
@@ -28,14 +31,32 @@ def test_the_found_trigger_gets_the_attackers_label_and_explains_the_statistics(
         assert found.evidence > 0.5
 
 
-def test_the_images_bear_the_pattern_and_stay_images(infected):
+def test_the_images_bear_the_trigger_and_stay_images(infected):
     _, found = invert(infected)
-    assert found.pattern.shape == (1, *infected.clean.images.shape[1:])
+    assert found.images.shape == found.clean.shape
     assert found.images.min() >= 0
     assert found.images.max() <= 1
-    torch.testing.assert_close(found.images, (found.clean + found.pattern).clamp(0, 1))
-    assert found.size == pytest.approx(found.pattern.abs().mean().item())
-    assert not found.pattern.requires_grad
+    assert found.size == pytest.approx((found.images - found.clean).abs().mean().item())
+    assert found.size > 0.01
+    assert not found.images.requires_grad
+
+
+def test_the_family_is_that_of_the_trigger(infected):
+    """Which of the families explains the statistics is told by what none of the searches was asked for: the label."""
+    _, found = invert(infected)
+    assert found.family == "addition"
+    warped = infect(
+        "digits",
+        "small_cnn",
+        "wanet",
+        target=3,
+        schedule=QUICK,
+        architecture_options={"width": 16, "blocks": 2, "shape": "residual"},
+        attack_options={"strength": 2.0, "noise_ratio": 0.0},
+    )
+    _, found = invert(warped)
+    assert found.family == "warp"
+    assert found.target == warped.target
 
 
 def test_a_clean_network_has_statistics_that_no_trigger_explains():
@@ -50,7 +71,7 @@ def test_it_is_the_same_each_time_and_leaves_the_network_as_it_was(infected):
     _, first = invert(infected)
     torch.manual_seed(2)
     _, second = invert(infected)
-    assert torch.equal(first.pattern, second.pattern)
+    assert torch.equal(first.images, second.images)
     assert all(torch.equal(value, before[key]) for key, value in infected.network.state_dict().items())
 
 
