@@ -14,27 +14,27 @@ _ACCURACY, _DROP, _BUDGET, _DANGER, _FALL = (
     for name in ("accuracy", "accuracy_drop", "accuracy_budget", "suspected_danger", "suspected_drop")
 )
 
-#: Times ``candidates``, as many are looked at where those before break the accuracy budget.
-PATIENCE = 4
-
 
 @dataclass(frozen=True)
 class LookAhead:
     """Corrects the logits of the best few candidates by what each would do to the figures on the clean images.
 
-    logit - loss_weight * (rise of the clean cross-entropy) + danger_weight * (fall of the suspected danger); a candidate
-    that would break the accuracy budget is out, and the next largest logit is looked at in its place.
+    logit + danger_weight * (fall of the suspected danger) - loss_weight * (rise of the clean cross-entropy)
+    - budget_weight * (share of the accuracy budget that it takes), where falls of cross-entropy and gains of accuracy
+    count as none; a candidate that would break the budget is out.
 
     Attributes:
-        candidates: how many of the largest logits are looked at; up to ``PATIENCE`` times as many if some break the budget.
+        candidates: how many of the largest logits are looked at.
         loss_weight: per unit of cross-entropy.
         danger_weight: per unit of suspected danger.
+        budget_weight: per whole accuracy budget.
         done: suspected danger; a repair that has brought it below ends.
     """
 
-    candidates: int = 30
+    candidates: int = 20
     loss_weight: float = 3.0
     danger_weight: float = 0.0
+    budget_weight: float = 0.0
     done: float = 0.0
 
     def is_done(self, observation: Mapping[str, np.ndarray]) -> bool:
@@ -45,22 +45,31 @@ class LookAhead:
     def correct(
         self, logits: np.ndarray, observation: Mapping[str, np.ndarray], env: Any, environment: int
     ) -> np.ndarray:
-        """Logits, float (N + 1,), with all that was not looked at but stopping (the last) at minus infinity."""
+        """Logits, float (N + 1,): corrected where it matters, that of stopping (the last) as it was, else minus infinity.
+
+        The clean images cost far more to look at than the suspected danger. So candidates are taken in the order of what
+        they may reach at best, and none is looked at any closer once another has more than that.
+        """
         figures = observation["globals"]
-        initial_accuracy = figures[_ACCURACY] + figures[_DROP]
+        budget, tolerated = figures[_BUDGET], figures[_ACCURACY] + figures[_DROP] - figures[_BUDGET] - 1e-6
         legal = np.flatnonzero(observation["action_mask"][:-1])
-        best = legal[np.argsort(-logits[legal], kind="stable")[: PATIENCE * self.candidates]]
+        chosen = legal[np.argsort(-logits[legal], kind="stable")[: self.candidates]]
+        hopes = logits[chosen].astype(np.float64)
+        if self.danger_weight:
+            falls = [figures[_DANGER] - ask(env, environment, "suspect_also", [int(unit)]) for unit in chosen]
+            hopes += self.danger_weight * np.array(falls)
         corrected = np.full_like(logits, -np.inf)
         corrected[-1] = logits[-1]
-        base = ask(env, environment, "evaluate_also", [])
-        found = 0
-        for unit in best:
-            if found == self.candidates:
+        loss: float | None = None
+        for index in np.argsort(-hopes, kind="stable"):
+            if hopes[index] <= corrected[:-1].max():
                 break
+            unit = chosen[index]
             seen = ask(env, environment, "evaluate_also", [int(unit)])
-            if initial_accuracy - seen.acc > figures[_BUDGET] + 1e-6:
+            if seen.acc < tolerated:
                 continue
-            found += 1
-            rise, fall = seen.loss - base.loss, base.suspected_danger - seen.suspected_danger
-            corrected[unit] = logits[unit] - self.loss_weight * rise + self.danger_weight * fall
+            if loss is None:
+                loss = ask(env, environment, "evaluate_also", []).loss
+            lost = max(0.0, figures[_ACCURACY] - seen.acc) / max(budget, 1e-6)
+            corrected[unit] = hopes[index] - self.loss_weight * max(0.0, seen.loss - loss) - self.budget_weight * lost
         return corrected

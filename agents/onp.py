@@ -155,8 +155,8 @@ class ONP:
     ) -> tuple[np.ndarray, Any]:
         """Actions for one observation, int64 (), or for a batch, int64 (n,), and the state as it was given.
 
-        Observations may be of another size than those learned from. With a look-ahead the environment that the
-        observations come from is asked, see ``set_env``.
+        Observations may be of another size than those learned from. Where actions are deterministic a look-ahead asks the
+        environment that the observations come from, see ``set_env``.
         """
         single = np.ndim(observation["nodes"]) == 2
         logits = self.logits(observation)
@@ -165,27 +165,28 @@ class ONP:
             one = observation if single else {key: value[index] for key, value in observation.items()}
             legal = one["action_mask"] if action_masks is None else np.atleast_2d(action_masks)[index]
             row = np.where(np.asarray(legal).astype(bool), row, -np.inf)
-            if deterministic and self.look_ahead is not None and self.look_ahead.is_done(one):
-                actions.append(len(row) - 1)
-                continue
-            going_on = np.logaddexp.reduce(row[:-1].astype(np.float64))
-            if self.look_ahead is not None and self.env is not None and row[-1] < SURE_TO_STOP:
-                row = self.look_ahead.correct(row, {**one, "action_mask": np.asarray(legal)}, self.env, index)
-            if deterministic:
-                actions.append(len(row) - 1 if self._stops(row, going_on) else int(row[:-1].argmax()))
-            else:
+            if not deterministic:
                 chances = np.exp(row - row.max())
                 actions.append(int(self._random.choice(len(row), p=chances / chances.sum())))
+            else:
+                actions.append(self._best(row, {**one, "action_mask": np.asarray(legal)}, index))
         return np.array(actions[0] if single else actions, dtype=np.int64), state
 
-    @staticmethod
-    def _stops(row: np.ndarray, going_on: float) -> bool:
-        """Whether stopping has the better odds against all neurons together: no single one of hundreds could outweigh it.
+    def _best(self, logits: np.ndarray, observation: Mapping[str, np.ndarray], environment: int) -> int:
+        """The best action: to stop where that has the better odds against all neurons together, else the best neuron.
 
-        A look-ahead may find more in its candidates than all neurons had before it; it cannot make the others worse.
+        No single one of hundreds could outweigh stopping. A look-ahead may find one that does; it cannot make the others
+        worse.
         """
-        found = np.logaddexp.reduce(row[:-1].astype(np.float64))
-        return not np.isfinite(found) or bool(row[-1] > max(found, going_on))
+        stop = len(logits) - 1
+        going_on = np.logaddexp.reduce(logits[:-1].astype(np.float64))
+        if self.look_ahead is not None:
+            if self.look_ahead.is_done(observation):
+                return stop
+            if self.env is not None and logits[-1] < SURE_TO_STOP:
+                logits = self.look_ahead.correct(logits, observation, self.env, environment)
+        best = int(logits[:-1].argmax())
+        return stop if logits[-1] > max(logits[best], going_on) or np.isneginf(logits[best]) else best
 
     def verdict(self, observation: Mapping[str, np.ndarray]) -> float:
         """Probability that a network has a backdoor: that the policy would not stop at once, seen before any prune.

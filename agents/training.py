@@ -17,17 +17,17 @@ from .warm_start import GAMMA, Example, examples, warm_start
 
 #: Gentler than what a policy that begins from nothing needs.
 PPO_AFTER_WARM_START: dict[str, Any] = {
-    "learning_rate": 1e-4,
-    "n_steps": 128,
-    "batch_size": 512,
-    "target_kl": 0.02,
+    "learning_rate": 3e-4,
+    "n_steps": 48,
+    "batch_size": 256,
+    "target_kl": 0.05,
     "ent_coef": 0.0,
     "gamma": GAMMA,
 }
 #: Triggered images in training; danger is a mean over them.
 SCORE_SAMPLES = 64
 #: Rollouts between two validations.
-VALIDATE_EVERY = 2
+VALIDATE_EVERY = 4
 LOOKS: tuple[LookAhead | None, ...] = (None, LookAhead(5, 3.0), LookAhead(5, 3.0, 10.0), LookAhead(5, 3.0, 10.0, 0.12))
 
 Report = Callable[[str], None]

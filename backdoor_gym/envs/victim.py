@@ -183,10 +183,7 @@ class Victim:
         logits = networks.clean.logits(mask)
         labels = self.clean.labels.to(logits.device)
         acc, loss = accuracy(logits, labels), F.cross_entropy(logits, labels).item()
-        suspected = 0.0
-        if networks.inverted is not None and self.inverted is not None:
-            suspected = danger(networks.inverted.logits(mask), self.inverted.target)
-        figures = Figures(acc, loss, suspected)
+        figures = Figures(acc, loss, self.suspected_danger(pruned))
         if score and networks.triggered is not None:
             asr, ra, true_danger = self._score(networks.triggered.logits(mask))
             figures = replace(figures, asr=asr, ra=ra, danger=true_danger)
@@ -194,6 +191,13 @@ class Victim:
             test_logits = networks.test.logits(mask)
             figures = replace(figures, test_acc=accuracy(test_logits, self.tested.labels.to(test_logits.device)))
         return figures
+
+    def suspected_danger(self, pruned: np.ndarray) -> float:
+        """``Figures.suspected_danger`` of the network without the pruned units, bool (units,)."""
+        network = self._open().inverted
+        if network is None or self.inverted is None:
+            return 0.0
+        return danger(network.logits(self.neuron_mask(pruned)), self.inverted.target)
 
     @cached_property
     def first_slopes(self) -> Slopes:

@@ -212,19 +212,32 @@ def test_look_ahead_weighs_the_clean_loss_and_the_suspected_danger(infected):
     logits = np.zeros(113, dtype=np.float32)
     figures = [env.unwrapped.evaluate_also([unit]) for unit in range(112)]
     base = env.unwrapped.evaluate_also([])
-    for look, quantity in (
-        (LookAhead(112, 1.0, 0.0), [base.loss - one.loss for one in figures]),
-        (LookAhead(112, 0.0, 2.0), [2 * (base.suspected_danger - one.suspected_danger) for one in figures]),
-    ):
-        np.testing.assert_allclose(look.correct(logits, observation, env, 0)[:-1], quantity, atol=1e-6)
-    few = LookAhead(3).correct(np.arange(113, dtype=np.float32), observation, env, 0)
-    assert np.isfinite(few).nonzero()[0].tolist() == [109, 110, 111, 112]
+    losses = np.array([max(0.0, one.loss - base.loss) for one in figures])
+    falls = np.array([base.suspected_danger - one.suspected_danger for one in figures])
+    for look, quantity in ((LookAhead(112, 1.0), -losses), (LookAhead(112, 0.5, 2.0), 2 * falls - 0.5 * losses)):
+        corrected = look.correct(logits, observation, env, 0)[:-1]
+        looked_at = np.isfinite(corrected)
+        np.testing.assert_allclose(corrected[looked_at], quantity[looked_at], atol=1e-6)
+        assert corrected.max() == pytest.approx(quantity.max(), abs=1e-6)  # what was passed over is no better
+    few = LookAhead(3).correct(np.full(113, 0.0) + (np.arange(113) > 108), observation, env, 0)
+    assert set(np.isfinite(few).nonzero()[0]) <= {109, 110, 111, 112}
+
+
+def test_look_ahead_spends_the_budget_where_it_buys_most(infected):
+    env = make(infected, accuracy_budget=0.1, clean_samples=None)
+    observation, before = env.reset(seed=0)
+    lost = np.array([before["acc"] - env.unwrapped.evaluate_also([unit]).acc for unit in range(112)])
+    assert (lost > 0).any()
+    corrected = LookAhead(112, 0.0, 0.0, 3.0).correct(np.append(lost, 0.0), observation, env, 0)[:-1]
+    looked_at = np.isfinite(corrected)
+    np.testing.assert_allclose(corrected[looked_at], (lost - 30 * lost.clip(0))[looked_at], atol=1e-5)
+    assert lost[corrected.argmax()] <= 0
 
 
 def test_the_repair_ends_where_the_suspected_trigger_fails(infected):
     env = make(infected, accuracy_budget=None)
     observation, _ = env.reset(seed=0)
-    onp = ONP(env, seed=0, look_ahead=LookAhead(2, 0.0, 0.0, done=0.5))
+    onp = ONP(env, seed=0, look_ahead=LookAhead(2, 0.0, done=0.5))
     onp.network.stop[-1].bias.data.fill_(-10.0)
     for unit in np.argsort(-env.unwrapped.victim.slopes(env.unwrapped.pruned).pull):
         fails = env.unwrapped.figures.suspected_danger < 0.5
@@ -233,7 +246,7 @@ def test_the_repair_ends_where_the_suspected_trigger_fails(infected):
             break
         observation, *_ = env.step(int(unit))
     assert fails
-    onp.look_ahead = LookAhead(2, 0.0, 0.0, done=0.99)  # above what it was at first: no sign of anything
+    onp.look_ahead = LookAhead(2, 0.0, done=0.99)  # above what it was at first: no sign of anything
     assert onp.predict(observation, deterministic=True)[0] < 112
 
 
@@ -241,7 +254,7 @@ def test_where_nothing_is_suspected_the_suspected_danger_ends_no_repair(infected
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 10)).eval()
     env = make(InfectedModel(network, infected.clean), accuracy_budget=None)
-    onp = ONP(env, seed=0, look_ahead=LookAhead(2, 0.0, 0.0, done=0.5))
+    onp = ONP(env, seed=0, look_ahead=LookAhead(2, 0.0, done=0.5))
     onp.network.stop[-1].bias.data.fill_(-10.0)
     observation, _ = env.reset(seed=0)
     first, _ = onp.predict(observation, deterministic=True)
@@ -249,16 +262,18 @@ def test_where_nothing_is_suspected_the_suspected_danger_ends_no_repair(infected
     assert onp.predict(observation, deterministic=True)[0] < 4
 
 
-def test_what_breaks_the_budget_gives_its_place_to_the_next(infected):
+def test_what_breaks_the_budget_is_out(infected):
     env = make(infected, accuracy_budget=0.0, clean_samples=None)
     observation, before = env.reset(seed=0)
-    breaks = [env.unwrapped.evaluate_also([unit]).acc < before["acc"] for unit in range(112)]
-    logits = np.append(np.array(breaks, dtype=np.float32)[:112], 0)  # those that break it are liked best
-    assert 0 < sum(breaks) <= 36
-    corrected = LookAhead(sum(breaks) // 3 + 1).correct(logits, observation, env, 0)
-    looked_at = np.isfinite(corrected[:-1]).nonzero()[0]
-    assert len(looked_at) == sum(breaks) // 3 + 1
-    assert not np.array(breaks)[looked_at].any()
+    breaks = np.array([env.unwrapped.evaluate_also([unit]).acc < before["acc"] for unit in range(112)])
+    assert breaks.any()
+    logits = np.append(breaks.astype(np.float32), 0)  # those that break it are liked best
+    corrected = LookAhead(112).correct(logits, observation, env, 0)
+    assert not breaks[np.isfinite(corrected[:-1])].any()
+    assert np.isfinite(corrected[:-1]).any()
+    onp = ONP(env, seed=0, look_ahead=LookAhead(int(breaks.sum())))
+    onp.logits = lambda observation: logits[None]
+    assert onp.predict(observation, deterministic=True)[0] == 112  # nothing that was looked at is left
 
 
 def test_what_is_seen_ahead_may_outweigh_stopping(infected):

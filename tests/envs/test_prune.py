@@ -211,6 +211,7 @@ def test_looking_ahead_does_not_change_the_episode(env):
     ahead = env.evaluate_also([3])
     assert ahead.asr is None  # a defender who looks ahead sees no trigger
     env.evaluate_also([70, 71])
+    assert env.suspect_also([3]) == ahead.suspected_danger
     observation, _, _, _, info = env.step(3)
     assert info["acc"] == ahead.acc
     assert all(np.array_equal(expected[key], observation[key]) for key in expected)
