@@ -13,6 +13,7 @@ from .look_ahead import LookAhead
 from .onp import ONP
 from .school import ENVIRONMENT, MAX_STEPS, school
 from .validation import Validation, choose_look_ahead
+from .verdict_replay import VerdictReplay
 from .warm_start import GAMMA, Example, examples, warm_start
 
 #: Gentler than what a policy that begins from nothing needs.
@@ -28,7 +29,12 @@ PPO_AFTER_WARM_START: dict[str, Any] = {
 SCORE_SAMPLES = 64
 #: Rollouts between two validations.
 VALIDATE_EVERY = 4
-LOOKS: tuple[LookAhead | None, ...] = (None, LookAhead(5, 3.0), LookAhead(5, 3.0, 10.0), LookAhead(5, 3.0, 10.0, 0.12))
+LOOKS: tuple[LookAhead | None, ...] = (
+    None,
+    LookAhead(20, 3.0),
+    LookAhead(20, 3.0, 10.0),
+    LookAhead(20, 3.0, 10.0, 1.0, 0.12),
+)
 
 Report = Callable[[str], None]
 
@@ -64,7 +70,7 @@ def train(
         epochs: passes of the warm start over the models, 0 for none.
         encoder: shape of the network.
         guide: examples of the models for the warm start, where they are made already.
-        looks: look-aheads to choose from; none for a policy without.
+        looks: look-aheads to choose from, the largest mean return on ``validation`` deciding; none for a policy without.
         tensorboard_log: folder for TensorBoard.
         progress_bar: whether to draw one.
         report: called with a line of text whenever there is something to say.
@@ -92,10 +98,14 @@ def train(
         score_samples=SCORE_SAMPLES,
         max_steps=MAX_STEPS,
     )
-    onp.learn(total_timesteps, callback=best, checkpoint=checkpoint, progress_bar=progress_bar)
+    onp.learn(
+        total_timesteps, callback=[VerdictReplay(seed=seed), best], checkpoint=checkpoint, progress_bar=progress_bar
+    )
     vector.close()
     onp = ONP.load(out)
-    if looks:
+    if len(looks) == 1:
+        onp.look_ahead = looks[0]
+    elif looks:
         env = gym.make(
             f"backdoor_gym:{ENVIRONMENT}",
             infected=judges,
@@ -107,8 +117,7 @@ def train(
         onp.set_env(env)
         ratings = choose_look_ahead(onp, env, judges, looks)
         for look, rating in ratings.items():
-            weights = f"{look.loss_weight:g} {look.danger_weight:g} {look.done:g}" if look else "none"
-            say(f"look-ahead {weights}: return {rating:.3f}")
+            say(f"{look or 'no look-ahead'}: return {rating:.3f}")
     onp.facts |= {"seed": seed, "models": len(names), "learned_on": list(infected), "chosen_on": list(validation)}
     onp.save(out)
     checkpoint.unlink(missing_ok=True)

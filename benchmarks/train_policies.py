@@ -57,7 +57,9 @@ def guide() -> list[Example]:
         for key in arrays.files:
             name, _, field = key.partition(":")
             found[name][field] = arrays[key]
-    return [Example(preference=one.pop("preference"), value=one.pop("value"), observation=one) for one in found.values()]
+    return [
+        Example(preference=one.pop("preference"), value=one.pop("value"), observation=one) for one in found.values()
+    ]
 
 
 def train_all(wanted: list[str], steps: int = STEPS) -> None:

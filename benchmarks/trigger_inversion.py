@@ -72,7 +72,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    text = ["| networks | number | label named | pull | fall | mean absolute pattern |", "|---|---|---|---|---|---|"]
+    text = ["| networks | number | label named | pull | fall | mean absolute change |", "|---|---|---|---|---|---|"]
     infected = [row for row in rows if row["attack"] != "clean"]
     for attack in ("all", *sorted({row["attack"] for row in infected})):
         mine = [row for row in infected if attack in ("all", row["attack"])]

@@ -67,7 +67,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     - ``"acc"`` (default): fall of the suspected danger, minus twice the accuracy that the prune cost. The suspected
       danger is the smoothed share of clean images that get the suspected target when they bear the inverted trigger, a
-      pattern found from the BN statistics (``backdoor_gym.graph.trigger_inversion``): the trigger itself is not needed.
+      change of the image found from the BN statistics (``backdoor_gym.graph.trigger_inversion``): the trigger itself is
+      not needed.
     - ``"oracle"``: fall of the danger, (ASR + mean sigmoid of a quarter of the target margin) / 2, minus the same price
       of accuracy, of that on test images; a prune of a network known to be clean costs 0.05 instead. For models whose
       trigger is known.

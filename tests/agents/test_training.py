@@ -113,7 +113,7 @@ def test_a_killed_training_goes_on(files, tmp_path, monkeypatch):
     options = {"envs": 2, "epochs": 1, "looks": (), **QUICK}
     learn = ONP.learn
     monkeypatch.setattr(
-        ONP, "learn", lambda self, *args, callback, **kwargs: learn(self, *args, callback=[callback, Kill()], **kwargs)
+        ONP, "learn", lambda self, *args, callback, **kwargs: learn(self, *args, callback=[*callback, Kill()], **kwargs)
     )
     with pytest.raises(KilledError):
         train(files, files[:1], 128, out, **options)
