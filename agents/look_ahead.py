@@ -19,22 +19,19 @@ _ACCURACY, _DROP, _BUDGET, _DANGER, _FALL = (
 class LookAhead:
     """Corrects the logits of the best few candidates by what each would do to the figures on the clean images.
 
-    logit + danger_weight * (fall of the suspected danger) - loss_weight * (rise of the clean cross-entropy)
-    - budget_weight * (share of the accuracy budget that it takes), where falls of cross-entropy and gains of accuracy
-    count as none; a candidate that would break the budget is out.
+    logit + danger_weight * (fall of the suspected danger) - loss_weight * (rise of the clean cross-entropy), where a fall of
+    the cross-entropy counts as none; a candidate that would break the accuracy budget is out.
 
     Attributes:
         candidates: how many of the largest logits are looked at.
         loss_weight: per unit of cross-entropy.
         danger_weight: per unit of suspected danger.
-        budget_weight: per whole accuracy budget.
         done: suspected danger; a repair that has brought it below ends.
     """
 
     candidates: int = 20
     loss_weight: float = 3.0
     danger_weight: float = 0.0
-    budget_weight: float = 0.0
     done: float = 0.0
 
     def is_done(self, observation: Mapping[str, np.ndarray]) -> bool:
@@ -51,7 +48,7 @@ class LookAhead:
         they may reach at best, and none is looked at any closer once another has more than that.
         """
         figures = observation["globals"]
-        budget, tolerated = figures[_BUDGET], figures[_ACCURACY] + figures[_DROP] - figures[_BUDGET] - 1e-6
+        tolerated = figures[_ACCURACY] + figures[_DROP] - figures[_BUDGET] - 1e-6
         legal = np.flatnonzero(observation["action_mask"][:-1])
         chosen = legal[np.argsort(-logits[legal], kind="stable")[: self.candidates]]
         hopes = logits[chosen].astype(np.float64)
@@ -70,6 +67,5 @@ class LookAhead:
                 continue
             if loss is None:
                 loss = ask(env, environment, "evaluate_also", []).loss
-            lost = max(0.0, figures[_ACCURACY] - seen.acc) / max(budget, 1e-6)
-            corrected[unit] = hopes[index] - self.loss_weight * max(0.0, seen.loss - loss) - self.budget_weight * lost
+            corrected[unit] = hopes[index] - self.loss_weight * max(0.0, seen.loss - loss)
         return corrected

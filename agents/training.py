@@ -33,7 +33,7 @@ LOOKS: tuple[LookAhead | None, ...] = (
     None,
     LookAhead(20, 3.0),
     LookAhead(20, 3.0, 10.0),
-    LookAhead(20, 3.0, 10.0, 1.0, 0.12),
+    LookAhead(20, 3.0, 10.0, 0.12),
 )
 
 Report = Callable[[str], None]

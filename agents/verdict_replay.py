@@ -14,8 +14,8 @@ class VerdictReplay(BaseCallback):
     """Remembers each training model as it came, and before each rollout fits on some whether to stop at once.
 
     A clean network makes an episode of one step where an infected one makes forty, and in almost all of these it is
-    better to go on: without this, reinforcement forgets what tells a clean network. Clean and infected models weigh the
-    same. For the oracle reward, with models that are known to be clean or not.
+    better to go on: without this, reinforcement forgets what tells a clean network. Models are drawn as they come, clean
+    or not: what is rarer needs more evidence. For the oracle reward, with models that are known to be clean or not.
 
     Args:
         steps: gradient steps before each rollout.
@@ -29,8 +29,8 @@ class VerdictReplay(BaseCallback):
         super().__init__()
         self.steps, self.batch_size = steps, batch_size
         self._random = np.random.default_rng(seed)
-        #: Name of a model -> its first observation, by whether it is clean.
-        self._seen: dict[bool, dict[str, dict[str, np.ndarray]]] = {True: {}, False: {}}
+        #: Name of a model -> its first observation, and whether it is clean.
+        self._seen: dict[str, tuple[dict[str, np.ndarray], bool]] = {}
 
     def _on_training_start(self) -> None:
         for index in range(self.training_env.num_envs):
@@ -42,19 +42,18 @@ class VerdictReplay(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
-        if all(self._seen.values()):
+        if len({clean for _, clean in self._seen.values()}) == 2:
             losses = [self._fit() for _ in range(self.steps)]
             self.logger.record("train/verdict_loss", float(np.mean(losses)))
 
     def _remember(self, observations: Any, index: int) -> None:
         before = self.training_env.reset_infos[index]
-        models = self._seen["asr" not in before]  # there is no attack to succeed in a clean network
-        models.setdefault(before["infected"], {key: observations[key][index].copy() for key in OBSERVED})
+        clean = "asr" not in before  # there is no attack that could succeed
+        self._seen.setdefault(before["infected"], ({key: observations[key][index].copy() for key in OBSERVED}, clean))
 
     def _fit(self) -> float:
-        clean = np.arange(self.batch_size) % 2 == 0
-        chosen = [self._random.choice(sorted(self._seen[bool(one)])) for one in clean]
-        batch = [self._seen[bool(one)][name] for one, name in zip(clean, chosen, strict=True)]
+        names = self._random.choice(sorted(self._seen), self.batch_size)
+        batch, clean = zip(*(self._seen[str(name)] for name in names), strict=True)
         policy = self.model.policy
         assert isinstance(policy, GraphPolicy)
         policy.set_training_mode(True)
@@ -62,7 +61,7 @@ class VerdictReplay(BaseCallback):
             as_tensors({key: np.stack([one[key] for one in batch]) for key in OBSERVED}, policy.device)
         )
         odds = logits[:, -1] - logits[:, :-1].logsumexp(1)
-        loss = F.binary_cross_entropy_with_logits(odds, torch.from_numpy(clean).to(odds))
+        loss = F.binary_cross_entropy_with_logits(odds, torch.tensor(clean).to(odds))
         policy.optimizer.zero_grad()
         loss.backward()
         policy.optimizer.step()

@@ -1,14 +1,15 @@
 """Every policy on every model in the same environment: what the tables of digits and CIFAR-10 networks share.
 
 The budget holds on the defender's clean images and a prune that breaks it is undone, five of those end the repair, and so
-do 100 steps. ACC and ASR are those of test images. Rivals' thresholds and all look-aheads are chosen on ``digits-val``
-(kept in ``results/onp_digits_choices.json``). Killed and called again, a table goes on where it was: one line a repair.
+do 100 steps. ACC and ASR are those of test images. Rankings have no stop of their own and go on to one of those ends, or
+with a look-ahead, which is the same for all, until the suspected danger is low. The ridge regressions are kept in
+``results/onp_ridge.json``. Killed and called again, a table goes on where it was: one line a repair.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,21 +22,18 @@ import torch
 from rivals import Column, RidgePolicy, fit_ridge, greedy_reference
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
-from train_policies import ATTACKS, POLICIES, TRAINING, VALIDATION, guide
+from train_policies import ATTACKS, LOOK, POLICIES, TRAINING, guide
 
 import backdoor_gym
-from backdoor_gym.agents import ONP, LookAhead
-from backdoor_gym.agents.training import LOOKS
-from backdoor_gym.agents.validation import run, summary
+from backdoor_gym.agents import ONP
 from backdoor_gym.baselines import CLP, RandomPolicy
 from backdoor_gym.graph.features import STATIC_FEATURES
 from backdoor_gym.metrics import der
 from backdoor_gym.pruning.applying import write_mask
 
 RESULTS = Path(__file__).parent / "results"
-CHOICES = RESULTS / "onp_digits_choices.json"
+FITS = RESULTS / "onp_ridge.json"
 STEPS = 100
-THRESHOLDS = (-1e6, 0.5, 1.5)
 REFERENCE = "greedy reference"
 
 Row = dict[str, Any]
@@ -84,61 +82,41 @@ def environment(names: list[Any], budget: float = 0.02, **options: Any) -> gym.E
 
 
 @cache
-def choices() -> dict[str, Any]:
-    """The ridge, its threshold and its look-ahead, from training and validation models; made once."""
-    if CHOICES.is_file():
-        return json.loads(CHOICES.read_text())
+def fits() -> dict[str, Any]:
+    """Coefficients of the ridge regressions, on all training models and on those without one attack; made once."""
+    if FITS.is_file():
+        return json.loads(FITS.read_text())
     school = dict(zip(TRAINING, guide(), strict=True))
-    ridge = fit_ridge(list(school.values()))
-    env = environment(VALIDATION, reward="oracle")
-    found: dict[str, Any] = {"coefficients": ridge.coef_.tolist(), "intercept": float(ridge.intercept_)}
-    ratings = {
-        threshold: summary(run(RidgePolicy(env, ridge, threshold=threshold), env, VALIDATION))["der"]
-        for threshold in THRESHOLDS
-    }
-    threshold = max(ratings, key=ratings.__getitem__)
-    looks = {
-        look: summary(run(RidgePolicy(env, ridge, threshold=threshold, look_ahead=look), env, VALIDATION))["der"]
-        for look in filter(None, LOOKS)
-    }
-    best = max(looks, key=looks.__getitem__)
-    found |= {"threshold": threshold, "thresholds": list(ratings.items()), "look_ahead": asdict(best)}
-    found["attack_left_out"] = {}
-    for attack in ATTACKS:
-        others = [one for name, one in school.items() if backdoor_gym.load_infected(name).facts["attack"] != attack]
-        partial = fit_ridge(others)
-        found["attack_left_out"][attack] = {
-            "coefficients": partial.coef_.tolist(),
-            "intercept": float(partial.intercept_),
-        }
-    found["look_aheads"] = [[asdict(look), rating] for look, rating in looks.items()]
-    CHOICES.write_text(json.dumps(found, indent=1) + "\n")
+    attack_of = {name: backdoor_gym.load_infected(name).facts["attack"] for name in TRAINING}
+    found = {}
+    for left_out in (None, *ATTACKS):
+        model = fit_ridge([one for name, one in school.items() if attack_of[name] != left_out])
+        found[str(left_out)] = {"coefficients": model.coef_.tolist(), "intercept": float(model.intercept_)}
+    FITS.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
 def ridge(left_out: str | None = None) -> Ridge:
-    fitted = choices() if left_out is None else choices()["attack_left_out"][left_out]
     model = Ridge()
+    fitted = fits()[str(left_out)]
     model.coef_, model.intercept_ = np.array(fitted["coefficients"]), fitted["intercept"]
     return model
 
 
 def makers(attack: str) -> dict[str, Callable[[Any, float], Any]]:
     """Policies by name for models of an attack, each made for an environment and a budget."""
-    look = LookAhead(**choices()["look_ahead"])
-    threshold = choices()["threshold"]
     found: dict[str, Callable[[Any, float], Any]] = {
         "random": lambda env, budget: RandomPolicy(0),
         "CLP u=3": lambda env, budget: CLP(3.0),
         "CLP auto": lambda env, budget: CLP("auto", env, budget),
         "rank by KL": lambda env, budget: Column(env, "kl"),
         "rank by pull": lambda env, budget: Column(env, "pull_now"),
-        "ridge": lambda env, budget: RidgePolicy(env, ridge(), threshold=threshold),
-        "ridge, look-ahead": lambda env, budget: RidgePolicy(env, ridge(), threshold=threshold, look_ahead=look),
+        "ridge": lambda env, budget: RidgePolicy(env, ridge()),
+        "ridge, look-ahead": lambda env, budget: RidgePolicy(env, ridge(), look_ahead=LOOK),
     }
     if attack in ATTACKS:
         found["ridge, look-ahead, attack left out"] = lambda env, budget: RidgePolicy(
-            env, ridge(attack), threshold=threshold, look_ahead=look
+            env, ridge(attack), look_ahead=LOOK
         )
     for file in sorted(POLICIES.glob("*.safetensors")):
         name = file.stem
@@ -199,7 +177,7 @@ def repair_all(job: Job) -> list[Row]:
 
 def run_all(jobs: Sequence[Job], file: Path, processes: int) -> list[Row]:
     """What is missing of the jobs, in processes; all rows of the file, old and new."""
-    choices()
+    fits()
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     done = {(row["policy"], row["model"], row["budget"], row["clean_images"]) for row in rows}
     left = []

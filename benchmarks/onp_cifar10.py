@@ -38,13 +38,14 @@ FEW_IMAGES = ("CLP auto", "ridge, look-ahead", "mlp-0")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--images", type=int, nargs="*", default=list(IMAGES), help="fewer clean images, at one point")
     parser.add_argument("--only", nargs="*", help="policies to run, default all")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     jobs = []
     files = sorted(MODELS.glob("*.safetensors"))
     attack_of = {file: backdoor_gym.load_infected(file).facts["attack"] for file in files}
-    settings = [(budget, None) for budget in arguments.budgets] + [(BUDGETS[0], count) for count in IMAGES]
+    settings = [(budget, None) for budget in arguments.budgets] + [(BUDGETS[0], count) for count in arguments.images]
     for budget, count in settings:
         for file in files:
             wanted = [one for one in makers(attack_of[file]) if not arguments.only or one in arguments.only]

@@ -21,18 +21,18 @@ COLUMNS = [NODE_FEATURES.index(name) for name in (*STATIC_FEATURES, "pull_now", 
 
 
 class Ranking(ONP):
-    """Prunes by a score of each neuron's features while it is above a threshold; looks ahead as ONP does."""
+    """Prunes by a score of each neuron's features, and never stops of its own; looks ahead as ONP does."""
 
-    def __init__(self, env: Any, threshold: float = -np.inf, look_ahead: LookAhead | None = None) -> None:
+    def __init__(self, env: Any, look_ahead: LookAhead | None = None) -> None:
         super().__init__(look_ahead=look_ahead, seed=0)
-        self.env, self.threshold = env, threshold
+        self.env = env
 
     def score(self, features: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
     def logits(self, observation: Any) -> np.ndarray:
         scores = self.score(observation["nodes"])
-        return np.append(scores, max(self.threshold, -1e6))[None].astype(np.float32)
+        return np.append(scores, -1e6)[None].astype(np.float32)
 
 
 class Column(Ranking):

@@ -10,6 +10,9 @@ from torch.nn import functional as F
 class TriggerFamily(ABC):
     """A change of images that begins as none.
 
+    Args:
+        images: some that it is for, float32 (n, C, H, W).
+
     Attributes:
         name: of the family.
         rate: step of the search in units of ``parameter``.
@@ -21,6 +24,9 @@ class TriggerFamily(ABC):
     parameter: Tensor
 
     @abstractmethod
+    def __init__(self, images: Tensor) -> None: ...
+
+    @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
         """Images, float32 (n, C, H, W) in [0, 1], as they would be with the trigger."""
 
@@ -30,11 +36,7 @@ class TriggerFamily(ABC):
 
 
 class Addition(TriggerFamily):
-    """A pattern that is added, as patches, blended images and sinusoids are.
-
-    Args:
-        images: some that it is for, float32 (n, C, H, W).
-    """
+    """A pattern that is added, as patches, blended images and sinusoids are."""
 
     name = "addition"
     rate = 0.1
@@ -50,11 +52,7 @@ class Addition(TriggerFamily):
 
 
 class Warp(TriggerFamily):
-    """A smooth warp: offsets of 4 x 4 points in pixels, bicubically interpolated (WaNet, arXiv:2102.10369, section 3).
-
-    Args:
-        images: some that it is for, float32 (n, C, H, W).
-    """
+    """A smooth warp: offsets of 4 x 4 points in pixels, bicubically interpolated (WaNet, arXiv:2102.10369, section 3)."""
 
     name = "warp"
     rate = 0.2

@@ -110,7 +110,7 @@ class Kill(BaseCallback):
 
 def test_a_killed_training_goes_on(files, tmp_path, monkeypatch):
     out = tmp_path / "policies" / "mine.safetensors"
-    options = {"envs": 2, "epochs": 1, "looks": (), **QUICK}
+    options = {"envs": 2, "epochs": 1, "looks": (LookAhead(2, 1.0),), **QUICK}
     learn = ONP.learn
     monkeypatch.setattr(
         ONP, "learn", lambda self, *args, callback, **kwargs: learn(self, *args, callback=[*callback, Kill()], **kwargs)
@@ -121,7 +121,8 @@ def test_a_killed_training_goes_on(files, tmp_path, monkeypatch):
     monkeypatch.undo()
     said = []
     onp = train(files, files[:1], 128, out, report=said.append, **options)
-    assert not any("warm start" in line for line in said)
+    assert not any("warm start" in line or "LookAhead" in line for line in said)
+    assert onp.look_ahead == ONP.load(out).look_ahead == LookAhead(2, 1.0)  # the only choice is not rated
     assert onp.facts["models"] == 2
     assert not checkpoint_of(out).exists()
     assert ONP.load(out).facts["learned_on"] == files
