@@ -113,9 +113,9 @@ def train(
     validate: Annotated[
         list[str] | None, typer.Option(help="Names or patterns that every choice is made on; default: digits-val/*.")
     ] = None,
-    most: Annotated[int, typer.Option(min=1, help="Only the first so many of each training pattern.")] = 300,
+    most: Annotated[int, typer.Option(min=1, help="Only the first so many of each training pattern.")] = 160,
     validation_models: Annotated[int, typer.Option(min=1, help="The same for validation.")] = 30,
-    steps: Annotated[int, typer.Option(min=1, help="Environment steps of reinforcement.")] = 8_192,
+    steps: Annotated[int, typer.Option(min=1, help="Environment steps of reinforcement.")] = 7_680,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     envs: Annotated[int, typer.Option(min=1, help="Sub-environments, among which the models are divided.")] = 16,
     warm_epochs: Annotated[

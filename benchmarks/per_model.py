@@ -5,10 +5,9 @@
 
 The first 20 infected ``digits-test`` models, budget of two points, at most 60 prunes, the reward that needs no trigger,
 three seeds of the policies that have any. *ONP alone* begins with a warm start on what the environment shows of that
-network; *ONP, tuned* from the policy that comes with
-the package. *Greedy* makes the prune of the largest reward while there is one, of the 60 candidates whose derivatives
-promise most. Nothing is chosen by ASR. Killed and called again it goes on: one line a repair in
-``results/per_model.jsonl``; the table goes to ``results/per_model.md``.
+network; *ONP, tuned* from the policy that comes with the package. *Greedy* makes the prune of the largest reward while
+there is one, of the 60 candidates whose derivatives promise most. Nothing is chosen by ASR. Killed and called again it goes
+on: one line a repair in ``results/per_model.jsonl``; the table goes to ``results/per_model.md``.
 """
 
 import argparse
