@@ -40,9 +40,6 @@ STATES = (0, 4, 10, 20, 35, 55)
 STATES_AFTER_DONE = (0, 5, 10)
 #: Discount of rewards, here and in the reinforcement after it.
 GAMMA = 0.97
-#: Power of the preferences that the policy is fitted to. At 1 hundreds of neurons share the odds, and what is sampled in
-#: reinforcement has little to do with the best action, which alone is played in the end.
-SHARPNESS = 4.0
 _GRAPH = ("edges", "edge_links", "num_edges")
 _PULL, _HARM = (NODE_FEATURES.index(name) for name in ("pull_now", "harm_now"))
 
@@ -242,6 +239,4 @@ def _padded(batch: Sequence[Example]) -> tuple[dict[str, Tensor], Tensor]:
         "num_edges": np.array([[len(example.observation["edges"])] for example in batch]),
         "graph": np.repeat(np.arange(len(batch)), states),
     }
-    preference **= SHARPNESS
-    preference /= preference.sum(1, keepdims=True)
     return {key: torch.from_numpy(value) for key, value in observation.items()}, torch.from_numpy(preference)
