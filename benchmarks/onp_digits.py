@@ -62,8 +62,9 @@ def tables(rows: Sequence[Row]) -> str:
         text += [f"\nBudget {100 * budget:g} points, clean models:\n", *clean_table(mine), ""]
     main_rows = [row for row in rows if row["budget"] == BUDGETS[0]]
     names = {row["model"] for row in main_rows if row["policy"] == REFERENCE}
-    text += [f"The {len(names)} models of the greedy reference, budget 2 points:\n"]
-    text += infected_table([row for row in main_rows if row["model"] in names], "ridge, look-ahead")
+    if names:
+        text += [f"The {len(names)} models of the greedy reference, budget 2 points:\n"]
+        text += infected_table([row for row in main_rows if row["model"] in names], "ridge, look-ahead")
     text += ["\nMean DER by attack, budget 2 points:\n", *attack_table(main_rows)]
     text += ["\nAUROC of the verdict, clean against infected models:\n", *verdict_table(main_rows)]
     return "\n".join(text) + "\n"
