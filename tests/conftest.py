@@ -18,6 +18,8 @@ from backdoor_gym.zoo.architectures import build
 from backdoor_gym.zoo.infecting import infect
 from backdoor_gym.zoo.training import Schedule
 
+#: What most of the small networks are.
+RESIDUAL = {"width": 16, "blocks": 2, "shape": "residual"}
 QUICK = Schedule(epochs=4, batch_size=64, learning_rate=0.05, augment=False)
 
 
@@ -57,7 +59,7 @@ def infected() -> InfectedModel:
         "badnets",
         target=3,
         schedule=QUICK,
-        architecture_options={"width": 16, "blocks": 2, "shape": "residual"},
+        architecture_options=RESIDUAL,
         clean_images=100,
         name="tiny",
     )

@@ -11,7 +11,7 @@ from backdoor_gym.pruning.neurons import find_neurons
 from backdoor_gym.zoo.catalogue import load_infected
 from backdoor_gym.zoo.infecting import infect
 
-from ..conftest import QUICK
+from ..conftest import QUICK, RESIDUAL
 
 
 def invert(model):
@@ -51,7 +51,7 @@ def test_the_family_is_that_of_the_trigger(infected):
         "wanet",
         target=3,
         schedule=QUICK,
-        architecture_options={"width": 16, "blocks": 2, "shape": "residual"},
+        architecture_options=RESIDUAL,
         attack_options={"strength": 2.0, "noise_ratio": 0.0},
     )
     _, found = invert(warped)
