@@ -27,6 +27,7 @@ from .rollout_buffer import GraphRolloutBuffer
 PRETRAINED = "pretrained"
 FORMAT = "onp-policy"
 CHECKPOINT = "onp-checkpoint"
+_PRUNED, _TRIED = (NODE_FEATURES.index(name) for name in ("pruned", "tried"))
 #: Log odds of stopping from which on no look-ahead could change the decision.
 SURE_TO_STOP = 4.0
 
@@ -50,6 +51,7 @@ class ONP:
         env: a ``BackdoorPrune-v0`` environment, or a Stable-Baselines3 vector environment of them; None for a policy
             that only acts on observations.
         look_ahead: whether and how ``predict`` looks ahead; it needs the environment. None for no look-ahead.
+        threshold: verdict from which on ``predict`` begins a repair where actions are deterministic.
         encoder: shape of the network.
         seed: of initialisation, sampling and training.
         device: where the policy is computed.
@@ -57,7 +59,7 @@ class ONP:
         ppo: arguments of ``MaskablePPO`` in place of those in ``PPO``.
 
     Raises:
-        DataError: the environment's observations are not those of ``BackdoorPrune-v0``.
+        DataError: the environment's observations are not those of ``BackdoorPrune-v0``, or a threshold out of range.
     """
 
     def __init__(
@@ -65,13 +67,17 @@ class ONP:
         env: Any = None,
         *,
         look_ahead: LookAhead | None = None,
+        threshold: float = 0.5,
         encoder: EncoderOptions | None = None,
         seed: int | None = None,
         device: str = "cpu",
         tensorboard_log: str | Path | None = None,
         **ppo: Any,
     ) -> None:
+        if not 0 < threshold < 1:
+            raise DataError(f"threshold must lie between 0 and 1, it is {threshold}")
         self.look_ahead = look_ahead
+        self.threshold = threshold
         self.options = encoder or EncoderOptions()
         self.device = torch.device(device)
         self.facts: dict[str, Any] = {}
@@ -173,18 +179,23 @@ class ONP:
         return np.array(actions[0] if single else actions, dtype=np.int64), state
 
     def _best(self, logits: np.ndarray, observation: Mapping[str, np.ndarray], environment: int) -> int:
-        """The best action: to stop where that has the better odds against all neurons together, else the best neuron.
+        """The best action.
 
-        No single one of hundreds could outweigh stopping. A look-ahead may find one that does; it cannot make the others
-        worse.
+        Before the first prune the verdict says whether to stop. Later it is to stop where that has the better odds against
+        all neurons together, else the best neuron: no single one of hundreds could outweigh stopping. A look-ahead may
+        find one that does, and it may say itself where the repair ends.
         """
         stop = len(logits) - 1
         going_on = np.logaddexp.reduce(logits[:-1].astype(np.float64))
-        if self.look_ahead is not None:
-            if self.look_ahead.is_done(observation):
-                return stop
-            if self.env is not None and logits[-1] < SURE_TO_STOP:
-                logits = self.look_ahead.correct(logits, observation, self.env, environment)
+        ended: bool | None = None
+        if not observation["nodes"][:, [_PRUNED, _TRIED]].any():
+            ended = bool(going_on - logits[-1] < np.log(self.threshold / (1 - self.threshold)))
+        elif self.look_ahead is not None:
+            ended = self.look_ahead.ends(observation)
+        if ended is not None:
+            logits[-1] = np.inf if ended else -np.inf
+        if self.look_ahead is not None and self.env is not None and logits[-1] < SURE_TO_STOP:
+            logits = self.look_ahead.correct(logits, observation, self.env, environment)
         best = int(logits[:-1].argmax())
         return stop if logits[-1] > max(logits[best], going_on) or np.isneginf(logits[best]) else best
 
@@ -223,7 +234,7 @@ class ONP:
         Args:
             path: a file, or "pretrained".
             env: the environment to act or learn in.
-            options: other arguments of ``ONP``; ``look_ahead`` is the saved one where it is not given.
+            options: other arguments of ``ONP``; ``look_ahead`` and ``threshold`` are the saved ones where they are not given.
 
         Raises:
             ModelFileError: not a readable file of a policy, or one for other features.
@@ -236,6 +247,7 @@ class ONP:
         encoder = _encoder_of(path, metadata, FORMAT)
         saved = metadata.get("look_ahead")
         options.setdefault("look_ahead", None if saved is None else LookAhead(**saved))
+        options.setdefault("threshold", metadata.get("threshold", 0.5))
         onp = cls(env, encoder=encoder, **options)
         _fill(onp.network, tensors, path)
         onp.facts = dict(metadata.get("facts", {}))
@@ -264,6 +276,7 @@ class ONP:
         return {
             "encoder": encoder_facts(self.options),
             "look_ahead": None if self.look_ahead is None else asdict(self.look_ahead),
+            "threshold": self.threshold,
             "facts": self.facts,
         }
 

@@ -11,7 +11,9 @@ On a network whose trigger is not known the same is done with what the environme
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -88,25 +90,33 @@ def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
     return pull / max(pull.std(), 1e-12) - np.maximum(harm, 0) / max(harm.std(), 1e-12)
 
 
-def examples(infected: Sequence[Any], seed: int = 0, *, oracle: bool = True, **options: Any) -> list[Example]:
+def examples(
+    infected: Sequence[Any], seed: int = 0, *, oracle: bool = True, jobs: int = 1, **options: Any
+) -> list[Example]:
     """An example of each model: what a repair by first-order benefit meets, true in half the cases, else as it is seen.
 
     Args:
         infected: names or models.
         seed: of the noise that makes repairs differ from the best.
         oracle: whether the triggers are known. If not, repairs, preferences and values are by what the environment shows.
+        jobs: number of processes, each of which computes on one core; with one it is this process. The examples are the
+            same.
         options: of the environment; ``accuracy_budget`` replaces the ``BUDGETS`` that the models take in turn.
     """
+    wanted = [
+        (name, {"accuracy_budget": BUDGETS[index % len(BUDGETS)], **options}, [seed, index], oracle)
+        for index, name in enumerate(infected)
+    ]
+    if jobs == 1:
+        return [_example(*one) for one in wanted]
+    # Forked processes would inherit torch's threads in an unusable state.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return list(pool.map(_example, *zip(*wanted, strict=True)))
+
+
+def _example(name: Any, options: dict[str, Any], seed: list[int], oracle: bool) -> Example:
+    env = BackdoorPruneEnv([name], reward="oracle" if oracle else "acc", **options)
     random = np.random.default_rng(seed)
-    found = []
-    for index, name in enumerate(infected):
-        settings = {"accuracy_budget": BUDGETS[index % len(BUDGETS)], **options}
-        env = BackdoorPruneEnv([name], reward="oracle" if oracle else "acc", **settings)
-        found.append(_example(env, random, oracle))
-    return found
-
-
-def _example(env: BackdoorPruneEnv, random: np.random.Generator, oracle: bool) -> Example:
     observation, _ = env.reset(seed=0)
     victim = env.victim
     noise = random.gumbel(size=len(victim))

@@ -113,7 +113,7 @@ def train(
     validate: Annotated[
         list[str] | None, typer.Option(help="Names or patterns that every choice is made on; default: digits-val/*.")
     ] = None,
-    most: Annotated[int, typer.Option(min=1, help="Only the first so many of each training pattern.")] = 160,
+    most: Annotated[int, typer.Option(min=1, help="Only the first so many of each training pattern.")] = 300,
     validation_models: Annotated[int, typer.Option(min=1, help="The same for validation.")] = 30,
     steps: Annotated[int, typer.Option(min=1, help="Environment steps of reinforcement.")] = 7_680,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -121,6 +121,9 @@ def train(
     warm_epochs: Annotated[
         int, typer.Option(min=0, help="Passes over the models for a first guess from derivatives; 0 for none.")
     ] = 50,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes for the examples of that guess; default: one a processor.")
+    ] = None,
     message_passing: Annotated[
         bool, typer.Option(help="Let the policy see the connections, or each neuron alone.")
     ] = True,
@@ -146,6 +149,7 @@ def train(
         out,
         seed=seed,
         envs=envs,
+        jobs=jobs or os.cpu_count() or 1,
         epochs=warm_epochs,
         encoder=EncoderOptions(message_passing=message_passing),
         tensorboard_log=tensorboard,
@@ -391,10 +395,11 @@ def _said(settings: dict[str, Any]) -> str:
 
 def _verdict(score: float, target: int | None, pruned: int) -> str:
     said = f"(score {score:.3f} of 1)"
-    if not pruned:
+    if not pruned and score < 0.5:
         return f"No sign of a backdoor: nothing pruned {said}."
     whose = "" if target is None else f", which seems to call label {target}"
-    return f"Signs of a backdoor{whose} {said}."
+    but = "" if pruned else ", but nothing was pruned"
+    return f"Signs of a backdoor{whose}{but} {said}."
 
 
 def _count_cached(split: str) -> int:

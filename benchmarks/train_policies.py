@@ -1,6 +1,6 @@
 """Trains the policies of the tables, as ``backdoor-gym train`` does.
 
-    backdoor-gym zoo build 'digits-train/*' --most 160
+    backdoor-gym zoo build 'digits-train/*' --most 300
     backdoor-gym zoo build 'digits-val/*' --most 30
     python benchmarks/train_policies.py
     python benchmarks/train_policies.py --only mlp-0 mlp-1 mlp-2
@@ -10,6 +10,7 @@ examples of the warm start are made once, for these policies and for the ridge r
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ ATTACKS = ("badnets", "blended", "sig", "wanet")
 STEPS = 7_680
 #: Chosen on ``digits-val`` with one policy.
 LOOK = LookAhead(20, 3.0, 10.0, 0.12)
-TRAINING = [f"digits-train/{seed}" for seed in range(160)]
+TRAINING = [f"digits-train/{seed}" for seed in range(300)]
 VALIDATION = [f"digits-val/{seed}" for seed in range(30)]
 #: All that compares the running statistics of batch normalisation with those of clean images.
 BN_STATISTICS = (
@@ -50,7 +51,8 @@ def guide() -> list[Example]:
     if not file.is_file():
         POLICIES.mkdir(exist_ok=True)
         arrays = {}
-        for name, one in zip(TRAINING, examples(TRAINING, score_samples=SCORE_SAMPLES), strict=True):
+        made = examples(TRAINING, jobs=os.cpu_count() or 1, score_samples=SCORE_SAMPLES)
+        for name, one in zip(TRAINING, made, strict=True):
             arrays |= {f"{name}:{key}": value for key, value in one.observation.items()}
             arrays |= {f"{name}:preference": one.preference, f"{name}:value": one.value}
         np.savez_compressed(file, **arrays)

@@ -239,6 +239,20 @@ def test_the_repair_ends_where_the_suspected_trigger_fails(infected):
     assert onp.predict(observation, deterministic=True)[0] < 112
 
 
+def test_a_repair_that_has_begun_goes_on_until_the_suspected_trigger_fails(infected):
+    env = make(infected, accuracy_budget=None)
+    observation, _ = env.reset(seed=0)
+    onp = ONP(env, seed=0, look_ahead=LookAhead(2, 0.0, done=0.5))
+    onp.network.stop[-1].bias.data.fill_(10.0)
+    assert onp.predict(observation, deterministic=True)[0] == 112  # whether to begin is for the policy to say
+    pull = env.unwrapped.victim.slopes(env.unwrapped.pruned).pull
+    observation, *_ = env.step(int(pull.argmin()))
+    assert env.unwrapped.figures.suspected_danger > 0.5
+    assert onp.predict(observation, deterministic=True)[0] < 112
+    onp.look_ahead = LookAhead(2, 0.0)
+    assert onp.predict(observation, deterministic=True)[0] == 112
+
+
 def test_where_nothing_is_suspected_the_suspected_danger_ends_no_repair(infected):
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 10)).eval()
@@ -267,7 +281,8 @@ def test_what_breaks_the_budget_is_out(infected):
 
 def test_what_is_seen_ahead_may_outweigh_stopping(infected):
     env = make(infected, accuracy_budget=None)
-    observation, _ = env.reset(seed=0)
+    env.reset(seed=0)
+    observation, *_ = env.step(0)
     onp = ONP(env, seed=0)
     onp.network.stop[-1].bias.data.fill_(2.0)
     assert onp.predict(observation, deterministic=True)[0] == 112
@@ -275,6 +290,27 @@ def test_what_is_seen_ahead_may_outweigh_stopping(infected):
     assert onp.predict(observation, deterministic=True)[0] < 112
     onp.network.stop[-1].bias.data.fill_(10.0)  # surer than anything seen ahead could change
     assert onp.predict(observation, deterministic=True)[0] == 112
+
+
+def test_the_verdict_says_whether_a_repair_begins(infected, tmp_path):
+    env = make(infected)
+    observation, _ = env.reset(seed=0)
+    onp = ONP(seed=0)
+    onp.network.stop[-1].bias.data.fill_(3.0)
+    verdict = onp.verdict(observation)
+    assert 0.01 < verdict < 0.5
+    for threshold, begins in ((0.5, False), (verdict + 0.01, False), (verdict - 0.01, True)):
+        onp.threshold = threshold
+        assert (onp.predict(observation, deterministic=True)[0] < 112) == begins
+    assert ONP.load(onp.save(tmp_path / "onp.safetensors")).threshold == onp.threshold
+    observation, *_ = env.step(0)
+    onp.threshold = 0.5
+    assert onp.predict(observation, deterministic=True)[0] == 112  # what stopping is worth later the policy says
+
+
+def test_a_threshold_is_a_probability():
+    with pytest.raises(DataError, match="threshold"):
+        ONP(threshold=1.5)
 
 
 @pytest.mark.parametrize("kind", [DummyVecEnv, SubprocVecEnv])

@@ -24,6 +24,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def test_processes_make_the_same_examples(infected_file, plain_infected):
+    models = [str(infected_file), plain_infected]
+    for one, other in zip(*(examples(models, jobs=jobs, score_samples=50) for jobs in (1, 2)), strict=True):
+        np.testing.assert_array_equal(one.preference, other.preference)
+        np.testing.assert_array_equal(one.value, other.value)
+        assert all(np.array_equal(one.observation[key], other.observation[key]) for key in one.observation)
+
+
 def test_the_planted_neuron_has_the_largest_benefit(planted):
     assert benefits(Victim(planted, VictimOptions())).argmax() == PLANTED
 
