@@ -50,6 +50,18 @@ def test_repair_without_arguments_repairs_the_embedded_model(run, tmp_path):
     assert (tmp_path / "repaired" / "digits-badnets" / "repaired.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("score", "target", "pruned", "said"),
+    [
+        (0.01, 3, 0, "No sign of a backdoor: nothing pruned (score 0.010 of 1)."),
+        (0.1, None, 4, "Signs of a backdoor (score 0.100 of 1)."),
+        (0.9, 3, 0, "Signs of a backdoor, which seems to call label 3, but nothing was pruned (score 0.900 of 1)."),
+    ],
+)
+def test_the_verdict_in_words(score, target, pruned, said):
+    assert cli._verdict(score, target, pruned) == said
+
+
 def test_a_clean_network_is_left_alone(run):
     code, out, _ = run("repair", "digits-clean")
     assert code == 0
