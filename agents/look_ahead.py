@@ -26,8 +26,7 @@ class LookAhead:
         candidates: how many of the largest logits are looked at.
         loss_weight: per unit of cross-entropy.
         danger_weight: per unit of suspected danger.
-        done: suspected danger; a repair that has begun ends once it has brought it below, and goes on until then whatever
-            the policy thinks of stopping. 0 leaves stopping to the policy.
+        done: suspected danger; a repair that has brought it below ends.
     """
 
     candidates: int = 20
@@ -35,13 +34,10 @@ class LookAhead:
     danger_weight: float = 0.0
     done: float = 0.0
 
-    def ends(self, observation: Mapping[str, np.ndarray]) -> bool | None:
-        """Whether a repair that has begun ends here; None where that is for the policy to say.
-
-        That is so without ``done``, and where the suspected danger never was above it: there it says nothing.
-        """
+    def is_done(self, observation: Mapping[str, np.ndarray]) -> bool:
+        """Whether the suspected danger fell below ``done``: where it never was above, it says nothing."""
         now, fall = observation["globals"][[_DANGER, _FALL]]
-        return bool(now < self.done) if 0 < self.done <= now + fall else None
+        return bool(now < self.done <= now + fall)
 
     def correct(
         self, logits: np.ndarray, observation: Mapping[str, np.ndarray], env: Any, environment: int

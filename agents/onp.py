@@ -27,9 +27,6 @@ from .rollout_buffer import GraphRolloutBuffer
 PRETRAINED = "pretrained"
 FORMAT = "onp-policy"
 CHECKPOINT = "onp-checkpoint"
-_PRUNED, _TRIED = (NODE_FEATURES.index(name) for name in ("pruned", "tried"))
-#: Log odds of stopping from which on no look-ahead could change the decision.
-SURE_TO_STOP = 4.0
 
 #: MaskablePPO's arguments where ONP departs from its defaults.
 PPO: dict[str, Any] = {
@@ -51,7 +48,8 @@ class ONP:
         env: a ``BackdoorPrune-v0`` environment, or a Stable-Baselines3 vector environment of them; None for a policy
             that only acts on observations.
         look_ahead: whether and how ``predict`` looks ahead; it needs the environment. None for no look-ahead.
-        threshold: verdict from which on ``predict`` begins a repair where actions are deterministic.
+        threshold: probability of going on, with any neuron, below which ``predict`` stops where actions are deterministic;
+            before the first prune that probability is the verdict.
         encoder: shape of the network.
         seed: of initialisation, sampling and training.
         device: where the policy is computed.
@@ -179,25 +177,19 @@ class ONP:
         return np.array(actions[0] if single else actions, dtype=np.int64), state
 
     def _best(self, logits: np.ndarray, observation: Mapping[str, np.ndarray], environment: int) -> int:
-        """The best action.
+        """To stop where going on, with any neuron, has odds below the threshold, or the look-ahead says so; else the best.
 
-        Before the first prune the verdict says whether to stop. Later it is to stop where that has the better odds against
-        all neurons together, else the best neuron: no single one of hundreds could outweigh stopping. A look-ahead may
-        find one that does, and it may say itself where the repair ends.
+        No single neuron of hundreds could outweigh stopping, so it is all of them together that are weighed against it.
         """
         stop = len(logits) - 1
-        going_on = np.logaddexp.reduce(logits[:-1].astype(np.float64))
-        ended: bool | None = None
-        if not observation["nodes"][:, [_PRUNED, _TRIED]].any():
-            ended = bool(going_on - logits[-1] < np.log(self.threshold / (1 - self.threshold)))
-        elif self.look_ahead is not None:
-            ended = self.look_ahead.ends(observation)
-        if ended is not None:
-            logits[-1] = np.inf if ended else -np.inf
-        if self.look_ahead is not None and self.env is not None and logits[-1] < SURE_TO_STOP:
-            logits = self.look_ahead.correct(logits, observation, self.env, environment)
+        odds = np.logaddexp.reduce(logits[:-1].astype(np.float64)) - logits[-1]
+        look = self.look_ahead
+        if odds < np.log(self.threshold / (1 - self.threshold)) or (look is not None and look.is_done(observation)):
+            return stop
+        if look is not None and self.env is not None:
+            logits = look.correct(logits, observation, self.env, environment)
         best = int(logits[:-1].argmax())
-        return stop if logits[-1] > max(logits[best], going_on) or np.isneginf(logits[best]) else best
+        return stop if np.isneginf(logits[best]) else best
 
     def verdict(self, observation: Mapping[str, np.ndarray]) -> float:
         """Probability that a network has a backdoor: that the policy would not stop at once, seen before any prune.

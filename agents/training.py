@@ -25,8 +25,8 @@ PPO_AFTER_WARM_START: dict[str, Any] = {
     "ent_coef": 0.0,
     "gamma": GAMMA,
 }
-#: Verdict from which on a repair begins. On validation models a needless repair lost three points of accuracy, 0.015 of
-#: the DER, and a missed backdoor 0.45: a repair is worth it from a probability of about 0.015 / 0.45 on.
+#: Probability of going on below which a repair ends, or does not begin. On validation models a needless repair lost three
+#: points of accuracy, 0.015 of the DER, and a missed backdoor 0.45: going on is worth it from about 0.015 / 0.45 on.
 THRESHOLD = 0.04
 #: Triggered images in training; danger is a mean over them.
 SCORE_SAMPLES = 64

@@ -5,12 +5,14 @@
     python benchmarks/train_policies.py
     python benchmarks/train_policies.py --only mlp-0 mlp-1 mlp-2
 
-They go to ``benchmarks/policies``. What is there is left alone, and what was begun goes on after its last rollout. The
-examples of the warm start are made once, for these policies and for the ridge regression: ``policies/guide.npz``.
+They go to ``benchmarks/policies``, and what the training said to ``results/train_<policy>.log``. What is there is left
+alone, and what was begun goes on after its last rollout. The examples of the warm start are made once, for these policies
+and for the ridge regression: ``policies/guide.npz``.
 """
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from backdoor_gym.agents.training import SCORE_SAMPLES, checkpoint_of, train
 from backdoor_gym.agents.warm_start import Example, examples
 
 POLICIES = Path(__file__).parent / "policies"
+RESULTS = Path(__file__).parent / "results"
 ATTACKS = ("badnets", "blended", "sig", "wanet")
 STEPS = 7_680
 #: Chosen on ``digits-val`` with one policy.
@@ -85,8 +88,14 @@ def train_all(wanted: list[str], steps: int = STEPS) -> None:
             encoder=encoder,
             looks=(LOOK,),
             guide=[one for name, one in zip(TRAINING, school, strict=True) if attack_of[name] != left_out],
-            report=lambda line, policy=policy: print(f"{policy}: {line}", flush=True),
+            report=partial(_report, policy),
         )
+
+
+def _report(policy: str, line: str) -> None:
+    print(f"{policy}: {line}", flush=True)
+    with (RESULTS / f"train_{policy}.log").open("a") as log:
+        log.write(f"{line}\n")
 
 
 def main() -> None:
