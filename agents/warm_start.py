@@ -11,9 +11,7 @@ On a network whose trigger is not known the same is done with what the environme
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.victim import Victim
 from backdoor_gym.errors import DataError
 from backdoor_gym.metrics import target_margin
+from backdoor_gym.processes import one_core_each
 
 from .encoder import GraphActorCritic
 from .graph_policy import OBSERVED
@@ -109,8 +108,7 @@ def examples(
     ]
     if jobs == 1:
         return [_example(*one) for one in wanted]
-    # Forked processes would inherit torch's threads in an unusable state.
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with one_core_each(jobs) as pool:
         return list(pool.map(_example, *zip(*wanted, strict=True)))
 
 

@@ -79,6 +79,8 @@ def train_all(wanted: list[str], steps: int = STEPS) -> None:
         if out.is_file() and not checkpoint_of(out).is_file():
             continue
         POLICIES.mkdir(exist_ok=True)
+        if not checkpoint_of(out).is_file():
+            _log(policy).unlink(missing_ok=True)
         train(
             [name for name in TRAINING if attack_of[name] != left_out],
             [name for name in VALIDATION if attack_of[name] != left_out],
@@ -92,9 +94,13 @@ def train_all(wanted: list[str], steps: int = STEPS) -> None:
         )
 
 
+def _log(policy: str) -> Path:
+    return RESULTS / f"train_{policy}.log"
+
+
 def _report(policy: str, line: str) -> None:
     print(f"{policy}: {line}", flush=True)
-    with (RESULTS / f"train_{policy}.log").open("a") as log:
+    with _log(policy).open("a") as log:
         log.write(f"{line}\n")
 
 

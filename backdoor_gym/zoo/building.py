@@ -1,12 +1,10 @@
 """Making many models of the procedural family at once, over processes."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 
-import torch
-
+from ..processes import one_core_each
 from . import family
 
 
@@ -19,8 +17,7 @@ def build(names: Sequence[str], jobs: int) -> Iterator[tuple[str, str]]:
         names: of models of the family.
         jobs: number of processes, each of which computes on one core.
     """
-    # Forked processes would inherit torch's threads in an unusable state.
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_use_one_core)
+    pool = one_core_each(jobs)
     try:
         waiting = {pool.submit(_build_one, name): name for name in names}
         for done in as_completed(waiting):
@@ -30,10 +27,6 @@ def build(names: Sequence[str], jobs: int) -> Iterator[tuple[str, str]]:
                 yield waiting[done], "its process died (out of memory?); call again with fewer processes"
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _use_one_core() -> None:
-    torch.set_num_threads(1)
 
 
 def _build_one(name: str) -> str:
