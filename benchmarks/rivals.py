@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from backdoor_gym.agents import ONP, LookAhead
 from backdoor_gym.agents.warm_start import Example, benefits
+from backdoor_gym.envs.masked_victim import MaskedVictim
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.envs.victim import Victim
 from backdoor_gym.graph.features import STATIC_FEATURES
@@ -88,12 +89,12 @@ def greedy_reference(victim: Victim, accuracy_budget: float, candidates: int = 6
         mask = victim.neuron_mask(pruned)
         logits = clean.logits(mask)
         value = danger(triggered.logits(mask), model.target)
-        return accuracy(logits, model.test.labels), value - 0.01 * F.cross_entropy(logits, model.test.labels).item()
+        return accuracy(logits, model.test.labels), value + 0.01 * F.cross_entropy(logits, model.test.labels).item()
 
     tried = np.argsort(-benefits(victim))[:candidates]
     pruned = np.zeros(len(victim), dtype=bool)
-    victim.restart()
-    initial = victim.figures(pruned, score=False).acc
+    defender = MaskedVictim(victim, score_samples=0)
+    initial = defender.figures(pruned).acc
     first_acc, now = look(pruned)
     best, best_value = pruned.copy(), der(first_acc, now, first_acc, now)
     for _ in range(steps):
@@ -103,7 +104,7 @@ def greedy_reference(victim: Victim, accuracy_budget: float, candidates: int = 6
                 continue
             candidate = pruned.copy()
             candidate[unit] = True
-            if initial - victim.figures(candidate, score=False).acc > accuracy_budget + 1e-9:
+            if initial - defender.figures(candidate).acc > accuracy_budget + 1e-9:
                 continue
             acc, value = look(candidate)
             options.append((value + max(0.0, first_acc - acc), int(unit)))
@@ -114,8 +115,8 @@ def greedy_reference(victim: Victim, accuracy_budget: float, candidates: int = 6
         for network in (clean, triggered):
             network.logits(victim.neuron_mask(pruned))
             network.keep()
-        victim.figures(pruned, score=False)
-        victim.keep()
+        defender.figures(pruned)
+        defender.keep()
         acc, value = look(pruned)
         if (rated := der(first_acc, now, acc, value)) > best_value:
             best, best_value = pruned.copy(), rated

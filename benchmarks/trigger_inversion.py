@@ -21,6 +21,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import backdoor_gym
+from backdoor_gym.envs.masked_victim import MaskedVictim
 from backdoor_gym.envs.victim import Victim, VictimOptions
 from backdoor_gym.graph.features import pull
 from backdoor_gym.metrics import target_margin
@@ -33,7 +34,7 @@ SIGNS = (("evidence", 1), ("error", -1))
 
 def measure(name: str) -> dict[str, Any]:
     model = backdoor_gym.load_infected(name)
-    victim = Victim(model, VictimOptions(score_samples=200))
+    victim = Victim(model, VictimOptions())
     found = victim.inverted
     assert found is not None
     row = {
@@ -48,24 +49,24 @@ def measure(name: str) -> dict[str, Any]:
         return row
     target, nothing = model.target, np.zeros(len(victim), dtype=bool)
     pulls = pull(victim.neurons, found).double().numpy()
+    masked = MaskedVictim(victim, score_samples=200)
     true = victim.by_mask(
         victim.neurons,
-        victim.triggered[0],
+        masked.triggered[0],
         lambda logits: target_margin(logits, target).mean(),
         victim.neuron_mask(nothing),
     )
     others = np.random.default_rng(0).permutation(np.argsort(-pulls)[NEURONS:])[:NEURONS]
-    whole = victim.figures(nothing)
-    victim.keep()
+    whole = masked.figures(nothing)
+    masked.keep()
     falls = []
     for unit in (*np.argsort(-pulls)[:NEURONS], *others):
         pruned = nothing.copy()
         pruned[unit] = True
-        figures = victim.figures(pruned)
+        figures = masked.figures(pruned)
         assert figures.danger is not None
         assert whole.danger is not None
         falls.append((whole.suspected_danger - figures.suspected_danger, whole.danger - figures.danger))
-    victim.release()
     row["pull"] = float(np.corrcoef(pulls, true)[0, 1])
     row["fall"] = float(np.corrcoef(np.array(falls).T)[0, 1])
     return row

@@ -1,7 +1,7 @@
 """Which infected model an episode gets."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,10 @@ from .victim import Victim, VictimOptions
 
 Infected = str | Path | InfectedModel | Sequence[str | Path | InfectedModel]
 
-#: Models that stay ready between episodes (without their activations).
-READY = 128
+#: Models that stay ready (without activations): to find the trigger of one takes longer than many prunes.
+READY = 384
+#: Those with a name or a file, for all environments of the process.
+_READY: OrderedDict[Hashable, Victim] = OrderedDict()
 
 
 class InfectedGenerator:
@@ -36,7 +38,7 @@ class InfectedGenerator:
             self._entries.extend([entry] if isinstance(entry, InfectedModel) else resolve(str(entry)))
         if not self._entries:
             raise DataError("no infected model was given: infected=[] is empty")
-        self._ready: OrderedDict[str | int, Victim] = OrderedDict()
+        self._own: dict[int, Victim] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -61,11 +63,23 @@ class InfectedGenerator:
 
     def get(self, entry: str | InfectedModel) -> Victim:
         """That model, made ready."""
-        key = id(entry) if isinstance(entry, InfectedModel) else entry
-        if key not in self._ready:
-            model = entry if isinstance(entry, InfectedModel) else load_infected(entry, self.data)
-            self._ready[key] = Victim(model, self.options)
-            if len(self._ready) > READY:
-                self._ready.popitem(last=False)
-        self._ready.move_to_end(key)
-        return self._ready[key]
+        if isinstance(entry, InfectedModel):  # given as an object, it may be changed: no other environment shares it
+            if id(entry) not in self._own:
+                self._own[id(entry)] = Victim(entry, self.options)
+            return self._own[id(entry)]
+        key = (entry, _version(entry), self.data, self.options)
+        if key not in _READY:
+            _READY[key] = Victim(load_infected(entry, self.data), self.options)
+            if len(_READY) > READY:
+                _READY.popitem(last=False)
+        _READY.move_to_end(key)
+        return _READY[key]
+
+
+def _version(entry: str) -> tuple[int, int] | None:
+    """What changes when a file is written again; None for a name."""
+    path = Path(entry)
+    if not path.is_file():
+        return None
+    facts = path.stat()
+    return facts.st_mtime_ns, facts.st_size

@@ -8,7 +8,8 @@ from gymnasium import spaces
 
 from ..graph.features import CLAMP, STATIC_FEATURES
 from ..graph.neuron_graph import EDGE_FEATURES, max_edges
-from .victim import Figures, Slopes, Victim
+from .masked_victim import Figures
+from .victim import Slopes, Victim
 
 #: Columns of ``nodes``: the static features, then what the episode changes, then 1 (0 in padding).
 NODE_FEATURES = (*STATIC_FEATURES, "pruned", "tried", "layer_pruned", "pull_now", "harm_now", "clean_pull_now", "real")

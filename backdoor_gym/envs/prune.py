@@ -11,9 +11,10 @@ from gymnasium.utils import EzPickle
 from ..errors import DataError, UnknownNameError
 from ..pruning.neurons import RESIDUAL_MODES
 from .generator import Infected, InfectedGenerator
+from .masked_victim import SCORE_SAMPLES, Figures, MaskedVictim
 from .observation import ObservationBuilder, Progress
 from .reward import Reward, Transition, make_reward
-from .victim import Figures, Slopes, Victim, VictimOptions
+from .victim import Slopes, Victim, VictimOptions
 from .viewer import Snapshot, Viewer
 
 DEFAULT_INFECTED = "digits-badnets"
@@ -137,7 +138,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         slopes_every: int = 4,
         max_units: int | None = None,
         clean_samples: int | None = None,
-        score_samples: int = 256,
+        score_samples: int = SCORE_SAMPLES,
         data: str | None = None,
         device: str = "cpu",
         render_mode: str | None = None,
@@ -173,9 +174,10 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self.failure_cost = failure_cost
         self.render_mode = render_mode
         self.slopes_every = slopes_every
+        self.score_samples = score_samples
         self._reward = make_reward(reward)
         self.generator = InfectedGenerator(
-            infected, VictimOptions(residual, connections, similar, clean_samples, score_samples, device), data
+            infected, VictimOptions(residual, connections, similar, clean_samples, device), data
         )
         self._observer = ObservationBuilder(max_units or self.generator.max_units(), connections, similar)
         self.observation_space = self._observer.space  # type: ignore[assignment]
@@ -183,6 +185,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self.stop_action = self._observer.max_units
         self._viewer: Viewer | None = None
         self._victim: Victim | None = None
+        self._masked: MaskedVictim | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -193,7 +196,6 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         for option in options:
             if option != "infected":
                 raise UnknownNameError("reset option", option, ("infected",))
-        before = self._victim
         victim = (
             self.generator.get(options["infected"]) if "infected" in options else self.generator.draw(self.np_random)
         )
@@ -202,13 +204,14 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
                 f"{victim.name} has {len(victim)} neurons, and this environment's spaces have room for "
                 f"{self._observer.max_units}; name it in infected= when the environment is made, or raise max_units"
             )
-        if before is not None and before is not victim:
-            before.release()
+        if self._masked is None or self._masked.victim is not victim:
+            self._masked = None  # its activations go before the next ones come
+            self._masked = MaskedVictim(victim, self.score_samples)
+        self._masked.restart()
         self._victim = victim
-        victim.restart()
         self._pruned = np.zeros(len(victim), dtype=bool)
         self._tried = np.zeros(len(victim), dtype=bool)
-        self._initial = self._current = victim.figures(self._pruned)
+        self._initial = self._current = self._masked.figures(self._pruned)
         self._steps = 0
         self._failures = 0
         self._history = [self._current]
@@ -228,7 +231,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         stop = unit == self.stop_action
         reward = 0.0 if stop else -self.step_cost
         if not stop and unit < len(victim) and not (self._pruned[unit] or self._tried[unit]):
-            figures = victim.figures(self._with([unit]))
+            figures = self.masked_victim.figures(self._with([unit]))
             if self._breaks_budget(figures):
                 undone = True
                 self._tried[unit] = True
@@ -240,7 +243,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
                 self._pruned[unit] = True
                 self._current = figures
                 self._history.append(figures)
-                victim.keep()
+                self.masked_victim.keep()
         terminated = stop or self._failures >= self.max_failures or bool((self._pruned | self._tried).all())
         truncated = not terminated and self._steps >= self.step_limit
         if self.render_mode == "human":
@@ -257,6 +260,17 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         if self._victim is None:
             raise gym.error.ResetNeeded("call reset() before anything else")
         return self._victim
+
+    @property
+    def masked_victim(self) -> MaskedVictim:
+        """The same without what is pruned.
+
+        Raises:
+            gymnasium.error.ResetNeeded: no episode has begun, or the environment was closed.
+        """
+        if self._masked is None:
+            raise gym.error.ResetNeeded("call reset() before anything else")
+        return self._masked
 
     def spec_options(self) -> dict[str, Any]:
         """The arguments that another environment of the same networks is made with, without reward, scoring and drawing."""
@@ -290,11 +304,11 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
         For policies that look ahead: what they may know, without ASR and RA.
         """
-        return self.victim.figures(self._with(units), score=False)
+        return self.masked_victim.figures(self._with(units), score=False)
 
     def suspect_also(self, units: list[int] | np.ndarray) -> float:
         """Suspected danger with these units pruned too, at a fraction of what ``evaluate_also`` costs."""
-        return self.victim.suspected_danger(self._with(units))
+        return self.masked_victim.suspected_danger(self._with(units))
 
     def render(self) -> Any:
         """An RGB array, a text, or None after showing a window, as ``render_mode`` says."""
@@ -309,8 +323,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         if self._viewer is not None:
             self._viewer.close()
             self._viewer = None
-        if self._victim is not None:
-            self._victim.release()
+        self._masked = None
 
     def _with(self, units: list[int] | np.ndarray) -> np.ndarray:
         pruned = self._pruned.copy()

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import DataError, UnknownNameError
-from .victim import Figures, Victim
+from .masked_victim import Figures
+from .victim import Victim
 
 #: Reward lost with each unit of accuracy.
 ACCURACY_WEIGHT = 2.0

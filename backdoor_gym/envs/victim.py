@@ -1,7 +1,7 @@
-"""An infected model made ready for episodes: its neurons, what an agent sees of them, and its figures under a mask."""
+"""An infected model made ready for episodes: its neurons, and what the defender's clean images show of them."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -16,10 +16,8 @@ from ..graph.suspected_target import SuspectedTarget, suspect_target
 from ..graph.trigger_inversion import InvertedTrigger, invert_trigger
 from ..graph.uclc import uclc
 from ..infected import InfectedModel
-from ..metrics import accuracy, attack_success, danger, target_margin
-from ..pruning.masked import MaskedNetwork
+from ..metrics import target_margin
 from ..pruning.neurons import Neurons, find_neurons
-from ..zoo.datasets import LabelledImages
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,6 @@ class VictimOptions:
         connections: strongest inputs that each neuron keeps as edges.
         similar: similarity links that each neuron keeps.
         clean_samples: how many of the defender's clean images to use, None for all.
-        score_samples: how many triggered test images ASR and RA are measured on, and twice as many clean ones for the
-            accuracy on test images; 0 for none.
         device: where networks run.
     """
 
@@ -40,32 +36,7 @@ class VictimOptions:
     connections: int = 4
     similar: int = 4
     clean_samples: int | None = None
-    score_samples: int = 256
     device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class Figures:
-    """A masked network on the defender's clean images and, where the trigger is known, on triggered images.
-
-    Attributes:
-        acc: accuracy on the clean images.
-        loss: mean cross-entropy on them.
-        suspected_danger: ``metrics.danger`` of the suspected target on clean images of other labels that bear the inverted
-            trigger; 0 where there is none.
-        asr: share of triggered images that get the target label.
-        ra: share of them that get their true label.
-        danger: ``metrics.danger`` of the target on triggered images.
-        test_acc: accuracy on clean test images.
-    """
-
-    acc: float
-    loss: float
-    suspected_danger: float = 0.0
-    asr: float | None = None
-    ra: float | None = None
-    danger: float | None = None
-    test_acc: float | None = None
 
 
 #: Clean images that ``Victim.slopes`` are taken on.
@@ -89,7 +60,10 @@ class Slopes:
 
 
 class Victim:
-    """One infected model in an environment. A *unit* is what one action prunes: a neuron, or a group of coupled ones."""
+    """One infected model. A *unit* is what one action prunes: a neuron, or a group of coupled ones.
+
+    Episodes do not change it, and all environments of a process share it: all that takes long is done once.
+    """
 
     def __init__(self, model: InfectedModel, options: VictimOptions) -> None:
         self.model = model
@@ -97,7 +71,6 @@ class Victim:
         self.neurons: Neurons = find_neurons(model.network)
         self.units = self.neurons.units(options.residual)
         self.clean = model.clean.first(options.clean_samples)
-        self._networks: _Networks | None = None
 
     @property
     def name(self) -> str:
@@ -176,29 +149,6 @@ class Victim:
             mask[self.units[index]] = False
         return mask
 
-    def figures(self, pruned: np.ndarray, score: bool = True) -> Figures:
-        """Figures of the network without the pruned units, bool (units,); without ``score`` on the clean images alone."""
-        networks = self._open()
-        mask = self.neuron_mask(pruned)
-        logits = networks.clean.logits(mask)
-        labels = self.clean.labels.to(logits.device)
-        acc, loss = accuracy(logits, labels), F.cross_entropy(logits, labels).item()
-        figures = Figures(acc, loss, self.suspected_danger(pruned))
-        if score and networks.triggered is not None:
-            asr, ra, true_danger = self._score(networks.triggered.logits(mask))
-            figures = replace(figures, asr=asr, ra=ra, danger=true_danger)
-        if score and networks.test is not None and self.tested is not None:
-            test_logits = networks.test.logits(mask)
-            figures = replace(figures, test_acc=accuracy(test_logits, self.tested.labels.to(test_logits.device)))
-        return figures
-
-    def suspected_danger(self, pruned: np.ndarray) -> float:
-        """``Figures.suspected_danger`` of the network without the pruned units, bool (units,)."""
-        network = self._open().inverted
-        if network is None or self.inverted is None:
-            return 0.0
-        return danger(network.logits(self.neuron_mask(pruned)), self.inverted.target)
-
     @cached_property
     def first_slopes(self) -> Slopes:
         """Those of the whole network."""
@@ -226,70 +176,3 @@ class Victim:
         images = images.to(self.options.device, memory_format=torch.channels_last)
         by_neuron = mask_gradient(neurons, images, quantity, mask).double().cpu().numpy()
         return np.array([by_neuron[unit].sum() for unit in self.units])
-
-    def keep(self) -> None:
-        """Let later figures start from the activations of the last ones."""
-        for network in self._open():
-            network.keep()
-
-    def restart(self) -> None:
-        """Start again from the whole network."""
-        for network in self._open():
-            network.reset()
-
-    def release(self) -> None:
-        """Give back the memory of the activations until they are needed again."""
-        self._networks = None
-
-    def _open(self) -> "_Networks":
-        if self._networks is None:
-            device = self.options.device
-            inverted = triggered = test = None
-            if self.inverted is not None:
-                inverted = MaskedNetwork(self.neurons, self.inverted.images, device)
-            if len(self.triggered[0]):
-                triggered = MaskedNetwork(self.neurons, self.triggered[0], device)
-            if self.tested is not None:
-                test = MaskedNetwork(self.neurons, self.tested.images, device)
-            clean = MaskedNetwork(self.neurons, self.clean.images, device)
-            self._networks = _Networks(clean, inverted, triggered, test)
-        return self._networks
-
-    @cached_property
-    def triggered(self) -> tuple[Tensor, Tensor]:
-        """Triggered test images of other classes than the target, and their true labels; empty where unknown."""
-        model, count = self.model, self.options.score_samples
-        if model.test is None or model.trigger is None or model.target is None or count == 0:
-            return torch.empty(0), torch.empty(0)
-        test = model.test.first(4 * count)  # not the whole test split, which may be large
-        others = torch.nonzero(test.labels != model.target).flatten()[:count]
-        return model.trigger(test.images[others]), test.labels[others]
-
-    @cached_property
-    def tested(self) -> LabelledImages | None:
-        """Clean test images that the accuracy is scored on; None where there are none."""
-        test, count = self.model.test, 2 * self.options.score_samples
-        return test.first(count) if test is not None and count else None
-
-    def _score(self, logits: Tensor) -> tuple[float, float, float]:
-        target = self.model.target
-        assert target is not None
-        return (
-            attack_success(logits, target),
-            accuracy(logits, self.triggered[1].to(logits.device)),
-            danger(logits, target),
-        )
-
-
-@dataclass(frozen=True)
-class _Networks:
-    """One network on up to four sets of images: clean, those with the inverted trigger, triggered, and clean test ones."""
-
-    clean: MaskedNetwork
-    inverted: MaskedNetwork | None
-    triggered: MaskedNetwork | None
-    test: MaskedNetwork | None
-
-    def __iter__(self) -> Iterator[MaskedNetwork]:
-        everyone = (self.clean, self.inverted, self.triggered, self.test)
-        return (network for network in everyone if network is not None)

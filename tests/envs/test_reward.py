@@ -3,9 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from backdoor_gym.envs.masked_victim import Figures
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.reward import ACCURACY_WEIGHT, CLEAN_PRUNE_COST, Transition, accuracy_reward, oracle_reward
-from backdoor_gym.envs.victim import Figures
 from backdoor_gym.errors import DataError
 from backdoor_gym.graph.features import STATIC_FEATURES
 from backdoor_gym.infected import InfectedModel
@@ -85,12 +85,12 @@ def test_a_callable_is_a_reward(infected):
 def test_danger_falls_with_the_attack(infected):
     env = BackdoorPruneEnv(infected, accuracy_budget=None)
     env.reset(seed=0)
-    whole = env.victim.figures(np.zeros(len(env.victim), dtype=bool))
+    whole = env.masked_victim.figures(np.zeros(len(env.victim), dtype=bool))
     assert whole.asr > 0.9
     assert whole.danger > 0.8
     assert whole.asr / 2 <= whole.danger <= (whole.asr + 1) / 2
     pulling = np.zeros(len(env.victim), dtype=bool)
     pulling[np.argsort(-env.victim.features[:, STATIC_FEATURES.index("pull")])[:12]] = True
-    without = env.victim.figures(pulling)
+    without = env.masked_victim.figures(pulling)
     assert without.danger < whole.danger
     assert without.suspected_danger < whole.suspected_danger

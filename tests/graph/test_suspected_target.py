@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from backdoor_gym.envs.masked_victim import MaskedVictim
 from backdoor_gym.envs.victim import Victim, VictimOptions
 from backdoor_gym.graph.batch_norms import class_weights
 from backdoor_gym.graph.suspected_target import POISON_RATE, _clearness, suspect_target
@@ -92,5 +93,5 @@ def test_without_batch_normalisation_nothing_can_be_told(infected):
     model = InfectedModel(network, infected.clean)
     assert suspect(model)[1] is None
     victim = Victim(model, VictimOptions())
-    assert victim.figures(np.zeros(4, dtype=bool)).suspected_danger == 0
+    assert MaskedVictim(victim).figures(np.zeros(4, dtype=bool)).suspected_danger == 0
     assert not victim.features[:, 9].any()

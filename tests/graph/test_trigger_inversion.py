@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from backdoor_gym.envs.masked_victim import MaskedVictim
 from backdoor_gym.envs.victim import Victim, VictimOptions
 from backdoor_gym.graph.features import pull
 from backdoor_gym.graph.suspected_target import suspect_target
@@ -93,12 +94,13 @@ def test_pull_is_the_derivative_by_the_mask(infected):
 def test_pruning_what_pulls_most_makes_the_real_trigger_fail(infected):
     """The derivative under the inverted trigger points at neurons that carry the real one."""
     victim = Victim(infected, VictimOptions())
+    masked = MaskedVictim(victim)
     order = np.argsort(-pull(victim.neurons, victim.inverted).numpy())
     dangers = []
     for chosen in (order[:12], order[50:62]):
         pruned = np.zeros(len(victim), dtype=bool)
         pruned[chosen] = True
-        dangers.append(victim.figures(pruned).danger)
+        dangers.append(masked.figures(pruned).danger)
     assert dangers[0] < dangers[1] - 0.2
 
 
@@ -116,11 +118,12 @@ def test_the_suspected_danger_falls_as_the_true_one(infected):
 
     victim = Victim(infected, VictimOptions())
     order, random = np.argsort(-benefits(victim)), np.random.default_rng(0).permutation(len(victim))
-    whole = victim.figures(np.zeros(len(victim), dtype=bool))
+    masked = MaskedVictim(victim)
+    whole = masked.figures(np.zeros(len(victim), dtype=bool))
     figures = []
     for chosen in (order[:16], random[:16]):
         pruned = np.zeros(len(victim), dtype=bool)
         pruned[chosen] = True
-        figures.append(victim.figures(pruned))
+        figures.append(masked.figures(pruned))
     assert figures[0].danger < 0.5 * whole.danger
     assert figures[0].suspected_danger < figures[1].suspected_danger - 0.1
