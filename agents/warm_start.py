@@ -201,7 +201,7 @@ def warm_start(
         total = 0.0
         for chosen in np.array_split(random.permutation(len(school)), -(-len(school) // batch_size)):
             batch = [school[index] for index in chosen]
-            observation, preference = _padded(batch)
+            observation, preference = padded(batch)
             logits, values = network(observation)
             likelihood = torch.log_softmax(logits, 1)
             loss = -(preference * likelihood.clamp(min=-30)).sum(1).mean()
@@ -219,7 +219,7 @@ def _is_clean(victim: Victim) -> bool:
     return victim.model.facts.get("attack") == "clean"
 
 
-def _padded(batch: Sequence[Example]) -> tuple[dict[str, Tensor], Tensor]:
+def padded(batch: Sequence[Example]) -> tuple[dict[str, Tensor], Tensor]:
     """Some examples as one batch of observations that share graphs, and their preferences."""
     states = [len(example.preference) for example in batch]
     most = max(example.observation["nodes"].shape[1] for example in batch)

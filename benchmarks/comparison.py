@@ -7,6 +7,7 @@ with a look-ahead, which is the same for all, until the suspected danger is low.
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -48,19 +49,17 @@ SIGNS: dict[str, tuple[str, Callable[[Any], float]]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One model at one budget, and the policies that repair it.
+    """One model, and the policies that repair it.
 
     Attributes:
         model: name or file.
-        budget: accuracy budget.
-        policies: names, of ``makers`` or ``REFERENCE``.
+        policies: names, of ``makers`` or ``REFERENCE``, by accuracy budget.
         clean_images: how many of the defender's images are used, None for all.
         test_images: how many test images ACC is measured on, None for all.
     """
 
     model: str
-    budget: float
-    policies: tuple[str, ...]
+    policies: dict[float, list[str]]
     clean_images: int | None = None
     test_images: int | None = None
 
@@ -68,17 +67,6 @@ class Job:
     def name(self) -> str:
         """What the model is called in the records, wherever its file lies."""
         return self.model.removesuffix(".safetensors").rpartition("models/")[2]
-
-
-def environment(names: list[Any], budget: float = 0.02, **options: Any) -> gym.Env[Any, Any]:
-    return gym.make(
-        "backdoor_gym:BackdoorPrune-v0",
-        infected=names,
-        accuracy_budget=budget,
-        max_steps=STEPS,
-        disable_env_checker=True,
-        **options,
-    )
 
 
 @cache
@@ -131,22 +119,29 @@ def makers(attack: str) -> dict[str, Callable[[Any, float], Any]]:
 
 
 def repair_all(job: Job) -> list[Row]:
-    """One model, all the policies of a job."""
+    """One model, all the policies of a job at all their budgets."""
     torch.set_num_threads(1)
     model = backdoor_gym.load_infected(job.model)
     if job.test_images is not None and model.test is not None:
         model = replace(model, test=model.test.first(job.test_images))
-    reference = 100 if REFERENCE in job.policies else 0
-    env = environment([model], job.budget, score_samples=reference, clean_samples=job.clean_images)
+    env = gym.make(
+        "backdoor_gym:BackdoorPrune-v0",
+        infected=model,
+        max_steps=STEPS,
+        score_samples=0,
+        clean_samples=job.clean_images,
+        disable_env_checker=True,
+    )
     before = model.evaluate()
     rows = []
-    for policy in job.policies:
+    for budget, policy in ((budget, policy) for budget, policies in job.policies.items() for policy in policies):
+        env.unwrapped.accuracy_budget = budget
         observation, _ = env.reset(seed=0)
         victim, acting = env.unwrapped.victim, None
         if policy == REFERENCE:
-            mask = victim.neuron_mask(greedy_reference(victim, job.budget))
+            mask = victim.neuron_mask(greedy_reference(victim, budget))
         else:
-            acting = makers(model.facts["attack"])[policy](env, job.budget)
+            acting = makers(model.facts["attack"])[policy](env, budget)
             done, state, start = False, None, np.ones(1, dtype=bool)
             while not done:
                 action, state = acting.predict(observation, state, start, deterministic=True)
@@ -159,7 +154,7 @@ def repair_all(job: Job) -> list[Row]:
             "attack": model.facts["attack"],
             "corruption": model.facts.get("corruption", "none"),
             "policy": policy,
-            "budget": job.budget,
+            "budget": budget,
             "clean_images": job.clean_images,
             "acc_drop": before.acc - after.acc,
             "asr": after.asr,
@@ -182,9 +177,12 @@ def run_all(jobs: Sequence[Job], file: Path, processes: int) -> list[Row]:
     done = {(row["policy"], row["model"], row["budget"], row["clean_images"]) for row in rows}
     left = []
     for job in jobs:
-        missing = [one for one in job.policies if (one, job.name, job.budget, job.clean_images) not in done]
-        if missing:
-            left.append(replace(job, policies=tuple(missing)))
+        missing = {
+            budget: [one for one in policies if (one, job.name, budget, job.clean_images) not in done]
+            for budget, policies in job.policies.items()
+        }
+        if any(missing.values()):
+            left.append(replace(job, policies=missing))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool, file.open("a") as records:
         for index, found in enumerate(pool.map(repair_all, left)):
             rows.extend(found)
@@ -220,6 +218,32 @@ def infected_table(rows: Sequence[Row], against: str) -> list[str]:
             f"{mean(row['der'] for row in mine):.3f} | {mean(row['pruned'] for row in mine):.1f} | "
             f"{mean(paired or [0]):+.3f} ± {error:.3f} |"
         )
+    return text
+
+
+def seeds_table(rows: Sequence[Row], against: str) -> list[str]:
+    """Means over the seeds of a policy, with the standard deviation of the seeds' means.
+
+    Seeds are a policy's last number (``mlp-0``); the paired difference of the DER is that of the means over seeds.
+    """
+    policies = by_policy([row for row in rows if row["der"] is not None])
+    other = policies.get(against, {})
+    groups: dict[str, list[dict[str, Row]]] = {}
+    for policy, found in policies.items():
+        if seeded := re.fullmatch(r"(\w+)-\d+(.*)", policy):
+            groups.setdefault("".join(seeded.groups()), []).append(found)
+    text = [f"| policy | seeds | ACC lost (points) | ASR | DER | DER less {against} |", "|---|---|---|---|---|---|"]
+    for name, seeds in groups.items():
+        if len(seeds) < 2:
+            continue
+        cells = []
+        for key, by in (("acc_drop", 100), ("asr", 1), ("der", 1)):
+            means = [by * mean(row[key] for row in found.values()) for found in seeds]
+            cells.append(f"{mean(means):.3f} ± {stdev(means):.3f}")
+        shared = set(other).intersection(*seeds)
+        paired = [mean(found[model]["der"] for found in seeds) - other[model]["der"] for model in sorted(shared)]
+        error = stdev(paired) / len(paired) ** 0.5 if len(paired) > 1 else 0.0
+        text.append(f"| {name} | {len(seeds)} | {' | '.join(cells)} | {mean(paired or [0]):+.3f} ± {error:.3f} |")
     return text
 
 

@@ -45,13 +45,14 @@ def main() -> None:
     jobs = []
     files = sorted(MODELS.glob("*.safetensors"))
     attack_of = {file: backdoor_gym.load_infected(file).facts["attack"] for file in files}
-    settings = [(budget, None) for budget in arguments.budgets] + [(BUDGETS[0], count) for count in arguments.images]
-    for budget, count in settings:
+    for count in (None, *arguments.images):
         for file in files:
             wanted = [one for one in makers(attack_of[file]) if not arguments.only or one in arguments.only]
-            if count is not None:
-                wanted = [one for one in wanted if one in FEW_IMAGES]
-            jobs.append(Job(str(file), budget, tuple(wanted), count, TEST_IMAGES))
+            if count is None:
+                policies = {budget: list(wanted) for budget in arguments.budgets}
+            else:
+                policies = {BUDGETS[0]: [one for one in wanted if one in FEW_IMAGES]}
+            jobs.append(Job(str(file), policies, count, TEST_IMAGES))
     rows = run_all(jobs, RESULTS / "onp_cifar10.jsonl", arguments.jobs)
     (RESULTS / "onp_cifar10.md").write_text(tables(rows))
 

@@ -6,12 +6,18 @@
 
 The protocol is that of ``comparison.py``, with the whole test split, on ``digits-test/80`` to ``159``: what repairs of 0 to
 79 showed changed where a repair begins and ends. "attack left out" is a row of the policy, or ridge, that met no model of
-the attack it is tested on. One line a repair in ``results/onp_digits.jsonl``; the tables go to ``results/onp_digits.md``.
+the attack it is tested on. All policies run at two points, those of ``EVERY_BUDGET`` at one and five too. One line a repair
+in ``results/onp_digits.jsonl``; the tables go to ``results/onp_digits.md``, the curve to ``results/onp_digits.png``.
 """
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
 
+import matplotlib
+
+matplotlib.use("Agg")
 from comparison import (
     REFERENCE,
     RESULTS,
@@ -22,12 +28,15 @@ from comparison import (
     infected_table,
     makers,
     run_all,
+    seeds_table,
     verdict_table,
 )
+from matplotlib import pyplot as plt
 
 import backdoor_gym
 
 BUDGETS = (0.02, 0.01, 0.05)
+EVERY_BUDGET = ("CLP u=3", "CLP auto", "rank by KL", "ridge", "ridge, look-ahead", "mlp-0")
 FIRST = 80
 
 
@@ -43,14 +52,18 @@ def main() -> None:
     attack_of = {name: backdoor_gym.load_infected(name).facts["attack"] for name in names}
     infected = [name for name in names if attack_of[name] != "clean"]
     jobs = []
-    for budget in arguments.budgets:
-        for name in names:
-            wanted = [one for one in makers(attack_of[name]) if not arguments.only or one in arguments.only]
-            if budget == BUDGETS[0] and name in infected[: arguments.reference]:
-                wanted.append(REFERENCE)
-            jobs.append(Job(name, budget, tuple(wanted)))
+    for name in names:
+        wanted = [one for one in makers(attack_of[name]) if not arguments.only or one in arguments.only]
+        policies = {
+            budget: [one for one in wanted if budget == BUDGETS[0] or one in EVERY_BUDGET]
+            for budget in arguments.budgets
+        }
+        if BUDGETS[0] in policies and name in infected[: arguments.reference]:
+            policies[BUDGETS[0]].append(REFERENCE)
+        jobs.append(Job(name, policies))
     rows = run_all(jobs, RESULTS / "onp_digits.jsonl", arguments.jobs)
     (RESULTS / "onp_digits.md").write_text(tables(rows))
+    draw(rows, RESULTS / "onp_digits.png")
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -66,9 +79,29 @@ def tables(rows: Sequence[Row]) -> str:
     if names:
         text += [f"The {len(names)} models of the greedy reference, budget 2 points:\n"]
         text += infected_table([row for row in main_rows if row["model"] in names], "ridge, look-ahead")
+    text += ["\nPolicies of several training seeds, budget 2 points:\n", *seeds_table(main_rows, "ridge, look-ahead")]
     text += ["\nMean DER by attack, budget 2 points:\n", *attack_table(main_rows)]
     text += ["\nAUROC of the verdict, clean against infected models:\n", *verdict_table(main_rows)]
     return "\n".join(text) + "\n"
+
+
+def draw(rows: Sequence[Row], file: Path) -> None:
+    """ACC lost and ASR of infected models at each budget, one line a policy."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    infected = [row for row in rows if row["der"] is not None and row["policy"] in EVERY_BUDGET]
+    for policy in EVERY_BUDGET:
+        mine = [row for row in infected if row["policy"] == policy]
+        budgets = sorted({row["budget"] for row in mine})
+        points = [[row for row in mine if row["budget"] == budget] for budget in budgets]
+        lost = [100 * mean(row["acc_drop"] for row in point) for point in points]
+        axes.plot(lost, [100 * mean(row["asr"] for row in point) for point in points], "o-", label=policy)
+    axes.set_xlabel("ACC lost on test images (points)")
+    axes.set_ylabel("ASR (%)")
+    axes.set_ylim(0, 102)
+    axes.grid(alpha=0.3)
+    axes.legend(title="budgets of 1, 2 and 5 points")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

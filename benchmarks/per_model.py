@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "per_model.jsonl"
 BUDGET, MAX_STEPS, CANDIDATES = 0.02, 60, 60
 SEEDS = (0, 1, 2)
-STEPS = {"ONP alone": 4096, "ONP, tuned": 1024}
+STEPS = {"ONP alone": 1024, "ONP, tuned": 512}
 POLICIES = ("CLP u=3", "CLP auto", "random", "greedy", "ONP, untuned", *STEPS)
 SEEDED = ("random", *STEPS)
 

@@ -48,19 +48,18 @@ WANTED: dict[str, tuple[EncoderOptions, int, str | None]] = {
 }
 
 
-def guide() -> list[Example]:
-    """The examples of ``TRAINING``, made once."""
-    file = POLICIES / "guide.npz"
+def guide(models: list[str] = TRAINING, file: Path = POLICIES / "guide.npz") -> list[Example]:
+    """The examples of some models, made once and kept in a file."""
     if not file.is_file():
         POLICIES.mkdir(exist_ok=True)
         arrays = {}
-        made = examples(TRAINING, jobs=os.cpu_count() or 1, score_samples=SCORE_SAMPLES)
-        for name, one in zip(TRAINING, made, strict=True):
+        made = examples(models, jobs=os.cpu_count() or 1, score_samples=SCORE_SAMPLES)
+        for name, one in zip(models, made, strict=True):
             arrays |= {f"{name}:{key}": value for key, value in one.observation.items()}
             arrays |= {f"{name}:preference": one.preference, f"{name}:value": one.value}
         np.savez_compressed(file, **arrays)
     with np.load(file) as arrays:
-        found: dict[str, dict[str, np.ndarray]] = {name: {} for name in TRAINING}
+        found: dict[str, dict[str, np.ndarray]] = {name: {} for name in models}
         for key in arrays.files:
             name, _, field = key.partition(":")
             found[name][field] = arrays[key]

@@ -6,7 +6,7 @@ from backdoor_gym.agents.encoder import EncoderOptions, GraphActorCritic
 from backdoor_gym.agents.finetuning import learn_alone
 from backdoor_gym.agents.graph_policy import as_tensors
 from backdoor_gym.agents.onp import ONP
-from backdoor_gym.agents.warm_start import Example, _padded, benefits, examples, warm_start
+from backdoor_gym.agents.warm_start import Example, benefits, examples, padded, warm_start
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.victim import Victim, VictimOptions
@@ -97,7 +97,7 @@ def test_the_warm_start_fits_the_value_too(planted):
     network = GraphActorCritic(EncoderOptions())
     found = examples([planted], accuracy_budget=None)
     warm_start(network, found * 8, epochs=40)
-    _, values = network.eval()(_padded(found)[0])
+    _, values = network.eval()(padded(found)[0])
     np.testing.assert_allclose(values.detach().squeeze(1), found[0].value, atol=0.15)
 
 
@@ -105,7 +105,7 @@ def test_a_batch_holds_what_its_examples_hold(infected, plain_infected):
     torch.manual_seed(0)
     network = GraphActorCritic(EncoderOptions()).eval()
     found = examples([infected, plain_infected], score_samples=50)
-    observation, preference = _padded(found)
+    observation, preference = padded(found)
     logits, _ = network(observation)
     assert preference.shape == logits.shape
     env = BackdoorPruneEnv([infected, plain_infected], score_samples=50)
