@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import GATv2Conv, global_max_pool, global_mean_pool
+from torch_geometric.nn import GATv2Conv, global_mean_pool
 
 from backdoor_gym.envs.observation import GLOBAL_FEATURES, NODE_FEATURES
 from backdoor_gym.errors import DataError, UnknownNameError
@@ -28,14 +28,15 @@ class EncoderOptions:
         hops: rounds of message passing.
         heads: attention heads.
         message_passing: False leaves out the edges: the same network on each neuron alone.
-        ignore: node or global features that it is not to see.
+        ignore: node or global features that it is not to see. The accuracy as such says which data set it is, not whether there
+            is a backdoor.
     """
 
     hidden: int = 32
     hops: int = 2
     heads: int = 2
     message_passing: bool = True
-    ignore: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ("accuracy",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ignore", tuple(self.ignore))
@@ -71,8 +72,8 @@ class GraphActorCritic(nn.Module):
         self.decide = _update(hidden)
         self.leave = nn.LayerNorm(hidden)
         self.neuron = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 1))
-        self.stop = nn.Sequential(nn.Linear(2 * hidden + figures, hidden), nn.SiLU(), nn.Linear(hidden, 1))
-        self.value = nn.Sequential(nn.Linear(2 * hidden + figures, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        self.stop = nn.Sequential(nn.Linear(hidden + figures, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        self.value = nn.Sequential(nn.Linear(hidden + figures, hidden), nn.SiLU(), nn.Linear(hidden, 1))
         for head in (self.neuron, self.stop):  # begin without a preference
             last = head[-1]
             assert isinstance(last, nn.Linear)
@@ -106,7 +107,8 @@ class GraphActorCritic(nn.Module):
         changing = torch.cat([nodes[real][:, _STATIC:], figures[row]], dim=1)
         h = static[first[row] + place] + self.join(changing)
         h = self.leave(h + self.decide(h))
-        pooled = torch.cat([global_mean_pool(h, row, batch), global_max_pool(h, row, batch), figures], dim=1)
+        # No maximum: it grows with the number of neurons, and larger networks would look infected.
+        pooled = torch.cat([global_mean_pool(h, row, batch), figures], dim=1)
         logits = torch.full((batch, most + 1), PADDING, device=device)
         logits[:, :most][real] = self._among_legal(self.neuron(h).squeeze(1), flags[real], row, batch)
         logits[:, most] = self.stop(pooled).squeeze(1)

@@ -42,7 +42,7 @@ class GraphPolicy(MaskableActorCriticPolicy):
         hops: int = EncoderOptions.hops,
         heads: int = EncoderOptions.heads,
         message_passing: bool = EncoderOptions.message_passing,
-        ignore: Sequence[str] = (),
+        ignore: Sequence[str] = EncoderOptions.ignore,
         **kwargs: Any,
     ) -> None:
         if not isinstance(observation_space, spaces.Dict) or not set(OBSERVED) <= set(observation_space.spaces):

@@ -52,7 +52,7 @@ WANTED = [
 def fit_one(shape: str, seen: str, seed: int) -> dict[str, Any]:
     """Fit one policy, and judge it."""
     options, kind = SHAPES[shape]
-    onp = ONP(encoder=replace(options, ignore=SEEN[seen]), seed=seed)
+    onp = ONP(encoder=replace(options, ignore=(*options.ignore, *SEEN[seen])), seed=seed)
     warm_start(onp.network, _edges_of(guide(), kind), seed=seed)
     onp.network.eval()
     losses, verdicts, infected = [], [], []

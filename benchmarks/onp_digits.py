@@ -1,11 +1,11 @@
 """ONP and its rivals on digits networks that nothing was chosen with, at fixed accuracy budgets.
 
     python benchmarks/train_policies.py  # says how its models are built
-    backdoor-gym zoo build 'digits-test/*' --most 160
+    backdoor-gym zoo build 'digits-test/*' --most 240
     python benchmarks/onp_digits.py --jobs 2
 
-The protocol is that of ``comparison.py``, with the whole test split, on ``digits-test/80`` to ``159``: what repairs of 0 to
-79 showed changed where a repair begins and ends. "attack left out" is a row of the policy, or ridge, that met no model of
+The protocol is that of ``comparison.py``, with the whole test split, on ``digits-test/160`` to ``239``: what repairs of 0 to
+159 showed changed where a repair begins and ends. "attack left out" is a row of the policy, or ridge, that met no model of
 the attack it is tested on. All policies run at two points, those of ``EVERY_BUDGET`` at one and five too. One line a repair
 in ``results/onp_digits.jsonl``; the tables go to ``results/onp_digits.md``, the curve to ``results/onp_digits.png``.
 """
@@ -37,7 +37,7 @@ import backdoor_gym
 
 BUDGETS = (0.02, 0.01, 0.05)
 EVERY_BUDGET = ("CLP u=3", "CLP auto", "rank by KL", "ridge", "ridge, look-ahead", "mlp-0")
-FIRST = 80
+FIRST = 160
 
 
 def main() -> None:

@@ -24,11 +24,8 @@ GLOBAL_FEATURES = (
     "failures_left",
     "suspected_danger",
     "suspected_drop",
-    "target_margin",
-    "target_rise",
     "shift",
     "inversion_error",
-    "inversion_size",
     "inversion_evidence",
 )
 _STATIC = len(STATIC_FEATURES)
@@ -139,12 +136,11 @@ class ObservationBuilder:
 def evidence(victim: Victim) -> tuple[float, ...]:
     """What tells an infected from a clean network as a whole; zeros where the BN statistics cannot tell.
 
-    Of the suspected target the margin / 10 and 2 + log10 of rise and of shift; of the inverted trigger the error, 5 times
-    the size, and the evidence. Scores within a layer cannot tell a clean network, since every layer has a largest one.
-    These keep their scale.
+    2 + log10 of the shift of BN means; of the inverted trigger the error and the evidence. Scores within a layer cannot
+    tell a clean network, since every layer has a largest one. These keep their scale. The rise and the margin of the
+    suspected target and the size of the trigger do not: they depend on depth, augmentation and image size.
     """
     suspected, inverted = victim.suspected, victim.inverted
     if suspected is None or inverted is None:
-        return (0.0,) * 6
-    rise, shift = (2 + math.log10(max(value, 1e-4)) for value in (suspected.rise, suspected.shift))
-    return suspected.margin / 10, rise, shift, inverted.error, 5 * inverted.size, inverted.evidence
+        return 0.0, 0.0, 0.0
+    return 2 + math.log10(max(suspected.shift, 1e-4)), inverted.error, inverted.evidence

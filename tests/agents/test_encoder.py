@@ -59,6 +59,18 @@ def test_padding_never_changes_the_output(network, observations):
     assert (whole[0, count:-1] == PADDING).all()
 
 
+def test_twice_the_neurons_look_no_more_infected(network, observations):
+    """Beside itself once more, unconnected: the odds of stopping and the value are those of one."""
+    one = trimmed(observations[0])
+    count = int(one["num_nodes"][0])
+    two = {**one, "nodes": np.concatenate([one["nodes"]] * 2), "edges": np.concatenate([one["edges"]] * 2)}
+    two["edge_links"] = np.concatenate([one["edge_links"], one["edge_links"] + count])
+    two |= {key: 2 * one[key] for key in ("num_nodes", "num_edges")}
+    (logits, value), (doubled, other) = network(as_tensors(one)), network(as_tensors(two))
+    torch.testing.assert_close(doubled[:, -1], logits[:, -1])
+    torch.testing.assert_close(other, value)
+
+
 def test_what_lies_in_the_padding_never_matters(network, observations):
     small = {key: value.copy() for key, value in observations[-1].items()}
     clean, _ = network(as_tensors(small))

@@ -95,6 +95,8 @@ def test_examples_that_are_made_already_are_not_made_again(files, tmp_path, monk
         **QUICK,
     )
     assert any("warm start" in line for line in said)
+    facts = ONP.load(tmp_path / "policy.safetensors").facts
+    assert facts["timesteps"] == facts["validation"]["timesteps"]
 
 
 class KilledError(Exception):
