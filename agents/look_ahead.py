@@ -14,6 +14,11 @@ _ACCURACY, _DROP, _BUDGET, _DANGER, _FALL = (
     for name in ("accuracy", "accuracy_drop", "accuracy_budget", "suspected_danger", "suspected_drop")
 )
 
+#: Suspected danger below which a repair may end because it levels off.
+LOW = 0.2
+#: Fall of the suspected danger in ``LookAhead.patience`` prunes below which it levels off.
+LEAST_FALL = 0.02
+
 
 @dataclass(frozen=True)
 class LookAhead:
@@ -27,17 +32,28 @@ class LookAhead:
         loss_weight: per unit of cross-entropy.
         danger_weight: per unit of suspected danger.
         done: suspected danger; a repair that has brought it below ends.
+        patience: prunes in which the suspected danger, once low, has to fall further (``LOW``, ``LEAST_FALL``), or the
+            repair ends; 0 for no such end.
     """
 
     candidates: int = 20
     loss_weight: float = 3.0
     danger_weight: float = 0.0
     done: float = 0.0
+    patience: int = 0
 
-    def is_done(self, observation: Mapping[str, np.ndarray]) -> bool:
-        """Whether the suspected danger fell below ``done``: where it never was above, it says nothing."""
+    def is_done(self, observation: Mapping[str, np.ndarray], env: Any, environment: int) -> bool:
+        """Whether the suspected danger fell below ``done``, or levels off: where it never was above, it says nothing.
+
+        Whether it levels off only the environment knows; it may be None.
+        """
         now, fall = observation["globals"][[_DANGER, _FALL]]
-        return bool(now < self.done <= now + fall)
+        if now < self.done <= now + fall:
+            return True
+        if not self.patience or env is None or not now < LOW <= now + fall:
+            return False
+        lately = ask(env, environment, "suspected_fall", self.patience)
+        return lately is not None and lately < LEAST_FALL
 
     def correct(
         self, logits: np.ndarray, observation: Mapping[str, np.ndarray], env: Any, environment: int

@@ -184,7 +184,9 @@ class ONP:
         stop = len(logits) - 1
         odds = np.logaddexp.reduce(logits[:-1].astype(np.float64)) - logits[-1]
         look = self.look_ahead
-        if odds < np.log(self.threshold / (1 - self.threshold)) or (look is not None and look.is_done(observation)):
+        if odds < np.log(self.threshold / (1 - self.threshold)) or (
+            look is not None and look.is_done(observation, self.env, environment)
+        ):
             return stop
         if look is not None and self.env is not None:
             logits = look.correct(logits, observation, self.env, environment)

@@ -37,7 +37,7 @@ LOOKS: tuple[LookAhead | None, ...] = (
     None,
     LookAhead(20, 3.0),
     LookAhead(20, 3.0, 10.0),
-    LookAhead(20, 3.0, 10.0, 0.12),
+    LookAhead(20, 3.0, 10.0, 0.12, 15),
 )
 
 Report = Callable[[str], None]

@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 ATTACKS = ("badnets", "blended", "sig", "wanet")
 STEPS = 7_680
 #: Chosen on ``digits-val`` with one policy.
-LOOK = LookAhead(20, 3.0, 10.0, 0.12)
+LOOK = LookAhead(20, 3.0, 10.0, 0.12, 15)
 TRAINING = [f"digits-train/{seed}" for seed in range(300)]
 VALIDATION = [f"digits-val/{seed}" for seed in range(30)]
 #: All that compares the running statistics of batch normalisation with those of clean images.

@@ -310,6 +310,12 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         """Suspected danger with these units pruned too, at a fraction of what ``evaluate_also`` costs."""
         return self.masked_victim.suspected_danger(self._with(units))
 
+    def suspected_fall(self, prunes: int) -> float | None:
+        """How far the suspected danger fell over the last so many prunes; None where there were not as many."""
+        if len(self._history) <= prunes:
+            return None
+        return self._history[-1 - prunes].suspected_danger - self._current.suspected_danger
+
     def render(self) -> Any:
         """An RGB array, a text, or None after showing a window, as ``render_mode`` says."""
         if self.render_mode is None:

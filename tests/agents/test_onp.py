@@ -239,6 +239,23 @@ def test_the_repair_ends_where_the_suspected_trigger_fails(infected):
     assert onp.predict(observation, deterministic=True)[0] < 112
 
 
+def test_the_repair_ends_where_the_suspected_danger_levels_off(infected, monkeypatch):
+    env = make(infected, accuracy_budget=None, max_steps=40)
+    observation, _ = env.reset(seed=0)
+    onp = ONP(env, seed=0, look_ahead=LookAhead(2, 0.0, patience=4))
+    onp.network.stop[-1].bias.data.fill_(-10.0)
+    dangers = [env.unwrapped.figures.suspected_danger]
+    monkeypatch.setattr("backdoor_gym.agents.look_ahead.LOW", 0.8 * dangers[0])
+    for unit in np.argsort(-env.unwrapped.victim.slopes(env.unwrapped.pruned).pull)[:30]:
+        level = len(dangers) > 4 and dangers[-1] < 0.8 * dangers[0] and dangers[-5] - dangers[-1] < 0.02
+        assert (onp.predict(observation, deterministic=True)[0] == 112) == level
+        if level:
+            break
+        observation, *_ = env.step(int(unit))
+        dangers.append(env.unwrapped.figures.suspected_danger)
+    assert level
+
+
 def test_where_nothing_is_suspected_the_suspected_danger_ends_no_repair(infected):
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 10)).eval()

@@ -334,3 +334,15 @@ def test_the_accuracy_on_test_images_is_that_of_the_pruned_network(infected):
         assert info["test_acc"] == pytest.approx((logits.argmax(1) == first.labels).double().mean().item())
     unscored = BackdoorPruneEnv(infected, score_samples=0)
     assert "test_acc" not in unscored.reset(seed=0)[1]
+
+
+def test_how_far_the_suspected_danger_fell_lately(infected):
+    env = BackdoorPruneEnv(infected, accuracy_budget=None, score_samples=0)
+    env.reset(seed=0)
+    dangers = [env.figures.suspected_danger]
+    for unit in (3, 40, 7):
+        env.step(unit)
+        dangers.append(env.figures.suspected_danger)
+    assert env.suspected_fall(3) == dangers[0] - dangers[3]
+    assert env.suspected_fall(1) == dangers[2] - dangers[3]
+    assert env.suspected_fall(4) is None
