@@ -2,24 +2,21 @@
 
 The budget holds on the defender's clean images and a prune that breaks it is undone, five of those end the repair, and so
 do 100 steps. ACC and ASR are those of test images. Rankings have no stop of their own and go on to one of those ends, or
-with a look-ahead, which is the same for all, until the suspected danger is low. The ridge regressions are kept in
+with a look-ahead, which is the same for all, until the suspected danger is low or levels off. The ridge regressions are kept in
 ``results/onp_ridge.json``. Killed and called again, a table goes on where it was: one line a repair.
 """
 
 import json
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 from rivals import Column, RidgePolicy, fit_ridge, greedy_reference
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
@@ -30,6 +27,7 @@ from backdoor_gym.agents import ONP
 from backdoor_gym.baselines import CLP, RandomPolicy
 from backdoor_gym.graph.features import STATIC_FEATURES
 from backdoor_gym.metrics import der
+from backdoor_gym.processes import one_core_each
 from backdoor_gym.pruning.applying import write_mask
 
 RESULTS = Path(__file__).parent / "results"
@@ -120,7 +118,6 @@ def makers(attack: str) -> dict[str, Callable[[Any, float], Any]]:
 
 def repair_all(job: Job) -> list[Row]:
     """One model, all the policies of a job at all their budgets."""
-    torch.set_num_threads(1)
     model = backdoor_gym.load_infected(job.model)
     if job.test_images is not None and model.test is not None:
         model = replace(model, test=model.test.first(job.test_images))
@@ -183,7 +180,7 @@ def run_all(jobs: Sequence[Job], file: Path, processes: int) -> list[Row]:
         }
         if any(missing.values()):
             left.append(replace(job, policies=missing))
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool, file.open("a") as records:
+    with one_core_each(processes) as pool, file.open("a") as records:
         for index, found in enumerate(pool.map(repair_all, left)):
             rows.extend(found)
             records.writelines(json.dumps(row) + "\n" for row in found)
@@ -282,6 +279,3 @@ def verdict_table(rows: Sequence[Row]) -> list[str]:
             sign = f"{policy}: {SIGNS[policy][0]}" if policy in SIGNS else policy
             text.append(f"| {sign} | {roc_auc_score(labels, [row['verdict'] for row in found.values()]):.3f} |")
     return text
-
-
-torch.set_num_threads(1)

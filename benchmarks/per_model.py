@@ -12,15 +12,12 @@ on: one line a repair in ``results/per_model.jsonl``; the table goes to ``result
 
 import argparse
 import json
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 
 import backdoor_gym
 from backdoor_gym.agents import ONP
@@ -29,6 +26,7 @@ from backdoor_gym.baselines import CLP, RandomPolicy
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.reward import Transition, accuracy_reward
 from backdoor_gym.metrics import der
+from backdoor_gym.processes import one_core_each
 from backdoor_gym.pruning.applying import write_mask
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,7 +81,6 @@ def make(policy: str, env: gym.Env[Any, Any], seed: int) -> Any:
 
 def repair_one(job: tuple[str, str, int]) -> dict[str, Any]:
     name, policy, seed = job
-    torch.set_num_threads(1)
     model = backdoor_gym.load_infected(name)
     env = gym.make(
         "backdoor_gym:BackdoorPrune-v0",
@@ -137,7 +134,7 @@ def main() -> None:
         for name in names
         if (policy in SEEDED or seed == 0) and (name, policy, seed) not in done
     ]
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool, ROWS.open("a") as file:
+    with one_core_each(arguments.jobs) as pool, ROWS.open("a") as file:
         for index, row in enumerate(pool.map(repair_one, jobs)):
             rows.append(row)
             file.write(json.dumps(row) + "\n")

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 
@@ -121,6 +120,3 @@ def greedy_reference(victim: Victim, accuracy_budget: float, candidates: int = 6
         if (rated := der(first_acc, now, acc, value)) > best_value:
             best, best_value = pruned.copy(), rated
     return best
-
-
-torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """Which infected model an episode gets."""
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,12 @@ from .victim import Victim, VictimOptions
 
 Infected = str | Path | InfectedModel | Sequence[str | Path | InfectedModel]
 
+Ready = OrderedDict[Hashable, Victim]
+
 #: Models that stay ready (without activations): to find the trigger of one takes longer than many prunes.
 READY = 384
 #: Those with a name or a file, for all environments of the process.
-_READY: OrderedDict[Hashable, Victim] = OrderedDict()
+_SHARED: Ready = OrderedDict()
 
 
 class InfectedGenerator:
@@ -38,7 +40,7 @@ class InfectedGenerator:
             self._entries.extend([entry] if isinstance(entry, InfectedModel) else resolve(str(entry)))
         if not self._entries:
             raise DataError("no infected model was given: infected=[] is empty")
-        self._own: dict[int, Victim] = {}
+        self._own: Ready = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -64,16 +66,19 @@ class InfectedGenerator:
     def get(self, entry: str | InfectedModel) -> Victim:
         """That model, made ready."""
         if isinstance(entry, InfectedModel):  # given as an object, it may be changed: no other environment shares it
-            if id(entry) not in self._own:
-                self._own[id(entry)] = Victim(entry, self.options)
-            return self._own[id(entry)]
+            return _remembered(self._own, id(entry), lambda: Victim(entry, self.options))
         key = (entry, _version(entry), self.data, self.options)
-        if key not in _READY:
-            _READY[key] = Victim(load_infected(entry, self.data), self.options)
-            if len(_READY) > READY:
-                _READY.popitem(last=False)
-        _READY.move_to_end(key)
-        return _READY[key]
+        return _remembered(_SHARED, key, lambda: Victim(load_infected(entry, self.data), self.options))
+
+
+def _remembered(ready: Ready, key: Hashable, make: Callable[[], Victim]) -> Victim:
+    """What was made ready under that key, made now if need be; what was used longest ago is forgotten."""
+    if key not in ready:
+        ready[key] = make()
+        if len(ready) > READY:
+            ready.popitem(last=False)
+    ready.move_to_end(key)
+    return ready[key]
 
 
 def _version(entry: str) -> tuple[int, int] | None:

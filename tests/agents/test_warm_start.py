@@ -136,7 +136,6 @@ def test_examples_are_reproducible(infected):
 
 def test_learning_alone_can_begin_with_what_the_environment_shows(infected):
     env = BackdoorPruneEnv(InfectedModel(infected.network, infected.clean), accuracy_budget=0.05, max_steps=20)
-    env.reset(seed=0)
     observation, _ = env.reset(seed=0)
     true = np.argsort(np.argsort(-benefits(Victim(infected, VictimOptions()))))
 
@@ -144,10 +143,12 @@ def test_learning_alone_can_begin_with_what_the_environment_shows(infected):
         """Mean rank by true benefit, of 112, of the eight that are liked best; that of the best eight is 3.5."""
         return true[np.argsort(-onp.logits(observation)[0, :-1])[:8]].mean()
 
-    cold = np.mean([rank(ONP(seed=seed)) for seed in range(10)])
-    warm = rank(learn_alone(ONP(seed=2, n_steps=16, batch_size=32), env, 64, warm=True))
+    worst = max(range(5), key=lambda seed: rank(ONP(seed=seed)))  # some policies are right by luck
+    cold, warm = (
+        rank(learn_alone(ONP(seed=worst, n_steps=16, batch_size=32), env, 64, warm=warm)) for warm in (False, True)
+    )
     assert warm < 12
-    assert cold > warm + 10
+    assert cold > warm + 5
 
 
 def test_without_the_trigger_a_repair_shows_enough(infected):

@@ -34,6 +34,15 @@ def test_models_given_as_objects_are_not_shared(infected):
     assert one.model is other.model
 
 
+def test_what_was_used_longest_ago_is_forgotten(infected, plain_infected, monkeypatch):
+    monkeypatch.setattr("backdoor_gym.envs.generator.READY", 1)
+    generator = InfectedGenerator([infected, plain_infected], VictimOptions())
+    first = generator.get(infected)
+    assert generator.get(infected) is first
+    generator.get(plain_infected)
+    assert generator.get(infected) is not first
+
+
 def test_nothing_to_draw_from():
     with pytest.raises(DataError, match="no infected model"):
         InfectedGenerator([], VictimOptions())
