@@ -34,6 +34,8 @@ class LookAhead:
         done: suspected danger; a repair that has brought it below ends.
         patience: prunes in which the suspected danger, once low, has to fall further (``LOW``, ``LEAST_FALL``), or the
             repair ends; 0 for no such end.
+        restore: what a pruned neuron has to be worth at the end, in units of the logits, not to be given back
+            (``restoring.restore``); 0 to give none back.
     """
 
     candidates: int = 20
@@ -41,6 +43,7 @@ class LookAhead:
     danger_weight: float = 0.0
     done: float = 0.0
     patience: int = 0
+    restore: float = 0.0
 
     def is_done(self, observation: Mapping[str, np.ndarray], env: Any, environment: int) -> bool:
         """Whether the suspected danger fell below ``done``, or levels off: where it never was above, it says nothing.

@@ -16,12 +16,14 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback
 
 from backdoor_gym.envs.observation import NODE_FEATURES
+from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.errors import DataError, ModelFileError
 from backdoor_gym.zoo.files import read_tensors, write_tensors
 
 from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
 from .graph_policy import GraphPolicy, as_tensors
 from .look_ahead import LookAhead
+from .restoring import restore
 from .rollout_buffer import GraphRolloutBuffer
 
 PRETRAINED = "pretrained"
@@ -192,6 +194,12 @@ class ONP:
             logits = look.correct(logits, observation, self.env, environment)
         best = int(logits[:-1].argmax())
         return stop if np.isneginf(logits[best]) else best
+
+    def finish(self, env: BackdoorPruneEnv) -> float:
+        """After an episode: give back what need not have been pruned, if the look-ahead says so. The reward of it."""
+        if self.look_ahead is None or not self.look_ahead.restore:
+            return 0.0
+        return restore(env, self.look_ahead)
 
     def verdict(self, observation: Mapping[str, np.ndarray]) -> float:
         """Probability that a network has a backdoor: that the policy would not stop at once, seen before any prune.

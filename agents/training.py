@@ -37,6 +37,7 @@ LOOKS: tuple[LookAhead | None, ...] = (
     LookAhead(20, 3.0),
     LookAhead(20, 3.0, 10.0),
     LookAhead(20, 3.0, 10.0, 0.12, 15),
+    LookAhead(20, 3.0, 10.0, 0.09, 15, 0.02),
 )
 
 Report = Callable[[str], None]

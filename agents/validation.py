@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
+from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.metrics import der
 
 from .look_ahead import LookAhead
@@ -42,6 +43,11 @@ def run(policy: Any, env: gym.Env[Any, Any], infected: Sequence[Any]) -> list[Ou
             start = np.zeros(1, dtype=bool)
             observation, reward, terminated, truncated, after = env.step(int(action))
             total, done = total + float(reward), terminated or truncated
+        if isinstance(policy, ONP):
+            alone = env.unwrapped
+            assert isinstance(alone, BackdoorPruneEnv)
+            total += policy.finish(alone)
+            after = alone.info()
         acc = "test_acc" if "test_acc" in after else "acc"
         asr = after.get("asr")
         rating = None if asr is None else der(before[acc], before["asr"], after[acc], asr)

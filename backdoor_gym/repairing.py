@@ -32,7 +32,7 @@ class RepairResult:
 
     Attributes:
         network: the repaired network: the class of the original, zeros written where neurons were pruned.
-        pruned: names of the pruned neurons, in the order in which they went.
+        pruned: names of the neurons that stayed pruned, in the order in which they went.
         before: ACC, ASR and RA on test images before; None where test images or trigger are not known.
         after: the same afterwards.
         clean_acc_before: accuracy on the defender's clean images before.
@@ -140,7 +140,8 @@ def repair(
     Args:
         infected: a model, a name, or a file.
         policy: "onp" (the policy that comes with the package), the file of a policy that ``ONP.save`` wrote, "clp",
-            "random", or any object with ``predict``.
+            "random", or any object with ``predict``; its ``finish(env)``, if it has one, is called when the episode is
+            over and may give prunes back (``BackdoorPruneEnv.give_back``).
         accuracy_budget: clean accuracy that may be lost (a prune beyond it is undone), or None for no guard; by default
             0.01 for "onp", None for "clp" (the published rule) and 0.02 for others.
         max_steps: most steps of the policy, None for as many as there are neurons.
@@ -189,9 +190,13 @@ def repair(
         observation, _, terminated, truncated, info = env.step(int(np.asarray(action).item()))
         pruned.extend(info["neuron"].split("+") if info["neuron"] else [])
         first, done = np.array([False]), terminated or truncated
+    finish = getattr(acting, "finish", None)
+    if finish is not None:
+        finish(env)
     seconds = time.perf_counter() - start
     victim = env.victim
     mask = victim.neuron_mask(env.pruned)
+    gone = {victim.neurons.names[index] for index in np.flatnonzero(~mask)}
     network = write_mask(model.network, victim.neurons, mask)
     before = model.evaluate(copy.deepcopy(model.network).to(device))
     after = model.evaluate(network.to(device))
@@ -203,11 +208,11 @@ def repair(
         rating = der(before.acc, before.asr, after.acc, after.asr)
     return RepairResult(
         network,
-        pruned,
+        [neuron for neuron in pruned if neuron in gone],
         before,
         after,
         clean_before,
-        info["acc"],
+        env.figures.acc,
         rating,
         seconds,
         name,

@@ -111,7 +111,7 @@ def makers(attack: str) -> dict[str, Callable[[Any, float], Any]]:
                 continue
             name = "mlp-0, attack left out"
         found[name] = lambda env, budget, file=file: ONP.load(file, env)
-        if ONP.load(file).look_ahead is not None:
+        if name in ("mlp-0", "gnn-0"):
             found[f"{name}, no look-ahead"] = lambda env, budget, file=file: ONP.load(file, env, look_ahead=None)
     return found
 
@@ -144,6 +144,8 @@ def repair_all(job: Job) -> list[Row]:
                 action, state = acting.predict(observation, state, start, deterministic=True)
                 observation, _, terminated, truncated, _ = env.step(int(action))
                 done, start = terminated or truncated, np.zeros(1, dtype=bool)
+            if isinstance(acting, ONP):
+                acting.finish(env.unwrapped)
             mask = victim.neuron_mask(env.unwrapped.pruned)
         after = model.evaluate(write_mask(model.network, victim.neurons, mask))
         row = {

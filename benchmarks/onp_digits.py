@@ -1,13 +1,14 @@
 """ONP and its rivals on digits networks that nothing was chosen with, at fixed accuracy budgets.
 
     python benchmarks/train_policies.py  # says how its models are built
-    backdoor-gym zoo build 'digits-test/*' --most 240
+    backdoor-gym zoo build 'digits-test/*' --most 320
     python benchmarks/onp_digits.py --jobs 2
 
-The protocol is that of ``comparison.py``, with the whole test split, on ``digits-test/160`` to ``239``: what repairs of 0 to
-159 showed changed where a repair begins and ends. "attack left out" is a row of the policy, or ridge, that met no model of
-the attack it is tested on. All policies run at two points, those of ``EVERY_BUDGET`` at one and five too. One line a repair
-in ``results/onp_digits.jsonl``; the tables go to ``results/onp_digits.md``, the curve to ``results/onp_digits.png``.
+The protocol is that of ``comparison.py``, with the whole test split, on ``digits-test/160`` to ``223`` and the clean ones among
+those that follow, until there are 29: what repairs of 0 to 159 showed changed where a repair begins and ends. "attack left
+out" is a row of the policy, or ridge, that met no model of the attack it is tested on. All policies run at two points, those
+of ``EVERY_BUDGET`` at one and five too. One line a repair in ``results/onp_digits.jsonl``; the tables go to
+``results/onp_digits.md``, the curve to ``results/onp_digits.png``.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from comparison import (
 )
 from matplotlib import pyplot as plt
 
-import backdoor_gym
+from backdoor_gym.zoo.family import recipe
 
 BUDGETS = (0.02, 0.01, 0.05)
 EVERY_BUDGET = ("CLP u=3", "CLP auto", "rank by KL", "ridge", "ridge, look-ahead", "mlp-0")
@@ -42,14 +43,21 @@ FIRST = 160
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=int, default=80)
+    parser.add_argument("--models", type=int, default=64)
+    parser.add_argument("--clean", type=int, default=29, help="clean models at least")
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
     parser.add_argument("--reference", type=int, default=15, help="infected models of the greedy reference")
     parser.add_argument("--only", nargs="*", help="policies to run, default all")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    names = [f"digits-test/{seed}" for seed in range(FIRST, FIRST + arguments.models)]
-    attack_of = {name: backdoor_gym.load_infected(name).facts["attack"] for name in names}
+    attack_of: dict[str, str] = {}
+    for seed in range(FIRST, FIRST + 10 * arguments.models):
+        attack = recipe("digits-test", seed).attack
+        if seed < FIRST + arguments.models or attack == "clean":
+            attack_of[f"digits-test/{seed}"] = attack
+        if seed >= FIRST + arguments.models - 1 and list(attack_of.values()).count("clean") >= arguments.clean:
+            break
+    names = list(attack_of)
     infected = [name for name in names if attack_of[name] != "clean"]
     jobs = []
     for name in names:

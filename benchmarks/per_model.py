@@ -100,6 +100,8 @@ def repair_one(job: tuple[str, str, int]) -> dict[str, Any]:
         observation, reward, terminated, truncated, _ = env.step(int(action))
         done, start, total = terminated or truncated, np.zeros(1, dtype=bool), total + float(reward)
     alone = env.unwrapped
+    if isinstance(acting, ONP):
+        total += acting.finish(alone)
     before = model.evaluate()
     mask = alone.victim.neuron_mask(alone.pruned)
     after = model.evaluate(write_mask(model.network, alone.victim.neurons, mask))

@@ -26,9 +26,9 @@ from backdoor_gym.agents.warm_start import Example, examples
 POLICIES = Path(__file__).parent / "policies"
 RESULTS = Path(__file__).parent / "results"
 ATTACKS = ("badnets", "blended", "sig", "wanet")
-STEPS = 7_680
+STEPS = 3_072
 #: Chosen on ``digits-val`` with one policy.
-LOOK = LookAhead(20, 3.0, 10.0, 0.12, 15)
+LOOK = LookAhead(20, 3.0, 10.0, 0.09, 15, 0.02)
 TRAINING = [f"digits-train/{seed}" for seed in range(300)]
 VALIDATION = [f"digits-val/{seed}" for seed in range(30)]
 #: All that compares the running statistics of batch normalisation with those of clean images.

@@ -232,7 +232,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         reward = 0.0 if stop else -self.step_cost
         if not stop and unit < len(victim) and not (self._pruned[unit] or self._tried[unit]):
             figures = self.masked_victim.figures(self._with([unit]))
-            if self._breaks_budget(figures):
+            if self.breaks_budget(figures):
                 undone = True
                 self._tried[unit] = True
                 self._failures += 1
@@ -316,6 +316,31 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             return None
         return self._history[-1 - prunes].suspected_danger - self._current.suspected_danger
 
+    def breaks_budget(self, figures: Figures) -> bool:
+        """Whether a network with these figures has lost more clean accuracy than may be lost."""
+        if self.accuracy_budget is None:
+            return False
+        return self._initial.acc - figures.acc > self.accuracy_budget + TOLERANCE
+
+    def give_back(self, unit: int) -> float:
+        """Undo the prune of one unit, when the episode is over; it is no action. What its prune earns now, with the sign turned.
+
+        Raises:
+            DataError: that unit is not pruned.
+        """
+        if not 0 <= unit < len(self.victim) or not self._pruned[unit]:
+            raise DataError(f"unit {unit} of {self.victim.name} cannot be given back: it is not pruned")
+        pruned = self._current
+        self._pruned[unit] = False
+        self._current = self.masked_victim.figures(self._pruned)
+        self.masked_victim.keep()
+        self._history.append(self._current)
+        return -float(self._reward(Transition(self.victim, unit, self._current, pruned)))
+
+    def info(self) -> dict[str, Any]:
+        """The info of the network as it is now."""
+        return self._info(None, False)
+
     def render(self) -> Any:
         """An RGB array, a text, or None after showing a window, as ``render_mode`` says."""
         if self.render_mode is None:
@@ -335,11 +360,6 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         pruned = self._pruned.copy()
         pruned[units] = True
         return pruned
-
-    def _breaks_budget(self, figures: Figures) -> bool:
-        if self.accuracy_budget is None:
-            return False
-        return self._initial.acc - figures.acc > self.accuracy_budget + TOLERANCE
 
     def _slopes_now(self) -> Slopes:
         count = int(self._pruned.sum())

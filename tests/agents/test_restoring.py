@@ -1,0 +1,92 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import backdoor_gym
+from backdoor_gym import repair
+from backdoor_gym.agents import ONP, LookAhead
+from backdoor_gym.agents.restoring import restore
+from backdoor_gym.agents.validation import run
+from backdoor_gym.envs.prune import BackdoorPruneEnv
+
+from .conftest import PLANTED
+
+gym.register_envs(backdoor_gym)
+LOOK = LookAhead(8, 3.0, 10.0, restore=0.02)
+
+
+@pytest.fixture
+def env(planted):
+    return BackdoorPruneEnv(planted, accuracy_budget=None, score_samples=100)
+
+
+def test_what_carries_the_backdoor_stays_pruned_and_the_rest_comes_back(env, planted):
+    env.reset(seed=0)
+    rewards = [env.step(unit)[1] + env.step_cost for unit in (0, PLANTED, 6)]
+    earned = restore(env, LOOK)
+    assert np.flatnonzero(env.pruned).tolist() == [PLANTED]
+    assert env.figures.asr == 0
+    whole = env.figures
+    env.reset(seed=0)
+    env.step(PLANTED)
+    assert env.figures == whole
+    before = env.masked_victim.figures(np.zeros(8, dtype=bool))
+    # all in all, what the prunes earned together with what giving them back did is what the one earns
+    dangers = before.suspected_danger - whole.suspected_danger
+    assert sum(rewards) + earned == pytest.approx(dangers - 2 * (before.acc - whole.acc), abs=1e-6)
+
+
+def test_a_neuron_that_costs_nothing_stays_where_it_has_no_price(env):
+    env.reset(seed=0)
+    env.step(PLANTED)
+    env.step(6)
+    kept = LookAhead(8, 0.0, 10.0, restore=1e-12)
+    restore(env, LookAhead(8, 0.0, 10.0, restore=-1.0))
+    assert np.flatnonzero(env.pruned).tolist() == [PLANTED, 6]
+    restore(env, kept)
+    assert np.flatnonzero(env.pruned).tolist() == [PLANTED]
+
+
+def test_the_budget_holds_while_neurons_come_back(infected):
+    env = BackdoorPruneEnv(infected, accuracy_budget=0.02, score_samples=0, max_steps=60)
+    _, before = env.reset(seed=0)
+    for unit in np.argsort(-env.victim.first_slopes.pull)[:40]:
+        env.step(int(unit))
+    many = env.pruned.sum()
+    restore(env, LookAhead(20, 0.0, 10.0, restore=1.0))
+    assert env.pruned.sum() < many
+    assert before["acc"] - env.info()["acc"] <= 0.02 + 1e-9
+
+
+def test_repairs_and_validation_end_with_it(infected, tmp_path):
+    env = gym.make("BackdoorPrune-v0", infected=infected, max_steps=40, score_samples=64, accuracy_budget=0.05)
+    onp = ONP.load("pretrained", env)
+    onp.look_ahead = LookAhead(20, 3.0, 10.0, 0.09, 15)
+    all_of_them = run(onp, env, [infected])[0]
+    onp.look_ahead = LookAhead(20, 3.0, 10.0, 0.09, 15, 0.02)
+    rest = run(onp, env, [infected])[0]
+    assert 0 < rest.pruned < all_of_them.pruned
+    file = onp.save(tmp_path / "policy.safetensors")
+    result = repair(infected, str(file), accuracy_budget=0.05, max_steps=40)
+    assert len(result.pruned) == rest.pruned == (~result.mask).sum()
+    assert result.clean_acc_after == pytest.approx(
+        (result.network(infected.clean.images).argmax(1) == infected.clean.labels).float().mean().item()
+    )
+
+
+def test_without_a_price_nothing_comes_back(env):
+    onp = ONP(seed=0, look_ahead=LookAhead(2))
+    env.reset(seed=0)
+    env.step(6)
+    assert onp.finish(env) == 0
+    assert env.pruned.sum() == 1
+    onp.look_ahead = None
+    assert onp.finish(env) == 0
+
+
+def test_only_what_is_pruned_can_be_given_back(env):
+    env.reset(seed=0)
+    env.step(PLANTED)
+    for unit in (3, -3, 8):
+        with pytest.raises(backdoor_gym.errors.DataError, match="not pruned"):
+            env.give_back(unit)
