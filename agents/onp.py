@@ -26,6 +26,7 @@ from .look_ahead import LookAhead
 from .restoring import restore
 from .rollout_buffer import GraphRolloutBuffer
 
+_PRUNED = NODE_FEATURES.index("pruned")
 PRETRAINED = "pretrained"
 FORMAT = "onp-policy"
 CHECKPOINT = "onp-checkpoint"
@@ -50,8 +51,8 @@ class ONP:
         env: a ``BackdoorPrune-v0`` environment, or a Stable-Baselines3 vector environment of them; None for a policy
             that only acts on observations.
         look_ahead: whether and how ``predict`` looks ahead; it needs the environment. None for no look-ahead.
-        threshold: probability of going on, with any neuron, below which ``predict`` stops where actions are deterministic;
-            before the first prune that probability is the verdict.
+        threshold: probability of going on, with any neuron, below which ``predict`` stops where actions are deterministic.
+        verdict_threshold: the same before the first prune, where that probability is the verdict; None for the same.
         encoder: shape of the network.
         seed: of initialisation, sampling and training.
         device: where the policy is computed.
@@ -68,16 +69,19 @@ class ONP:
         *,
         look_ahead: LookAhead | None = None,
         threshold: float = 0.5,
+        verdict_threshold: float | None = None,
         encoder: EncoderOptions | None = None,
         seed: int | None = None,
         device: str = "cpu",
         tensorboard_log: str | Path | None = None,
         **ppo: Any,
     ) -> None:
-        if not 0 < threshold < 1:
-            raise DataError(f"threshold must lie between 0 and 1, it is {threshold}")
+        verdict_threshold = threshold if verdict_threshold is None else verdict_threshold
+        for name, value in (("threshold", threshold), ("verdict_threshold", verdict_threshold)):
+            if not 0 < value < 1:
+                raise DataError(f"{name} must lie between 0 and 1, it is {value}")
         self.look_ahead = look_ahead
-        self.threshold = threshold
+        self.threshold, self.verdict_threshold = threshold, verdict_threshold
         self.options = encoder or EncoderOptions()
         self.device = torch.device(device)
         self.facts: dict[str, Any] = {}
@@ -186,7 +190,9 @@ class ONP:
         stop = len(logits) - 1
         odds = np.logaddexp.reduce(logits[:-1].astype(np.float64)) - logits[-1]
         look = self.look_ahead
-        if odds < np.log(self.threshold / (1 - self.threshold)) or (
+        begun = bool(observation["nodes"][:, _PRUNED].any())
+        threshold = self.threshold if begun else self.verdict_threshold
+        if odds < np.log(threshold / (1 - threshold)) or (
             look is not None and look.is_done(observation, self.env, environment)
         ):
             return stop
@@ -207,7 +213,7 @@ class ONP:
         Raises:
             DataError: something is pruned already.
         """
-        if observation["nodes"][..., NODE_FEATURES.index("pruned")].any():
+        if observation["nodes"][..., _PRUNED].any():
             raise DataError("the verdict is on the network as it came: ask before the first prune")
         row = self.logits(observation)[0].astype(np.float64)
         legal = row[np.flatnonzero(observation["action_mask"])]
@@ -236,7 +242,7 @@ class ONP:
         Args:
             path: a file, or "pretrained".
             env: the environment to act or learn in.
-            options: other arguments of ``ONP``; ``look_ahead`` and ``threshold`` are the saved ones where they are not given.
+            options: other arguments of ``ONP``; ``look_ahead`` and the thresholds are the saved ones where they are not given.
 
         Raises:
             ModelFileError: not a readable file of a policy, or one for other features.
@@ -249,7 +255,9 @@ class ONP:
         encoder = _encoder_of(path, metadata, FORMAT)
         saved = metadata.get("look_ahead")
         options.setdefault("look_ahead", None if saved is None else LookAhead(**saved))
-        options.setdefault("threshold", metadata.get("threshold", 0.5))
+        if "threshold" not in options:
+            options["threshold"] = metadata.get("threshold", 0.5)
+            options.setdefault("verdict_threshold", metadata.get("verdict_threshold"))
         onp = cls(env, encoder=encoder, **options)
         _fill(onp.network, tensors, path)
         onp.facts = dict(metadata.get("facts", {}))
@@ -279,6 +287,7 @@ class ONP:
             "encoder": encoder_facts(self.options),
             "look_ahead": None if self.look_ahead is None else asdict(self.look_ahead),
             "threshold": self.threshold,
+            "verdict_threshold": self.verdict_threshold,
             "facts": self.facts,
         }
 

@@ -12,7 +12,7 @@ from .encoder import EncoderOptions
 from .look_ahead import LookAhead
 from .onp import ONP
 from .school import ENVIRONMENT, MAX_STEPS, school
-from .validation import Validation, choose_look_ahead
+from .validation import Validation, choose_look_ahead, choose_threshold
 from .verdict_replay import VerdictReplay
 from .warm_start import GAMMA, Example, examples, warm_start
 
@@ -25,9 +25,11 @@ PPO_AFTER_WARM_START: dict[str, Any] = {
     "ent_coef": 0.0,
     "gamma": GAMMA,
 }
-#: Probability of going on below which a repair ends, or does not begin; from 0.02 to this one ``digits-val`` decides alike.
-#: It is low, as a missed backdoor costs 0.45 of the DER and a needless repair three points of accuracy, 0.015.
+#: Probability of going on below which a repair ends.
 THRESHOLD = 0.1
+#: Those of the verdict, below which it does not begin, to choose from; the first is that of training. They are low, as a missed
+#: backdoor costs 0.45 of the DER and a needless repair three points of accuracy, 0.015.
+VERDICT_THRESHOLDS = (0.1, 0.2, 0.3, 0.4)
 #: Triggered images in training; danger is a mean over them.
 SCORE_SAMPLES = 64
 #: Rollouts between two validations.
@@ -56,6 +58,7 @@ def train(
     encoder: EncoderOptions | None = None,
     guide: Sequence[Example] | None = None,
     looks: Sequence[LookAhead | None] = LOOKS,
+    calibration: Sequence[str] = (),
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
     report: Report | None = None,
@@ -77,6 +80,8 @@ def train(
         encoder: shape of the network.
         guide: examples of the models for the warm start, where they are made already.
         looks: look-aheads to choose from, the largest mean return on ``validation`` deciding; none for a policy without.
+        calibration: names and patterns of models that the threshold of the verdict is chosen on, by their verdicts alone,
+            which is quick; none for ``THRESHOLD``.
         tensorboard_log: folder for TensorBoard.
         progress_bar: whether to draw one.
         report: called with a line of text whenever there is something to say.
@@ -109,26 +114,29 @@ def train(
     )
     vector.close()
     onp = ONP.load(out)
+    measured = [name for pattern in calibration for name in resolve(pattern)]
+    env = gym.make(
+        f"backdoor_gym:{ENVIRONMENT}",
+        infected=[*judges, *measured],
+        reward="oracle",
+        score_samples=SCORE_SAMPLES,
+        max_steps=MAX_STEPS,
+        disable_env_checker=True,
+    )
+    onp.set_env(env)
+    if measured:
+        for choice, (missed, needless) in choose_threshold(onp, env, measured, VERDICT_THRESHOLDS).items():
+            say(f"verdict below {choice}: {missed} backdoors missed, {needless} clean models repaired")
     if len(looks) == 1:
         onp.look_ahead = looks[0]
     elif looks:
-        env = gym.make(
-            f"backdoor_gym:{ENVIRONMENT}",
-            infected=judges,
-            reward="oracle",
-            score_samples=SCORE_SAMPLES,
-            max_steps=MAX_STEPS,
-            disable_env_checker=True,
-        )
-        onp.set_env(env)
-        ratings = choose_look_ahead(onp, env, judges, looks)
-        for look, rating in ratings.items():
+        for look, rating in choose_look_ahead(onp, env, judges, looks).items():
             say(f"{look or 'no look-ahead'}: return {rating:.3f}")
     onp.facts |= {
         "seed": seed,
         "models": len(names),
         "learned_on": list(infected),
-        "chosen_on": list(validation),
+        "chosen_on": [*validation, *calibration],
         "timesteps": int(onp.facts["validation"]["timesteps"]),  # of the best policy, not of the last
     }
     onp.save(out)

@@ -165,3 +165,29 @@ def choose_look_ahead(
         ratings[choice] = summary(run(onp, env, infected))["return"]
     onp.look_ahead = max(ratings, key=ratings.__getitem__)
     return ratings
+
+
+def choose_threshold(
+    onp: ONP, env: gym.Env[Any, Any], infected: Sequence[str], choices: Sequence[float]
+) -> dict[float, tuple[int, int]]:
+    """Give a policy the largest threshold of the verdict of those that miss the fewest of these models' backdoors.
+
+    A missed backdoor costs far more than a needless repair of a clean network.
+
+    Returns:
+        Of each choice how many infected models have a verdict below it, and how many clean ones have not.
+    """
+    verdicts, backdoors = [], []
+    for name in infected:
+        observation, info = env.reset(seed=0, options={"infected": name})
+        verdicts.append(onp.verdict(observation))
+        backdoors.append("asr" in info)
+    wrong = {
+        choice: (
+            sum(verdict < choice for verdict, there in zip(verdicts, backdoors, strict=True) if there),
+            sum(verdict >= choice for verdict, there in zip(verdicts, backdoors, strict=True) if not there),
+        )
+        for choice in choices
+    }
+    onp.verdict_threshold = max(choices, key=lambda choice: (-wrong[choice][0], choice))
+    return wrong

@@ -127,6 +127,10 @@ def train(
     message_passing: Annotated[
         bool, typer.Option(help="Let the policy see the connections, or each neuron alone.")
     ] = True,
+    calibration_models: Annotated[
+        int,
+        typer.Option(min=0, help="Models of those patterns that the threshold of the verdict is chosen on; 0: 0.1."),
+    ] = 120,
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
     out: Annotated[Path, typer.Option(help="File of the policy.")] = Path("policies/onp.safetensors"),
     force: Annotated[bool, typer.Option("--force", help="Replace the file where a training has ended in it.")] = False,
@@ -141,7 +145,8 @@ def train(
         raise DataError(f"{out} exists already; choose another --out, or --force to replace it")
     _check_writable(out.parent)
     names = [name for pattern in infected or ["digits-train/*"] for name in resolve(pattern)[:most]]
-    judges = [name for pattern in validate or ["digits-val/*"] for name in resolve(pattern)[:validation_models]]
+    known = [resolve(pattern) for pattern in validate or ["digits-val/*"]]
+    judges = [name for pattern in known for name in pattern[:validation_models]]
     train_policy(
         names,
         judges,
@@ -152,6 +157,7 @@ def train(
         jobs=jobs or os.cpu_count() or 1,
         epochs=warm_epochs,
         encoder=EncoderOptions(message_passing=message_passing),
+        calibration=[name for pattern in known for name in pattern[:calibration_models]],
         tensorboard_log=tensorboard,
         progress_bar=errors.is_terminal,
         report=lambda line: errors.print(line, highlight=False, markup=False),

@@ -63,10 +63,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _refuse_pickle(path: Path) -> None:
-    """A pickle can run any program when it is read, whatever its name is."""
+    """A pickle can run any program when it is read, whatever its name is.
+
+    safetensors begin with the length of their header, eight bytes that may look like the first ones of a pickle, and then the
+    brace that opens it.
+    """
     with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
+        start = file.read(9)
+    looks_pickled = start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")
+    if looks_pickled and start[8:] != b"{":
         raise ModelFileError(
             f"{path} is a pickle (a torch.save file), whatever its name says; reading it could execute code, so it is "
             "not opened: get it as safetensors, or read it where it can do no harm and use InfectedModel.from_module"

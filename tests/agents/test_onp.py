@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 import backdoor_gym
 from backdoor_gym.agents import ONP, EncoderOptions, GraphPolicy, GraphRolloutBuffer, LookAhead
+from backdoor_gym.agents.validation import choose_threshold
 from backdoor_gym.errors import DataError, ModelFileError
 from backdoor_gym.infected import InfectedModel
 
@@ -290,13 +291,30 @@ def test_a_repair_stops_below_the_threshold(infected, tmp_path):
     verdict = onp.verdict(observation)
     assert 0.01 < verdict < 0.5
     for threshold, begins in ((0.5, False), (verdict + 0.01, False), (verdict - 0.01, True)):
-        onp.threshold = threshold
+        onp.verdict_threshold = threshold
         assert (onp.predict(observation, deterministic=True)[0] < 112) == begins
-    assert ONP.load(onp.save(tmp_path / "onp.safetensors")).threshold == onp.threshold
+    again = ONP.load(onp.save(tmp_path / "onp.safetensors"))
+    assert (again.threshold, again.verdict_threshold) == (onp.threshold, onp.verdict_threshold)
+    both = ONP.load(tmp_path / "onp.safetensors", threshold=0.2)
+    assert (both.threshold, both.verdict_threshold) == (0.2, 0.2)
     observation, *_ = env.step(0)
     for threshold, stops in ((0.5, True), (1e-4, False)):
         onp.threshold = threshold
         assert (onp.predict(observation, deterministic=True)[0] == 112) == stops
+
+
+def test_the_threshold_of_the_verdict_misses_as_few_backdoors_as_it_can(infected):
+    models = [infected, "digits-clean"]
+    env = gym.make("BackdoorPrune-v0", infected=models, score_samples=8, reward="oracle")
+    onp = ONP(seed=0)
+    onp.network.stop[-1].bias.data.fill_(3.0)
+    verdicts = [onp.verdict(env.reset(seed=0, options={"infected": model})[0]) for model in models]
+    low, between, high = min(verdicts) / 2, sum(verdicts) / 2, (1 + max(verdicts)) / 2
+    wrong = choose_threshold(onp, env, models, [low, between, high])
+    assert wrong[low] == (0, 1)
+    assert wrong[high] == (1, 0)
+    assert wrong[between] == ((0, 0) if verdicts[0] > verdicts[1] else (1, 1))
+    assert onp.verdict_threshold == (between if verdicts[0] > verdicts[1] else low)
 
 
 def test_a_threshold_is_a_probability():

@@ -6,7 +6,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from backdoor_gym.agents import ONP, LookAhead
 from backdoor_gym.agents.school import BUDGETS, MAX_STEPS, school
-from backdoor_gym.agents.training import checkpoint_of, train
+from backdoor_gym.agents.training import THRESHOLD, VERDICT_THRESHOLDS, checkpoint_of, train
 from backdoor_gym.agents.validation import Validation, choose_look_ahead, run, summary
 from backdoor_gym.agents.warm_start import examples
 from backdoor_gym.baselines import CLP
@@ -91,11 +91,17 @@ def test_examples_that_are_made_already_are_not_made_again(files, tmp_path, monk
         envs=2,
         guide=guide,
         looks=(),
+        calibration=[files[1], "digits-clean"],
         report=said.append,
         **QUICK,
     )
     assert any("warm start" in line for line in said)
-    facts = ONP.load(tmp_path / "policy.safetensors").facts
+    assert sum("backdoors missed" in line for line in said) == len(VERDICT_THRESHOLDS)
+    learned = ONP.load(tmp_path / "policy.safetensors")
+    assert learned.threshold == THRESHOLD
+    assert learned.verdict_threshold in VERDICT_THRESHOLDS
+    facts = learned.facts
+    assert facts["chosen_on"] == [files[0], files[1], "digits-clean"]
     assert facts["timesteps"] == facts["validation"]["timesteps"]
 
 
