@@ -26,7 +26,7 @@ from .look_ahead import LookAhead
 from .restoring import restore
 from .rollout_buffer import GraphRolloutBuffer
 
-_PRUNED = NODE_FEATURES.index("pruned")
+_PRUNED, _TRIED = (NODE_FEATURES.index(name) for name in ("pruned", "tried"))
 PRETRAINED = "pretrained"
 FORMAT = "onp-policy"
 CHECKPOINT = "onp-checkpoint"
@@ -166,7 +166,7 @@ class ONP:
         """Actions for one observation, int64 (), or for a batch, int64 (n,), and the state as it was given.
 
         Observations may be of another size than those learned from. Where actions are deterministic a look-ahead asks the
-        environment that the observations come from, see ``set_env``.
+        environment that the observations come from, see ``set_env``, and when the episode is over ``finish`` belongs to it.
         """
         single = np.ndim(observation["nodes"]) == 2
         logits = self.logits(observation)
@@ -190,7 +190,7 @@ class ONP:
         stop = len(logits) - 1
         odds = np.logaddexp.reduce(logits[:-1].astype(np.float64)) - logits[-1]
         look = self.look_ahead
-        begun = bool(observation["nodes"][:, _PRUNED].any())
+        begun = bool(observation["nodes"][:, [_PRUNED, _TRIED]].any())
         threshold = self.threshold if begun else self.verdict_threshold
         if odds < np.log(threshold / (1 - threshold)) or (
             look is not None and look.is_done(observation, self.env, environment)
@@ -242,7 +242,8 @@ class ONP:
         Args:
             path: a file, or "pretrained".
             env: the environment to act or learn in.
-            options: other arguments of ``ONP``; ``look_ahead`` and the thresholds are the saved ones where they are not given.
+            options: other arguments of ``ONP``; ``look_ahead`` and the thresholds are the saved ones where they are not given;
+                ``threshold`` alone gives both.
 
         Raises:
             ModelFileError: not a readable file of a policy, or one for other features.

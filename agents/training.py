@@ -36,9 +36,6 @@ SCORE_SAMPLES = 64
 VALIDATE_EVERY = 4
 LOOKS: tuple[LookAhead | None, ...] = (
     None,
-    LookAhead(20, 3.0),
-    LookAhead(20, 3.0, 10.0),
-    LookAhead(20, 3.0, 10.0, 0.12, 15),
     LookAhead(20, 3.0, 10.0, 0.09, 15, 0.02),
 )
 
@@ -81,7 +78,7 @@ def train(
         guide: examples of the models for the warm start, where they are made already.
         looks: look-aheads to choose from, the largest mean return on ``validation`` deciding; none for a policy without.
         calibration: names and patterns of models that the threshold of the verdict is chosen on, by their verdicts alone,
-            which is quick; none for ``THRESHOLD``.
+            for which their triggers are inverted, and no more; none for ``THRESHOLD``.
         tensorboard_log: folder for TensorBoard.
         progress_bar: whether to draw one.
         report: called with a line of text whenever there is something to say.
@@ -136,7 +133,7 @@ def train(
         "seed": seed,
         "models": len(names),
         "learned_on": list(infected),
-        "chosen_on": [*validation, *calibration],
+        "chosen_on": list(dict.fromkeys([*validation, *calibration])),
         "timesteps": int(onp.facts["validation"]["timesteps"]),  # of the best policy, not of the last
     }
     onp.save(out)

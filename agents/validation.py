@@ -10,8 +10,8 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
-from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.metrics import der
+from backdoor_gym.policies import finish
 
 from .look_ahead import LookAhead
 from .onp import ONP
@@ -43,11 +43,8 @@ def run(policy: Any, env: gym.Env[Any, Any], infected: Sequence[Any]) -> list[Ou
             start = np.zeros(1, dtype=bool)
             observation, reward, terminated, truncated, after = env.step(int(action))
             total, done = total + float(reward), terminated or truncated
-        if isinstance(policy, ONP):
-            alone = env.unwrapped
-            assert isinstance(alone, BackdoorPruneEnv)
-            total += policy.finish(alone)
-            after = alone.info()
+        total += finish(policy, env)
+        after = env.unwrapped.info()  # type: ignore[attr-defined]
         acc = "test_acc" if "test_acc" in after else "acc"
         asr = after.get("asr")
         rating = None if asr is None else der(before[acc], before["asr"], after[acc], asr)
@@ -170,9 +167,10 @@ def choose_look_ahead(
 def choose_threshold(
     onp: ONP, env: gym.Env[Any, Any], infected: Sequence[str], choices: Sequence[float]
 ) -> dict[float, tuple[int, int]]:
-    """Give a policy the largest threshold of the verdict of those that miss the fewest of these models' backdoors.
+    """Give a policy the threshold of the verdict that misses the fewest of these models' backdoors.
 
-    A missed backdoor costs far more than a needless repair of a clean network.
+    Of several the one that leaves the most clean models alone, and of those the smallest: a missed backdoor costs far more
+    than a needless repair.
 
     Returns:
         Of each choice how many infected models have a verdict below it, and how many clean ones have not.
@@ -189,5 +187,5 @@ def choose_threshold(
         )
         for choice in choices
     }
-    onp.verdict_threshold = max(choices, key=lambda choice: (-wrong[choice][0], choice))
+    onp.verdict_threshold = min(choices, key=lambda choice: (*wrong[choice], choice))
     return wrong

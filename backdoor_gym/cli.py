@@ -115,7 +115,7 @@ def train(
     ] = None,
     most: Annotated[int, typer.Option(min=1, help="Only the first so many of each training pattern.")] = 300,
     validation_models: Annotated[int, typer.Option(min=1, help="The same for validation.")] = 30,
-    steps: Annotated[int, typer.Option(min=1, help="Environment steps of reinforcement.")] = 7_680,
+    steps: Annotated[int, typer.Option(min=1, help="Environment steps of reinforcement.")] = 3_072,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     envs: Annotated[int, typer.Option(min=1, help="Sub-environments, among which the models are divided.")] = 16,
     warm_epochs: Annotated[
@@ -129,7 +129,7 @@ def train(
     ] = True,
     calibration_models: Annotated[
         int,
-        typer.Option(min=0, help="Models of those patterns that the threshold of the verdict is chosen on; 0: 0.1."),
+        typer.Option(min=0, help="The same for the threshold of the verdict alone, which is quicker; 0 to keep 0.1."),
     ] = 120,
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
     out: Annotated[Path, typer.Option(help="File of the policy.")] = Path("policies/onp.safetensors"),

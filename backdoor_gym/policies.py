@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, Protocol
 
+import gymnasium as gym
+
 from .envs.prune import BackdoorPruneEnv
 from .errors import DataError, UnknownNameError
 
@@ -25,6 +27,15 @@ class PredictingPolicy(Protocol):
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[Any, Any]:
         """Action and state."""
+
+
+def finish(policy: Any, env: gym.Env[Any, Any]) -> float:
+    """Let a policy with a method ``finish(env)`` do what it does when an episode is over; the reward of it.
+
+    ONP gives back there what need not have been pruned; other policies end with the episode.
+    """
+    method = getattr(policy, "finish", None)
+    return 0.0 if method is None else float(method(env.unwrapped))
 
 
 def check_policy(name: str, options: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from .envs.viewer import draw, to_rgb
 from .errors import UnknownNameError
 from .infected import InfectedModel
 from .metrics import Metrics, der
-from .policies import BUDGETS, PredictingPolicy, check_policy, kind_of_policy, make_policy
+from .policies import BUDGETS, PredictingPolicy, check_policy, finish, kind_of_policy, make_policy
 from .pruning.applying import cut_channels, write_mask
 from .pruning.neurons import Neurons
 from .zoo.catalogue import load_infected
@@ -190,9 +190,7 @@ def repair(
         observation, _, terminated, truncated, info = env.step(int(np.asarray(action).item()))
         pruned.extend(info["neuron"].split("+") if info["neuron"] else [])
         first, done = np.array([False]), terminated or truncated
-    finish = getattr(acting, "finish", None)
-    if finish is not None:
-        finish(env)
+    finish(acting, env)
     seconds = time.perf_counter() - start
     victim = env.victim
     mask = victim.neuron_mask(env.pruned)

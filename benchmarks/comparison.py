@@ -2,7 +2,8 @@
 
 The budget holds on the defender's clean images and a prune that breaks it is undone, five of those end the repair, and so
 do 100 steps. ACC and ASR are those of test images. Rankings have no stop of their own and go on to one of those ends, or
-with a look-ahead, which is the same for all, until the suspected danger is low or levels off. The ridge regressions are kept in
+with a look-ahead, which is the same for all, until the suspected danger is low or levels off; then what need not have been
+pruned is given back. The ridge regressions are kept in
 ``results/onp_ridge.json``. Killed and called again, a table goes on where it was: one line a repair.
 """
 
@@ -24,9 +25,11 @@ from train_policies import ATTACKS, LOOK, POLICIES, TRAINING, guide
 
 import backdoor_gym
 from backdoor_gym.agents import ONP
+from backdoor_gym.agents.training import checkpoint_of
 from backdoor_gym.baselines import CLP, RandomPolicy
 from backdoor_gym.graph.features import STATIC_FEATURES
 from backdoor_gym.metrics import der
+from backdoor_gym.policies import finish
 from backdoor_gym.processes import one_core_each
 from backdoor_gym.pruning.applying import write_mask
 
@@ -105,6 +108,8 @@ def makers(attack: str) -> dict[str, Callable[[Any, float], Any]]:
             env, ridge(attack), look_ahead=LOOK
         )
     for file in sorted(POLICIES.glob("*.safetensors")):
+        if checkpoint_of(file).is_file():
+            continue  # it is still being trained
         name = file.stem
         if name.startswith("without-"):
             if name != f"without-{attack}":
@@ -144,8 +149,7 @@ def repair_all(job: Job) -> list[Row]:
                 action, state = acting.predict(observation, state, start, deterministic=True)
                 observation, _, terminated, truncated, _ = env.step(int(action))
                 done, start = terminated or truncated, np.zeros(1, dtype=bool)
-            if isinstance(acting, ONP):
-                acting.finish(env.unwrapped)
+            finish(acting, env)
             mask = victim.neuron_mask(env.unwrapped.pruned)
         after = model.evaluate(write_mask(model.network, victim.neurons, mask))
         row = {

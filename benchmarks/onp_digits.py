@@ -13,6 +13,7 @@ of ``EVERY_BUDGET`` at one and five too. One line a repair in ``results/onp_digi
 
 import argparse
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from statistics import mean
 
@@ -51,12 +52,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     attack_of: dict[str, str] = {}
-    for seed in range(FIRST, FIRST + 10 * arguments.models):
-        attack = recipe("digits-test", seed).attack
-        if seed < FIRST + arguments.models or attack == "clean":
-            attack_of[f"digits-test/{seed}"] = attack
-        if seed >= FIRST + arguments.models - 1 and list(attack_of.values()).count("clean") >= arguments.clean:
+    for seed in count(FIRST):
+        enough = seed >= FIRST + arguments.models
+        if enough and list(attack_of.values()).count("clean") >= arguments.clean:
             break
+        attack = recipe("digits-test", seed).attack
+        if not enough or attack == "clean":
+            attack_of[f"digits-test/{seed}"] = attack
     names = list(attack_of)
     infected = [name for name in names if attack_of[name] != "clean"]
     jobs = []

@@ -1,9 +1,9 @@
 """ONP as in its paper: learning on each infected network alone, from clean images, against rules and a greedy search.
 
-    backdoor-gym zoo build 'digits-test/*' --most 30
+    backdoor-gym zoo build 'digits-test/*' --most 190
     python benchmarks/per_model.py --jobs 2
 
-The first 20 infected ``digits-test`` models, budget of two points, at most 60 prunes, the reward that needs no trigger,
+The first 20 infected ``digits-test`` models from 160 on, budget of two points, at most 60 prunes, the reward that needs no trigger,
 three seeds of the policies that have any. *ONP alone* begins with a warm start on what the environment shows of that
 network; *ONP, tuned* from the policy that comes with the package. *Greedy* makes the prune of the largest reward while
 there is one, of the 60 candidates whose derivatives promise most. Nothing is chosen by ASR. Killed and called again it goes
@@ -12,12 +12,14 @@ on: one line a repair in ``results/per_model.jsonl``; the table goes to ``result
 
 import argparse
 import json
+from itertools import count, islice
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from onp_digits import FIRST
 
 import backdoor_gym
 from backdoor_gym.agents import ONP
@@ -26,14 +28,16 @@ from backdoor_gym.baselines import CLP, RandomPolicy
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.reward import Transition, accuracy_reward
 from backdoor_gym.metrics import der
+from backdoor_gym.policies import finish
 from backdoor_gym.processes import one_core_each
 from backdoor_gym.pruning.applying import write_mask
+from backdoor_gym.zoo.family import recipe
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "per_model.jsonl"
 BUDGET, MAX_STEPS, CANDIDATES = 0.02, 60, 60
 SEEDS = (0, 1, 2)
-STEPS = {"ONP alone": 1024, "ONP, tuned": 512}
+STEPS = {"ONP alone": 512, "ONP, tuned": 256}
 POLICIES = ("CLP u=3", "CLP auto", "random", "greedy", "ONP, untuned", *STEPS)
 SEEDED = ("random", *STEPS)
 
@@ -100,8 +104,7 @@ def repair_one(job: tuple[str, str, int]) -> dict[str, Any]:
         observation, reward, terminated, truncated, _ = env.step(int(action))
         done, start, total = terminated or truncated, np.zeros(1, dtype=bool), total + float(reward)
     alone = env.unwrapped
-    if isinstance(acting, ONP):
-        total += acting.finish(alone)
+    total += finish(acting, env)
     before = model.evaluate()
     mask = alone.victim.neuron_mask(alone.pruned)
     after = model.evaluate(write_mask(model.network, alone.victim.neurons, mask))
@@ -124,9 +127,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    everyone = (f"digits-test/{seed}" for seed in range(10 * arguments.models))
-    infected = (name for name in everyone if backdoor_gym.load_infected(name).facts["attack"] != "clean")
-    names = [next(infected) for _ in range(arguments.models)]
+    infected = (f"digits-test/{seed}" for seed in count(FIRST) if recipe("digits-test", seed).attack != "clean")
+    names = list(islice(infected, arguments.models))
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
     done = {(row["model"], row["policy"], row["seed"]) for row in rows}
     jobs = [

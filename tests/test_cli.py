@@ -79,6 +79,7 @@ def test_train_makes_a_policy_that_repair_takes(run, infected_file, tmp_path, mo
     assert "mine.safetensors" in out
     assert "warm start" in err
     assert "return" in err
+    assert "1 clean models repaired" in err or "0 clean models repaired" in err
     assert list((tmp_path / "log").rglob("events.*"))
     assert not list(tmp_path.glob("*.checkpoint"))
     assert run("repair", infected_file, "--policy", "mine.safetensors")[0] == 0

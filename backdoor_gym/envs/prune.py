@@ -287,6 +287,11 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         return self._current
 
     @property
+    def initial_figures(self) -> Figures:
+        """Those of the whole network."""
+        return self._initial
+
+    @property
     def pruned(self) -> np.ndarray:
         """Units pruned so far, bool (units,), a copy."""
         return self._pruned.copy()
@@ -325,6 +330,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     def give_back(self, unit: int) -> float:
         """Undo the prune of one unit, when the episode is over; it is no action. What its prune earns now, with the sign turned.
 
+        What was drawn of the episode, and how far the suspected danger fell in it, stays as it was.
+
         Raises:
             DataError: that unit is not pruned.
         """
@@ -334,7 +341,6 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._pruned[unit] = False
         self._current = self.masked_victim.figures(self._pruned)
         self.masked_victim.keep()
-        self._history.append(self._current)
         return -float(self._reward(Transition(self.victim, unit, self._current, pruned)))
 
     def info(self) -> dict[str, Any]:

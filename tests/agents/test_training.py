@@ -6,7 +6,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from backdoor_gym.agents import ONP, LookAhead
 from backdoor_gym.agents.school import BUDGETS, MAX_STEPS, school
-from backdoor_gym.agents.training import THRESHOLD, VERDICT_THRESHOLDS, checkpoint_of, train
+from backdoor_gym.agents.training import THRESHOLD, checkpoint_of, train
 from backdoor_gym.agents.validation import Validation, choose_look_ahead, run, summary
 from backdoor_gym.agents.warm_start import examples
 from backdoor_gym.baselines import CLP
@@ -82,6 +82,7 @@ def test_the_look_ahead_of_the_best_rating_is_taken(infected):
 def test_examples_that_are_made_already_are_not_made_again(files, tmp_path, monkeypatch):
     guide = examples(files, max_steps=6)
     monkeypatch.setattr("backdoor_gym.agents.training.examples", None)
+    monkeypatch.setattr("backdoor_gym.agents.training.VERDICT_THRESHOLDS", (0.2, 0.3))
     said = []
     train(
         files,
@@ -96,10 +97,13 @@ def test_examples_that_are_made_already_are_not_made_again(files, tmp_path, monk
         **QUICK,
     )
     assert any("warm start" in line for line in said)
-    assert sum("backdoors missed" in line for line in said) == len(VERDICT_THRESHOLDS)
+    assert [line.split(":")[0] for line in said if "backdoors missed" in line] == [
+        "verdict below 0.2",
+        "verdict below 0.3",
+    ]
     learned = ONP.load(tmp_path / "policy.safetensors")
     assert learned.threshold == THRESHOLD
-    assert learned.verdict_threshold in VERDICT_THRESHOLDS
+    assert learned.verdict_threshold in (0.2, 0.3)
     facts = learned.facts
     assert facts["chosen_on"] == [files[0], files[1], "digits-clean"]
     assert facts["timesteps"] == facts["validation"]["timesteps"]
