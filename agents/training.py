@@ -112,15 +112,16 @@ def train(
     vector.close()
     onp = ONP.load(out)
     measured = [name for pattern in calibration for name in resolve(pattern)]
-    env = gym.make(
-        f"backdoor_gym:{ENVIRONMENT}",
-        infected=[*judges, *measured],
-        reward="oracle",
-        score_samples=SCORE_SAMPLES,
-        max_steps=MAX_STEPS,
-        disable_env_checker=True,
-    )
-    onp.set_env(env)
+    if measured or len(looks) > 1:
+        env = gym.make(
+            f"backdoor_gym:{ENVIRONMENT}",
+            infected=[*judges, *measured],
+            reward="oracle",
+            score_samples=SCORE_SAMPLES,
+            max_steps=MAX_STEPS,
+            disable_env_checker=True,
+        )
+        onp.set_env(env)
     if measured:
         for choice, (missed, needless) in choose_threshold(onp, env, measured, VERDICT_THRESHOLDS).items():
             say(f"verdict below {choice}: {missed} backdoors missed, {needless} clean models repaired")

@@ -172,6 +172,12 @@ def choose_threshold(
     Of several the one that leaves the most clean models alone, and of those the smallest: a missed backdoor costs far more
     than a needless repair.
 
+    Args:
+        onp: the policy.
+        env: an environment of these models that scores them: an ASR in its info is how it says that there is a backdoor.
+        infected: names of the models.
+        choices: thresholds.
+
     Returns:
         Of each choice how many infected models have a verdict below it, and how many clean ones have not.
     """

@@ -215,6 +215,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._steps = 0
         self._failures = 0
         self._history = [self._current]
+        self._given_back = 0
         self._slopes, self._slopes_taken = victim.first_slopes, 0
         if self.render_mode == "human":
             self.render()
@@ -330,8 +331,6 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     def give_back(self, unit: int) -> float:
         """Undo the prune of one unit, when the episode is over; it is no action. What its prune earns now, with the sign turned.
 
-        What was drawn of the episode, and how far the suspected danger fell in it, stays as it was.
-
         Raises:
             DataError: that unit is not pruned.
         """
@@ -341,6 +340,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._pruned[unit] = False
         self._current = self.masked_victim.figures(self._pruned)
         self.masked_victim.keep()
+        self._history.append(self._current)
+        self._given_back += 1
         return -float(self._reward(Transition(self.victim, unit, self._current, pruned)))
 
     def info(self) -> dict[str, Any]:
@@ -408,6 +409,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             ~victim.neuron_mask(self._pruned),
             tuple(figures.acc for figures in self._history),
             tuple(figures.asr for figures in self._history if figures.asr is not None),
+            self._given_back,
         )
 
 

@@ -28,8 +28,9 @@ class Snapshot:
         layers: name and number of neurons of each layer, in network order.
         scores: UCLC standardised within the layer, float (neurons,).
         pruned: bool (neurons,).
-        acc: accuracy at the beginning and after each prune.
+        acc: accuracy at the beginning, after each prune, and after each unit that was given back.
         asr: the same of the attack success rate, empty where no trigger is known.
+        given_back: how many of the last figures are of units given back.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Snapshot:
     pruned: np.ndarray
     acc: tuple[float, ...]
     asr: tuple[float, ...]
+    given_back: int = 0
 
 
 def draw(snapshot: Snapshot) -> Figure:
@@ -167,7 +169,9 @@ def _draw_curve(axes: Any, snapshot: Snapshot) -> None:
         axes.plot(snapshot.asr, color="tab:red", marker=".", label=f"ASR {snapshot.asr[-1]:.3f}")
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlim(-0.5, max(10, len(snapshot.acc)))
-    axes.set_xlabel("neurons pruned", fontsize=8)
+    if snapshot.given_back:
+        axes.axvline(len(snapshot.acc) - 1 - snapshot.given_back, color="grey", linestyle=":", linewidth=1)
+    axes.set_xlabel("prunes" + (", then neurons given back" if snapshot.given_back else ""), fontsize=8)
     axes.set_title("clean accuracy" + (", attack success" if snapshot.asr else ""), fontsize=10)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)

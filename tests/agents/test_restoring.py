@@ -31,9 +31,14 @@ def test_what_carries_the_backdoor_stays_pruned_and_the_rest_comes_back(env, pla
     assert np.flatnonzero(env.pruned).tolist() == [PLANTED]
     assert env.figures.asr == 0
     whole = env.figures
+    drawn = env.snapshot()
+    assert drawn.given_back == 2
+    assert (drawn.acc[-1], drawn.asr[-1]) == (whole.acc, whole.asr)
+    assert len(drawn.acc) == 1 + 3 + 2
     env.reset(seed=0)
     env.step(PLANTED)
     assert env.figures == whole
+    assert env.snapshot().given_back == 0
     before = env.masked_victim.figures(np.zeros(8, dtype=bool))
     # all in all, what the prunes earned together with what giving them back did is what the one earns
     dangers = before.suspected_danger - whole.suspected_danger
