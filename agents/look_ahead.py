@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum, auto
+from heapq import heappop, heappush
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -9,10 +12,10 @@ import numpy as np
 from backdoor_gym.baselines.policy import ask
 from backdoor_gym.envs.observation import GLOBAL_FEATURES
 
-_ACCURACY, _DROP, _BUDGET, _DANGER, _FALL = (
-    GLOBAL_FEATURES.index(name)
-    for name in ("accuracy", "accuracy_drop", "accuracy_budget", "suspected_danger", "suspected_drop")
-)
+_DANGER, _FALL = (GLOBAL_FEATURES.index(name) for name in ("suspected_danger", "suspected_drop"))
+
+#: Candidates that may be taken up in one step, where those before them break the accuracy budget.
+MOST = 100
 
 #: Suspected danger below which a repair may end because it levels off.
 LOW = 0.2
@@ -28,7 +31,7 @@ class LookAhead:
     the cross-entropy counts as none; a candidate that would break the accuracy budget is out.
 
     Attributes:
-        candidates: how many of the largest logits are looked at.
+        candidates: how many of the largest logits are looked at, those that break the accuracy budget not counted.
         loss_weight: per unit of cross-entropy.
         danger_weight: per unit of suspected danger.
         done: suspected danger; a repair that has brought it below ends.
@@ -63,28 +66,43 @@ class LookAhead:
     ) -> np.ndarray:
         """Logits, float (N + 1,): corrected where it matters, that of stopping (the last) as it was, else minus infinity.
 
-        The clean images cost far more to look at than the suspected danger. So candidates are taken in the order of what
-        they may reach at best, and none is looked at any closer once another has more than that.
+        Candidates are taken up best first, by what each may reach at most: the suspected danger cannot fall below 0, and
+        the loss only takes away. So each is looked at no closer than it takes to know the best. One that breaks the budget
+        gives its place to the next, and is passed over for the rest of the episode.
         """
-        figures = observation["globals"]
-        tolerated = figures[_ACCURACY] + figures[_DROP] - figures[_BUDGET] - 1e-6
+        danger = float(observation["globals"][_DANGER])
         legal = np.flatnonzero(observation["action_mask"][:-1])
-        chosen = legal[np.argsort(-logits[legal], kind="stable")[: self.candidates]]
-        hopes = logits[chosen].astype(np.float64)
-        if self.danger_weight:
-            falls = [figures[_DANGER] - ask(env, environment, "suspect_also", [int(unit)]) for unit in chosen]
-            hopes += self.danger_weight * np.array(falls)
+        open_units = legal[~ask(env, environment, "too_dear")[legal]]
+        waiting = iter(open_units[np.argsort(-logits[open_units], kind="stable")][:MOST])
+        now = ask(env, environment, "clean_also", [])
         corrected = np.full_like(logits, -np.inf)
         corrected[-1] = logits[-1]
-        loss: float | None = None
-        for index in np.argsort(-hopes, kind="stable"):
-            if hopes[index] <= corrected[:-1].max():
+        queue: list[tuple[float, int, _Seen]] = []
+
+        def take_up(count: int) -> None:
+            for unit in islice(waiting, count):
+                heappush(queue, (-(float(logits[unit]) + self.danger_weight * danger), int(unit), _Seen.NOTHING))
+
+        take_up(self.candidates)
+        while queue:
+            hope, unit, seen = heappop(queue)
+            if seen is _Seen.ALL:
                 break
-            unit = chosen[index]
-            seen = ask(env, environment, "evaluate_also", [int(unit)])
-            if seen.acc < tolerated:
-                continue
-            if loss is None:
-                loss = ask(env, environment, "evaluate_also", []).loss
-            corrected[unit] = hopes[index] - self.loss_weight * max(0.0, seen.loss - loss)
+            if seen is _Seen.NOTHING and self.danger_weight:
+                hope += self.danger_weight * ask(env, environment, "suspect_also", [unit])
+                heappush(queue, (hope, unit, _Seen.DANGER))
+            elif (clean := ask(env, environment, "clean_also", [unit])) is None:
+                take_up(1)
+            else:
+                hope += self.loss_weight * max(0.0, clean[1] - now[1])
+                corrected[unit] = -hope
+                heappush(queue, (hope, unit, _Seen.ALL))
         return corrected
+
+
+class _Seen(IntEnum):
+    """What has been looked at of a candidate."""
+
+    NOTHING = auto()
+    DANGER = auto()
+    ALL = auto()

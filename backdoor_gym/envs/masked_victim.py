@@ -55,7 +55,13 @@ class MaskedVictim:
         self.victim = victim
         self.score_samples = score_samples
         device, inverted = victim.options.device, victim.inverted
-        self._clean = MaskedNetwork(victim.neurons, victim.clean.images, device)
+        fragile = torch.from_numpy(victim.fragile)
+        #: The fragile clean images, then the others, with their labels.
+        self._clean = [
+            (MaskedNetwork(victim.neurons, victim.clean.images[part], device), victim.clean.labels[part].to(device))
+            for part in (fragile, ~fragile)
+            if part.any()
+        ]
         self._inverted = None if inverted is None else MaskedNetwork(victim.neurons, inverted.images, device)
         self._triggered = self._test = None
         if len(self.triggered[0]):
@@ -66,10 +72,9 @@ class MaskedVictim:
     def figures(self, pruned: np.ndarray, score: bool = True) -> Figures:
         """Figures of the network without the pruned units, bool (units,); without ``score`` on the clean images alone."""
         mask = self.victim.neuron_mask(pruned)
-        logits = self._clean.logits(mask)
-        labels = self.victim.clean.labels.to(logits.device)
-        acc, loss = accuracy(logits, labels), F.cross_entropy(logits, labels).item()
-        figures = Figures(acc, loss, self.suspected_danger(pruned))
+        clean = self.clean(pruned)
+        assert clean is not None
+        figures = Figures(*clean, self.suspected_danger(pruned))
         if score and self._triggered is not None:
             asr, ra, true_danger = self._score(self._triggered.logits(mask))
             figures = replace(figures, asr=asr, ra=ra, danger=true_danger)
@@ -77,6 +82,21 @@ class MaskedVictim:
             test_logits = self._test.logits(mask)
             figures = replace(figures, test_acc=accuracy(test_logits, self.tested.labels.to(test_logits.device)))
         return figures
+
+    def clean(self, pruned: np.ndarray, least_acc: float = 0.0) -> tuple[float, float] | None:
+        """Accuracy and mean cross-entropy on the clean images alone, without the pruned units, bool (units,).
+
+        None where the accuracy is below ``least_acc``: most prunes that cost so much are found out by the fragile images.
+        """
+        mask = self.victim.neuron_mask(pruned)
+        count, wrong, loss = len(self.victim.clean), 0, 0.0
+        for network, labels in self._clean:
+            logits = network.logits(mask)
+            wrong += int((logits.argmax(1) != labels).sum())
+            if 1 - wrong / count < least_acc:
+                return None
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        return 1 - wrong / count, loss / count
 
     def suspected_danger(self, pruned: np.ndarray) -> float:
         """``Figures.suspected_danger`` of the network without the pruned units, bool (units,)."""
@@ -121,5 +141,6 @@ class MaskedVictim:
         )
 
     def _networks(self) -> Iterator[MaskedNetwork]:
-        everyone = (self._clean, self._inverted, self._triggered, self._test)
+        clean = [network for network, _ in self._clean]
+        everyone = (*clean, self._inverted, self._triggered, self._test)
         return (network for network in everyone if network is not None)

@@ -16,7 +16,7 @@ from ..graph.suspected_target import SuspectedTarget, suspect_target
 from ..graph.trigger_inversion import InvertedTrigger, invert_trigger
 from ..graph.uclc import uclc
 from ..infected import InfectedModel
-from ..metrics import target_margin
+from ..metrics import predict_logits, target_margin
 from ..pruning.neurons import Neurons, find_neurons
 
 
@@ -41,6 +41,8 @@ class VictimOptions:
 
 #: Clean images that ``Victim.slopes`` are taken on.
 SLOPE_IMAGES = 200
+#: Share of the clean images that are fragile beside those that the whole network gets wrong.
+UNSURE = 0.2
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,18 @@ class Victim:
     def uclc_scores(self) -> np.ndarray:
         """UCLC of each neuron, standardised within its layer, float64 (neurons,)."""
         return torch.cat([standardise(bounds) for bounds in uclc(self.model.network, self.neurons)]).numpy()
+
+    @cached_property
+    def fragile(self) -> np.ndarray:
+        """Which clean images are the first to be answered wrong, bool (n,): those that are wrong, and the least sure ones."""
+        logits = predict_logits(self.model.network, self.clean.images)
+        labels = self.clean.labels
+        own = logits.gather(1, labels[:, None]).squeeze(1)
+        margins = (own - logits.scatter(1, labels[:, None], -torch.inf).max(1).values).numpy()
+        count = min(len(margins), int((margins <= 0).sum()) + round(UNSURE * len(margins)))
+        fragile = np.zeros(len(margins), dtype=bool)
+        fragile[np.argsort(margins, kind="stable")[:count]] = True
+        return fragile
 
     @cached_property
     def unit_names(self) -> list[str]:

@@ -57,7 +57,9 @@ class MaskedNetwork:
         self._pending_mask = self._base_mask
 
     def logits(self, mask: np.ndarray) -> Tensor:
-        """Logits (n, classes) under the mask, bool (neurons,), True where kept."""
+        """Logits (n, classes) under the mask, bool (neurons,), True where kept; asked twice in a row, computed once."""
+        if self._pending and np.array_equal(mask, self._pending_mask):
+            return self._pending[self._nodes[-1]]
         changed = [
             layer
             for layer in range(len(self.neurons.layers))

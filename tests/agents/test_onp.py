@@ -269,7 +269,7 @@ def test_where_nothing_is_suspected_the_suspected_danger_ends_no_repair(infected
     assert onp.predict(observation, deterministic=True)[0] < 4
 
 
-def test_what_breaks_the_budget_is_out(infected):
+def test_what_breaks_the_budget_is_out(infected, monkeypatch):
     env = make(infected, accuracy_budget=0.0, clean_samples=None)
     observation, before = env.reset(seed=0)
     breaks = np.array([env.unwrapped.evaluate_also([unit]).acc < before["acc"] for unit in range(112)])
@@ -278,9 +278,21 @@ def test_what_breaks_the_budget_is_out(infected):
     corrected = LookAhead(112).correct(logits, observation, env, 0)
     assert not breaks[np.isfinite(corrected[:-1])].any()
     assert np.isfinite(corrected[:-1]).any()
-    onp = ONP(env, seed=0, look_ahead=LookAhead(int(breaks.sum())))
+    onp = ONP(env, seed=0, look_ahead=LookAhead(1))
     onp.logits = lambda observation: logits[None]
-    assert onp.predict(observation, deterministic=True)[0] == 112  # nothing that was looked at is left
+    observation, _ = env.reset(seed=0)
+    assert not breaks[onp.predict(observation, deterministic=True)[0]]  # they gave their place to the next
+    assert breaks[env.unwrapped.too_dear()].all()
+    assert env.unwrapped.too_dear().sum() == breaks.sum()
+    looked_at = []
+    clean_also = env.unwrapped.clean_also
+    monkeypatch.setattr(env.unwrapped, "clean_also", lambda units: looked_at.extend(units) or clean_also(units))
+    LookAhead(112).correct(logits, observation, env, 0)
+    assert looked_at
+    assert not breaks[looked_at].any()  # and are not looked at again
+    observation, _ = env.reset(seed=0)
+    monkeypatch.setattr("backdoor_gym.agents.look_ahead.MOST", int(breaks.sum()))
+    assert onp.predict(observation, deterministic=True)[0] == 112  # nothing that may be looked at is left
 
 
 def test_a_repair_stops_below_the_threshold(infected, tmp_path):

@@ -65,8 +65,9 @@ class Watched(BackdoorPruneEnv):
         self.seen.append(self.figures.acc)
         return reward
 
-    def breaks_budget(self, figures):
-        return hasattr(self, "floor") and self.guarded and figures.acc < self.floor
+    @property
+    def least_acc(self):
+        return self.floor if hasattr(self, "floor") and self.guarded else 0.0
 
 
 def test_the_budget_holds_while_neurons_come_back(infected):
