@@ -18,7 +18,7 @@ _DANGER, _FALL = (GLOBAL_FEATURES.index(name) for name in ("suspected_danger", "
 MOST = 100
 
 #: Suspected danger below which a repair may end because it levels off.
-LOW = 0.2
+LOW = 0.5
 #: Fall of the suspected danger in ``LookAhead.patience`` prunes below which it levels off.
 LEAST_FALL = 0.02
 

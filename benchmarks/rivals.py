@@ -70,11 +70,14 @@ def fit_ridge(school: Sequence[Example]) -> Ridge:
     return Ridge(10.0).fit(np.concatenate(features), np.concatenate(labels))
 
 
-def greedy_reference(victim: Victim, accuracy_budget: float, candidates: int = 60, steps: int = 100) -> np.ndarray:
+def greedy_reference(
+    victim: Victim, accuracy_budget: float, candidates: int = 60, steps: int = 100, patience: int = 15
+) -> np.ndarray:
     """Pruned units, bool (units,): greedy search on the true test ACC and danger, within the budget on the clean images.
 
     It knows the trigger and the test images: a reference of what pruning one neuron after the other can reach, not a
-    bound. Only the ``candidates`` units of the largest first-order benefit are tried.
+    bound. Only the ``candidates`` units of the largest first-order benefit are tried, and it ends where ``patience`` prunes
+    brought nothing better.
     """
     model = victim.model
     assert model.test is not None
@@ -93,17 +96,19 @@ def greedy_reference(victim: Victim, accuracy_budget: float, candidates: int = 6
     tried = np.argsort(-benefits(victim))[:candidates]
     pruned = np.zeros(len(victim), dtype=bool)
     defender = MaskedVictim(victim, score_samples=0)
-    initial = defender.figures(pruned).acc
+    least_acc = defender.figures(pruned).acc - accuracy_budget - 1e-9
     first_acc, now = look(pruned)
     best, best_value = pruned.copy(), der(first_acc, now, first_acc, now)
     for _ in range(steps):
+        if pruned.sum() - best.sum() >= patience:
+            break
         options = []
         for unit in tried:
             if pruned[unit]:
                 continue
             candidate = pruned.copy()
             candidate[unit] = True
-            if initial - defender.figures(candidate).acc > accuracy_budget + 1e-9:
+            if defender.clean(candidate, least_acc) is None:
                 continue
             acc, value = look(candidate)
             options.append((value + max(0.0, first_acc - acc), int(unit)))

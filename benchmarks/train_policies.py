@@ -4,6 +4,7 @@
     backdoor-gym zoo build 'digits-val/*' --most 120
     python benchmarks/train_policies.py
     python benchmarks/train_policies.py --only mlp-0 mlp-1 mlp-2
+    python benchmarks/train_policies.py --thresholds
 
 They go to ``benchmarks/policies``, and what the training said to ``results/train_<policy>.log``. What is there is left
 alone, and what was begun goes on after its last rollout. The examples of the warm start are made once, for these policies
@@ -15,12 +16,14 @@ import os
 from functools import partial
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import torch
 
 import backdoor_gym
-from backdoor_gym.agents import EncoderOptions, LookAhead
-from backdoor_gym.agents.training import SCORE_SAMPLES, checkpoint_of, train
+from backdoor_gym.agents import ONP, EncoderOptions, LookAhead
+from backdoor_gym.agents.training import SCORE_SAMPLES, VERDICT_THRESHOLDS, checkpoint_of, train
+from backdoor_gym.agents.validation import choose_threshold
 from backdoor_gym.agents.warm_start import Example, examples
 
 POLICIES = Path(__file__).parent / "policies"
@@ -96,6 +99,26 @@ def train_all(wanted: list[str], steps: int = STEPS) -> None:
         )
 
 
+def choose_thresholds(wanted: list[str]) -> None:
+    """Choose the thresholds of trained policies anew, as training does: after what they observe has changed."""
+    attack_of = {name: backdoor_gym.load_infected(name).facts["attack"] for name in CALIBRATION}
+    env = gym.make(
+        "backdoor_gym:BackdoorPrune-v0",
+        infected=CALIBRATION,
+        reward="oracle",
+        score_samples=1,
+        disable_env_checker=True,
+    )
+    for policy in wanted:
+        out, left_out = POLICIES / f"{policy}.safetensors", WANTED[policy][2]
+        onp = ONP.load(out)
+        models = [name for name in CALIBRATION if attack_of[name] != left_out]
+        _report(policy, "thresholds chosen anew:")
+        for choice, (missed, needless) in choose_threshold(onp, env, models, VERDICT_THRESHOLDS).items():
+            _report(policy, f"verdict below {choice}: {missed} backdoors missed, {needless} clean models repaired")
+        onp.save(out)
+
+
 def _log(policy: str) -> Path:
     return RESULTS / f"train_{policy}.log"
 
@@ -109,9 +132,13 @@ def _report(policy: str, line: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=WANTED, default=list(WANTED))
+    parser.add_argument("--thresholds", action="store_true", help="choose the thresholds of trained policies anew")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    train_all(arguments.only)
+    if arguments.thresholds:
+        choose_thresholds(arguments.only)
+    else:
+        train_all(arguments.only)
 
 
 if __name__ == "__main__":

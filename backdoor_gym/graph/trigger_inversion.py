@@ -5,7 +5,9 @@ and a network without a backdoor has such patterns too. The BN statistics say mo
 triggered images of training gave every BN layer (``suspected_target.py``). A small trigger of each family
 (``trigger_families.py``) is sought with which the clean images of other labels have those means. Whether they then get the
 suspected target, which this first search knows nothing of, tells an infected network from a clean one, and the family of
-the trigger from the others. A second search goes on from there and asks for that label too. What a neuron does for the
+the trigger from the others. A second search goes on from there and asks for that label too; where two families explain
+the network about as well it goes on in both, for what a prune does to either trigger is nearer to what it does to the
+real one than what it does to the better one alone. What a neuron does for the
 label under the trigger that is found is far closer to what it does under the real one than what it does in a network
 whose BN inputs are merely moved, and a network that lost its backdoor answers it no longer.
 """
@@ -29,26 +31,28 @@ IMAGES = 100
 BATCH = 16
 #: Steps without and with the cross-entropy to the suspected target.
 MEANS_STEPS, TARGET_STEPS = 15, 15
+#: Share of the best family's evidence that another one needs for its trigger to be taken too.
+CREDIBLE = 0.5
 #: Weight of that cross-entropy, beside the means' squared error.
 TARGET_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
 class InvertedTrigger:
-    """A found trigger.
+    """A found trigger, or one of each family that explains the network.
 
     Attributes:
         target: the suspected target label.
-        family: name of the trigger's family.
+        families: names of the families, the one of the most evidence first.
         clean: clean images of other labels, float32 (n, C, H, W).
-        images: the same with the trigger.
+        images: the same with the trigger of the first family, then with those of the others, (n * families, C, H, W).
         size: mean absolute change of a pixel.
-        error: log10 of the squared error of the BN means with the trigger over that without it.
+        error: log10 of the squared error of the BN means with the first family's trigger over that without it.
         evidence: ``metrics.danger`` of the target with the trigger that the means alone gave, the largest of a family.
     """
 
     target: int
-    family: str
+    families: tuple[str, ...]
     clean: Tensor
     images: Tensor
     size: float
@@ -73,24 +77,25 @@ def invert_trigger(
     if not len(foreign):
         return None
     searches = [_Search(family(foreign), neurons, foreign, suspected) for family in FAMILIES]
-    evidence = []
     for search in searches:
         search.go(MEANS_STEPS)
-        evidence.append(danger(search.logits(), suspected.target))
-    best = max(range(len(searches)), key=evidence.__getitem__)
-    search = searches[best]
-    search.go(TARGET_STEPS, TARGET_WEIGHT)
+    evidence = [danger(search.logits(), suspected.target) for search in searches]
+    best = max(evidence)
+    ranked = sorted(zip(evidence, searches, strict=True), key=lambda one: -one[0])
+    kept = [search for found, search in ranked if found >= CREDIBLE * best]
+    for search in kept:
+        search.go(TARGET_STEPS, TARGET_WEIGHT)
     with torch.no_grad():
-        triggered = search.trigger(foreign).contiguous(memory_format=torch.channels_last)
-        after, before = (_means_error(neurons, these, suspected)[0].item() for these in (triggered, foreign))
+        triggered = [search.trigger(foreign).contiguous(memory_format=torch.channels_last) for search in kept]
+        after, before = (_means_error(neurons, these, suspected)[0].item() for these in (triggered[0], foreign))
     return InvertedTrigger(
         suspected.target,
-        search.trigger.name,
+        tuple(search.trigger.name for search in kept),
         foreign,
-        triggered,
-        size=(triggered - foreign).abs().mean().item(),
+        torch.cat(triggered),
+        size=sum((images - foreign).abs().mean().item() for images in triggered) / len(triggered),
         error=math.log10(max(after, 1e-12) / max(before, 1e-12)),
-        evidence=evidence[best],
+        evidence=best,
     )
 
 

@@ -34,10 +34,12 @@ def test_the_found_trigger_gets_the_attackers_label_and_explains_the_statistics(
 
 def test_the_images_bear_the_trigger_and_stay_images(infected):
     _, found = invert(infected)
-    assert found.images.shape == found.clean.shape
+    copies = len(found.families)
+    assert found.images.shape == (copies * len(found.clean), *found.clean.shape[1:])
     assert found.images.min() >= 0
     assert found.images.max() <= 1
-    assert found.size == pytest.approx((found.images - found.clean).abs().mean().item())
+    changes = found.images - found.clean.repeat(copies, 1, 1, 1)
+    assert found.size == pytest.approx(changes.abs().mean().item())
     assert found.size > 0.01
     assert not found.images.requires_grad
 
@@ -48,7 +50,7 @@ def test_the_family_is_that_of_the_trigger(infected):
     On images this small they can mimic each other, so of three warped networks one may be taken for the other.
     """
     _, found = invert(infected)
-    assert found.family == "addition"
+    assert found.families[0] == "addition"
     families = []
     for seed in (1, 2, 3):
         warped = infect(
@@ -63,8 +65,25 @@ def test_the_family_is_that_of_the_trigger(infected):
         )
         _, found = invert(warped)
         assert found.target == warped.target
-        families.append(found.family)
+        families.append(found.families[0])
     assert families.count("warp") >= 2
+
+
+def test_a_second_family_is_taken_where_it_explains_the_network_too(infected, monkeypatch):
+    found = {}
+    for share, count in ((0.0, 2), (1.0, 1)):
+        monkeypatch.setattr("backdoor_gym.graph.trigger_inversion.CREDIBLE", share)
+        neurons, found[count] = invert(infected)
+        assert len(found[count].families) == count
+    one, two = found[1], found[2]
+    assert set(two.families) == {"addition", "warp"}
+    first, second = two.images.chunk(2)
+    assert torch.equal(first, one.images)  # the search in one family knows nothing of that in the other
+    assert (one.evidence, one.error) == (two.evidence, two.error)
+    assert not torch.equal(first, second)
+    with torch.no_grad():
+        assert (neurons.graph(second).argmax(1) == infected.target).double().mean() > 0.5
+    assert pull(neurons, two).shape == (len(neurons),)
 
 
 def test_a_clean_network_has_statistics_that_no_trigger_explains():
