@@ -41,7 +41,7 @@ class LookAhead:
             (``restoring.restore``); 0 to give none back.
     """
 
-    candidates: int = 20
+    candidates: int = 10
     loss_weight: float = 3.0
     danger_weight: float = 0.0
     done: float = 0.0

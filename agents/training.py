@@ -36,7 +36,7 @@ SCORE_SAMPLES = 64
 VALIDATE_EVERY = 4
 LOOKS: tuple[LookAhead | None, ...] = (
     None,
-    LookAhead(20, 3.0, 10.0, 0.09, 15, 0.02),
+    LookAhead(10, 3.0, 10.0, 0.09, 15, 0.02),
 )
 
 Report = Callable[[str], None]

@@ -169,8 +169,8 @@ def choose_threshold(
 ) -> dict[float, tuple[int, int]]:
     """Give a policy the threshold of the verdict that misses the fewest of these models' backdoors.
 
-    Of several the one that leaves the most clean models alone, and of those the smallest: a missed backdoor costs far more
-    than a needless repair.
+    Of several the one that leaves the most clean models alone, for a missed backdoor costs far more than a needless
+    repair; and of those the largest, for clean networks of other kinds than these come out higher.
 
     Args:
         onp: the policy.
@@ -193,5 +193,5 @@ def choose_threshold(
         )
         for choice in choices
     }
-    onp.verdict_threshold = min(choices, key=lambda choice: (*wrong[choice], choice))
+    onp.verdict_threshold = min(choices, key=lambda choice: (*wrong[choice], -choice))
     return wrong

@@ -32,7 +32,7 @@ ATTACKS = ("badnets", "blended", "sig", "wanet")
 STEPS = 3_072
 #: Chosen on ``digits-val`` with one policy. The inverted trigger, which all but the loss comes from, is one of BN statistics:
 #: the policy without these looks at the loss alone.
-LOOK = LookAhead(20, 3.0, 10.0, 0.09, 15, 0.02)
+LOOK = LookAhead(10, 3.0, 10.0, 0.09, 15, 0.02)
 TRAINING = [f"digits-train/{seed}" for seed in range(300)]
 VALIDATION = [f"digits-val/{seed}" for seed in range(30)]
 #: The threshold is chosen on more: only their verdicts are asked for.

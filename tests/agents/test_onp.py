@@ -326,7 +326,7 @@ def test_the_threshold_of_the_verdict_misses_as_few_backdoors_as_it_can(infected
     assert wrong[low] == (0, 1)
     assert wrong[high] == (1, 0)
     assert choose_threshold(onp, env, models[:1], [low, low / 2])[low] == (0, 0)
-    assert onp.verdict_threshold == low / 2  # of equals the smallest
+    assert onp.verdict_threshold == low  # of equals the largest
     choose_threshold(onp, env, models, [low, between, high])
     assert wrong[between] == ((0, 0) if verdicts[0] > verdicts[1] else (1, 1))
     assert onp.verdict_threshold == (between if verdicts[0] > verdicts[1] else low)
