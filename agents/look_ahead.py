@@ -77,7 +77,7 @@ class LookAhead:
         now = ask(env, environment, "clean_also", [])
         corrected = np.full_like(logits, -np.inf)
         corrected[-1] = logits[-1]
-        queue: list[tuple[float, int, _Seen]] = []
+        queue: list[tuple[float, int, _Seen]] = []  # the least first: minus what a candidate may reach
 
         def take_up(count: int) -> None:
             for unit in islice(waiting, count):
@@ -85,18 +85,18 @@ class LookAhead:
 
         take_up(self.candidates)
         while queue:
-            hope, unit, seen = heappop(queue)
+            least, unit, seen = heappop(queue)
             if seen is _Seen.ALL:
                 break
             if seen is _Seen.NOTHING and self.danger_weight:
-                hope += self.danger_weight * ask(env, environment, "suspect_also", [unit])
-                heappush(queue, (hope, unit, _Seen.DANGER))
+                least += self.danger_weight * ask(env, environment, "suspect_also", [unit])
+                heappush(queue, (least, unit, _Seen.DANGER))
             elif (clean := ask(env, environment, "clean_also", [unit])) is None:
                 take_up(1)
             else:
-                hope += self.loss_weight * max(0.0, clean[1] - now[1])
-                corrected[unit] = -hope
-                heappush(queue, (hope, unit, _Seen.ALL))
+                least += self.loss_weight * max(0.0, clean[1] - now[1])
+                corrected[unit] = -least
+                heappush(queue, (least, unit, _Seen.ALL))
         return corrected
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..metrics import accuracy, attack_success, danger
-from ..pruning.masked import MaskedNetwork
+from ..pruning.masked import KEPT_BYTES, MaskedNetwork
 from ..zoo.datasets import LabelledImages
 from .victim import Victim
 
@@ -55,10 +55,13 @@ class MaskedVictim:
         self.victim = victim
         self.score_samples = score_samples
         device, inverted = victim.options.device, victim.inverted
-        fragile = torch.from_numpy(victim.fragile)
-        #: The fragile clean images, then the others, with their labels.
+        fragile, clean = torch.from_numpy(victim.fragile), victim.clean
+        #: The fragile clean images, then the others, with their labels; both together keep what one network may.
         self._clean = [
-            (MaskedNetwork(victim.neurons, victim.clean.images[part], device), victim.clean.labels[part].to(device))
+            (
+                MaskedNetwork(victim.neurons, clean.images[part], device, KEPT_BYTES * int(part.sum()) // len(clean)),
+                clean.labels[part].to(device),
+            )
             for part in (fragile, ~fragile)
             if part.any()
         ]
