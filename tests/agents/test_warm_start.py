@@ -12,7 +12,9 @@ from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.victim import Victim, VictimOptions
 from backdoor_gym.errors import DataError
 from backdoor_gym.infected import InfectedModel
+from backdoor_gym.zoo.infecting import infect
 
+from ..conftest import QUICK, RESIDUAL
 from .conftest import PLANTED
 
 
@@ -153,9 +155,16 @@ def test_learning_alone_can_begin_with_what_the_environment_shows(infected):
 
 def test_without_the_trigger_a_repair_shows_enough(infected):
     """By what the environment shows alone the warm start prefers neurons whose loss hurts the real trigger."""
-    blind = InfectedModel(infected.network, infected.clean)
-    [example] = examples([blind], oracle=False, score_samples=0, accuracy_budget=0.05)
-    order = np.argsort(-example.preference[0, :-1])
-    true = benefits(Victim(infected, VictimOptions()))
-    assert true[order[:8]].mean() > true.mean() + true.std()
-    assert example.value[0] > 0.1
+    others = [
+        infect("digits", "small_cnn", "badnets", target=3, seed=seed, schedule=QUICK, architecture_options=RESIDUAL)
+        for seed in (1, 2, 3)
+    ]
+    values = []
+    for model in (infected, *others):
+        blind = InfectedModel(model.network, model.clean)
+        [example] = examples([blind], oracle=False, score_samples=0, accuracy_budget=0.05)
+        order = np.argsort(-example.preference[0, :-1])
+        true = benefits(Victim(model, VictimOptions()))
+        assert true[order[:8]].mean() > true.mean() + true.std()
+        values.append(example.value[0])
+    assert np.mean(values) > 0.1  # what one repair earns hangs on the rounding of the processor it was trained on
