@@ -100,9 +100,12 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """ACC lost and ASR of infected models at each budget, one line a policy."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    """ACC lost and ASR of infected models at each budget that was run, one line a policy; nothing for a single budget."""
     infected = [row for row in rows if row["der"] is not None and row["policy"] in EVERY_BUDGET]
+    ran = sorted({100 * row["budget"] for row in infected})
+    if len(ran) < 2:
+        return  # one budget is no curve
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for policy in EVERY_BUDGET:
         mine = [row for row in infected if row["policy"] == policy]
         budgets = sorted({row["budget"] for row in mine})
@@ -113,7 +116,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     axes.set_ylabel("ASR (%)")
     axes.set_ylim(0, 102)
     axes.grid(alpha=0.3)
-    axes.legend(title="budgets of 1, 2 and 5 points")
+    axes.legend(title=f"budgets of {', '.join(f'{one:g}' for one in ran)} points")
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
