@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from ..graph.features import neuron_features, standardise
 from ..graph.mask_gradient import mask_gradient
 from ..graph.neuron_graph import NeuronGraph, max_edges, neuron_graph
-from ..graph.suspected_target import SuspectedTarget, suspect_target
-from ..graph.trigger_inversion import InvertedTrigger, invert_trigger
+from ..graph.reading import Reading, read_statistics
+from ..graph.suspected_target import SuspectedTarget
+from ..graph.trigger_inversion import InvertedTrigger
 from ..graph.uclc import uclc
 from ..infected import InfectedModel
 from ..metrics import predict_logits, target_margin
@@ -83,23 +84,25 @@ class Victim:
         return len(self.units)
 
     @cached_property
+    def reading(self) -> Reading | None:
+        """What the BN statistics say of a backdoor; None where there is no batch normalisation."""
+        return read_statistics(self.neurons, self.clean.images, self.clean.labels)
+
+    @property
     def suspected(self) -> SuspectedTarget | None:
         """The suspected target and its evidence; None where there is no batch normalisation."""
-        return suspect_target(self.neurons, self.clean.images, self.clean.labels)
+        return None if self.reading is None else self.reading.suspected
 
-    @cached_property
+    @property
     def inverted(self) -> InvertedTrigger | None:
         """The trigger sought in the image; None where none can be."""
-        if self.suspected is None:
-            return None
-        return invert_trigger(self.neurons, self.clean.images, self.clean.labels, self.suspected)
+        return None if self.reading is None else self.reading.inverted
 
     @cached_property
     def features(self) -> np.ndarray:
         """Static features of each unit, float32 (units, F); of a group the largest of its neurons."""
-        features = neuron_features(
-            self.model.network, self.neurons, self.clean.images, self.clean.labels, self.inverted
-        )
+        images = self.clean.images if self.reading is None else self.reading.images
+        features = neuron_features(self.model.network, self.neurons, images, self.clean.labels, self.inverted)
         if len(self.units) == len(self.neurons):
             return features
         return np.stack([features[unit].max(axis=0) for unit in self.units])

@@ -14,6 +14,11 @@ def normalised_layers(neurons: Neurons) -> list[NeuronLayer]:
     return [layer for layer in neurons.layers if layer.normalised]
 
 
+def early_half(norms: Sequence[NeuronLayer]) -> list[str]:
+    """Names of the nodes of the first half of some layers: what images look like shows there, what they are later."""
+    return [layer.node for layer in norms[: len(norms) // 2]]
+
+
 def running_statistics(graph: nn.Module, norms: Sequence[NeuronLayer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Running mean and standard deviation of the BN of each layer, by the name of its node; float32 (channels,)."""
     means, deviations = {}, {}

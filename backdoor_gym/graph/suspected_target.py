@@ -28,7 +28,7 @@ from torch import Tensor
 from ..metrics import target_margin
 from ..pruning.neurons import Neurons
 from ..zoo.training import augment
-from .batch_norms import NormReader, class_weights, normalised_layers, running_statistics
+from .batch_norms import NormReader, class_weights, early_half, normalised_layers, running_statistics
 
 POISON_RATE = 0.1
 #: Share of the squared gap of the early means that may be left if training is to have cropped and flipped.
@@ -75,7 +75,7 @@ def suspect_target(neurons: Neurons, images: Tensor, labels: Tensor) -> Suspecte
     device = next(neurons.graph.parameters()).device
     images, labels = images.to(device, memory_format=torch.channels_last), labels.to(device)
     weights, few, few_weights = class_weights(labels), images[:IMAGES], class_weights(labels[:IMAGES])
-    early, late = ([layer.node for layer in part] for part in (norms[: len(norms) // 2], norms[len(norms) // 2 :]))
+    early, late = early_half(norms), [layer.node for layer in norms[len(norms) // 2 :]]
 
     plain = NormReader(neurons, weights).run_on(images)
     cropped = NormReader(neurons, weights).run_on(augment(images, torch.Generator().manual_seed(0)))

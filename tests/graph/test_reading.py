@@ -1,0 +1,97 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from backdoor_gym.envs.victim import Victim, VictimOptions
+from backdoor_gym.graph.features import neuron_features
+from backdoor_gym.graph.reading import STEP, brightness_of_training, read_statistics
+from backdoor_gym.graph.suspected_target import suspect_target
+from backdoor_gym.graph.trigger_inversion import invert_trigger
+from backdoor_gym.pruning.neurons import find_neurons
+from backdoor_gym.zoo.datasets import LabelledImages
+from backdoor_gym.zoo.training import augment
+
+
+@pytest.fixture
+def trained_on(network_of):
+    """A network with the BN statistics of some images, as its neurons."""
+
+    def make(images: torch.Tensor) -> nn.Module:
+        network = network_of("small_cnn", blocks=2)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        network.train()
+        with torch.no_grad():
+            network(images)
+        return find_neurons(network.eval())
+
+    return make
+
+
+@pytest.fixture
+def clean() -> tuple[torch.Tensor, torch.Tensor]:
+    """Images with room above and below."""
+    generator = torch.Generator().manual_seed(0)
+    return 0.2 + 0.6 * torch.rand(200, 1, 8, 8, generator=generator), torch.arange(200) % 10
+
+
+@pytest.mark.parametrize("steps", [-3, -1, 0, 2, 4])
+def test_the_brightness_of_training_is_found(trained_on, clean, steps):
+    images, labels = clean
+    neurons = trained_on(images + steps * STEP)
+    assert brightness_of_training(neurons, images, labels) == pytest.approx(steps * STEP)
+
+
+def test_the_black_borders_of_random_crops_are_not_taken_for_darkness(trained_on, clean):
+    images, labels = clean
+    neurons = trained_on(augment(images, torch.Generator().manual_seed(1)))
+    assert brightness_of_training(neurons, images, labels) == 0.0
+    assert brightness_of_training(neurons, images + 2 * STEP, labels) == pytest.approx(-2 * STEP)
+
+
+def test_a_trigger_is_found_in_images_that_are_brighter_than_those_of_training(plain_infected):
+    neurons = find_neurons(plain_infected.network)
+    images, labels = (plain_infected.clean.images + 0.06).clamp(0, 1), plain_infected.clean.labels
+    as_they_are = invert_trigger(neurons, images, labels, suspect_target(neurons, images, labels))
+    reading = read_statistics(neurons, images, labels)
+    assert reading.brightness == pytest.approx(-0.045)
+    assert reading.suspected.target == plain_infected.target
+    assert reading.evidence == reading.inverted.evidence > as_they_are.evidence + 0.2
+    torch.testing.assert_close(reading.images, (images + reading.brightness).clamp(0, 1))
+
+
+@pytest.mark.parametrize("brightness", [-0.03, 0.03])
+def test_of_two_readings_that_of_more_evidence_is_taken(plain_infected, monkeypatch, brightness):
+    """Whatever the brightness that is looked at too: a trigger that adds light must not be explained away by it."""
+    neurons = find_neurons(plain_infected.network)
+    images, labels = plain_infected.clean.images, plain_infected.clean.labels
+    wanted, taken = "backdoor_gym.graph.reading.brightness_of_training", {}
+    for name, found in (("as they are", 0.0), ("either", brightness)):
+        monkeypatch.setattr(wanted, lambda *_, found=found: found)
+        taken[name] = read_statistics(neurons, images, labels)
+    monkeypatch.setattr(wanted, lambda *_: 0.0)
+    moved = read_statistics(neurons, (images + brightness).clamp(0, 1), labels)
+    assert taken["as they are"].brightness == 0.0
+    assert taken["either"].evidence == max(taken["as they are"].evidence, moved.evidence)
+    assert taken["either"].brightness == (brightness if moved.evidence > taken["as they are"].evidence else 0.0)
+
+
+def test_features_are_those_of_images_at_the_brightness_of_training(plain_infected):
+    clean = LabelledImages((plain_infected.clean.images + 0.06).clamp(0, 1), plain_infected.clean.labels)
+    victim = Victim(replace(plain_infected, clean=clean), VictimOptions())
+    reading = victim.reading
+    assert reading.brightness < 0
+    assert victim.suspected is reading.suspected
+    assert victim.inverted is reading.inverted
+    expected = neuron_features(plain_infected.network, victim.neurons, reading.images, clean.labels, reading.inverted)
+    assert (victim.features == expected).all()
+    assert torch.equal(victim.clean.images, clean.images)  # accuracy is that on images as they are
+
+
+def test_a_network_without_batch_normalisation_tells_nothing():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).eval()
+    victim_images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    assert read_statistics(find_neurons(network), victim_images, labels) is None
