@@ -10,6 +10,7 @@ from gymnasium.utils import EzPickle
 
 from ..errors import DataError, UnknownNameError
 from ..pruning.neurons import RESIDUAL_MODES
+from .defender import Defender
 from .generator import Infected, InfectedGenerator
 from .masked_victim import SCORE_SAMPLES, Figures, MaskedVictim
 from .observation import ObservationBuilder, Progress
@@ -305,6 +306,10 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         masks[:count] = ~(self._pruned | self._tried)
         masks[self.stop_action] = True
         return masks
+
+    def defender(self) -> Defender:
+        """The network and the clean images, for policies that need more than the observation."""
+        return self.victim.defender
 
     def evaluate_also(self, units: list[int] | np.ndarray) -> Figures:
         """Figures on the clean images with these units pruned too; the episode does not change.

@@ -19,6 +19,7 @@ from ..graph.uclc import uclc
 from ..infected import InfectedModel
 from ..metrics import predict_logits, target_margin
 from ..pruning.neurons import Neurons, find_neurons
+from .defender import Defender
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ class Victim:
 
     def __len__(self) -> int:
         return len(self.units)
+
+    @property
+    def defender(self) -> Defender:
+        """What a defender holds of it."""
+        return Defender(self.model.network, self.neurons, self.units, self.clean.images, self.clean.labels)
 
     @cached_property
     def reading(self) -> Reading | None:

@@ -72,7 +72,7 @@ def neuron_features(
         inverted: the inverted trigger, None where there is none (``pull`` is zero then).
     """
     bounds = uclc(network, neurons)
-    observed = _observe(neurons, images, labels)
+    observed = observe(neurons, images, labels)
     pulls = None if inverted is None else pull(neurons, inverted)
     rows = []
     for index, layer in enumerate(neurons.layers):
@@ -117,7 +117,7 @@ def _statistics_gap(norm: nn.Module, mean: Tensor, variance: Tensor) -> dict[str
     }
 
 
-def _observe(neurons: Neurons, images: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
+def observe(neurons: Neurons, images: Tensor, labels: Tensor) -> list[dict[str, Tensor]]:
     """Over all images: BN input moments, mean activation and saliency of each layer, float64, batch by batch.
 
     Moments are over classes of equal weight, see ``batch_norms.py``.

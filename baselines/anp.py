@@ -1,0 +1,84 @@
+"""ANP, adversarial neuron pruning (Wu and Wang, NeurIPS 2021, arXiv:2110.14430).
+
+Backdoor neurons are sensitive: small relative changes of neurons make an infected network answer the target. So a mask
+m in [0, 1] of each neuron is learned that keeps the loss low under the worst of such changes (equations 3 and 4):
+
+    min over m of  alpha * L(m * w, b) + (1 - alpha) * max over |d|, |x| <= eps of L((m + d) * w, (1 + x) * b)
+
+with w and b the weight and bias of the neuron, of its batch normalisation where there is one. Neurons with a mask below
+0.2 are pruned. Defaults are those of the published code: alpha 0.2, eps 0.4, one step of ascent from a random start,
+SGD of rate 0.2 and momentum 0.9, 2,000 steps of 128 images, batch statistics in the normalisations.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backdoor_gym.envs.defender import Defender
+
+from .rule import ACCURACY_BUDGET, Rule
+from .soft_masks import SoftMasks, draw_batch, training_copy
+from .thresholds import Threshold
+
+BATCH = 128
+LEARNING_RATE, MOMENTUM = 0.2, 0.9
+
+
+class ANP(Rule):
+    """One minus the learned mask.
+
+    Args:
+        env: as for ``Rule``.
+        threshold: the same; 0.8 is the published threshold of 0.2 on the mask.
+        accuracy_budget: the same.
+        seed: of the images drawn and of the starts of the ascents.
+        steps: of the learning.
+        alpha: weight of the loss without perturbation.
+        eps: bound of the relative perturbations.
+    """
+
+    published = 0.8
+
+    def __init__(
+        self,
+        env: Any,
+        threshold: Threshold | None = None,
+        accuracy_budget: float = ACCURACY_BUDGET,
+        seed: int = 0,
+        steps: int = 2_000,
+        alpha: float = 0.2,
+        eps: float = 0.4,
+    ) -> None:
+        super().__init__(env, threshold, accuracy_budget, seed)
+        self.steps, self.alpha, self.eps = steps, alpha, eps
+
+    def scores(self, defender: Defender) -> np.ndarray:
+        random = torch.Generator().manual_seed(self.seed)
+        network = training_copy(defender)
+        masks = SoftMasks(network, defender.neurons)
+        optimizer = torch.optim.SGD([masks.mask], LEARNING_RATE, MOMENTUM)
+        for _ in range(self.steps):
+            images, labels = draw_batch(defender, BATCH, random)
+            scale, shift = self.worst(masks, images, labels, random)
+            perturbed = masks.loss(images, labels, scale, shift)
+            optimizer.zero_grad()
+            (self.alpha * masks.loss(images, labels) + (1 - self.alpha) * perturbed).backward()
+            optimizer.step()
+            masks.clip()
+        return 1 - masks.mask.detach().double().cpu().numpy()
+
+    def worst(self, masks: SoftMasks, images: Tensor, labels: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Relative changes of all weights and biases after one step of ascent of size eps from a random start.
+
+        They are clipped to eps, as the inner maximisation is bounded by it.
+        """
+        size = 2 * len(masks.mask)
+        start = ((2 * torch.rand(size, generator=random) - 1) * self.eps).to(masks.mask.device).requires_grad_()
+        loss = masks.loss(images, labels, *start.chunk(2))
+        (gradient,) = torch.autograd.grad(loss, start)
+        return tuple((start + self.eps * gradient.sign()).clamp(-self.eps, self.eps).detach().chunk(2))
+
+
+prune = ANP.prune

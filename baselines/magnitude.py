@@ -1,0 +1,31 @@
+"""Magnitude pruning: the filters of the least weight first (Li et al., ICLR 2017, arXiv:1608.08710, section 3.1).
+
+A rule of network compression, which knows nothing of backdoors: what pruning by habit does to one. The paper ranks the
+L1 norms of the filters within a layer and chooses how many by hand; here a norm is taken relative to the mean of its
+layer, so that all layers can be ranked together, and the threshold is "auto".
+"""
+
+import numpy as np
+import torch
+
+from backdoor_gym.envs.defender import Defender
+
+from .rule import Rule
+
+
+class Magnitude(Rule):
+    """Minus the L1 norm of a neuron's incoming weights over the mean of its layer; of several convolutions their sum."""
+
+    def scores(self, defender: Defender) -> np.ndarray:
+        scores = np.zeros(len(defender.neurons))
+        for layer in defender.neurons.layers:
+            norms = torch.zeros(layer.size, dtype=torch.float64)
+            for feeder in layer.feeders:
+                weight = defender.network.get_submodule(feeder.module).weight
+                assert isinstance(weight, torch.Tensor)
+                norms += weight.detach().double().cpu().abs().flatten(1).sum(1)
+            scores[layer.neurons] = -(norms / norms.mean().clamp(min=1e-12)).numpy()
+        return scores
+
+
+prune = Magnitude.prune

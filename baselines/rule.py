@@ -1,0 +1,167 @@
+"""A published pruning defence: a score of each neuron, a threshold on it, a mask."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from backdoor_gym.envs.defender import Defender
+from backdoor_gym.envs.observation import GLOBAL_FEATURES
+from backdoor_gym.errors import DataError
+from backdoor_gym.infected import check_finite
+from backdoor_gym.metrics import accuracy
+from backdoor_gym.pruning.applying import write_mask
+from backdoor_gym.pruning.masked import MaskedNetwork
+from backdoor_gym.pruning.neurons import find_neurons
+from backdoor_gym.zoo.datasets import check_images
+
+from .policy import Observation, Policy, ask, stop_action
+from .thresholds import AUTO, BUDGET, Threshold, check_threshold, choose_threshold
+
+ACCURACY_BUDGET = 0.02
+_STEPS_LEFT, _BUDGET = (GLOBAL_FEATURES.index(name) for name in ("steps_left", "accuracy_budget"))
+
+
+class Rule(Policy):
+    """Prunes what scores above the threshold, the largest first, then stops.
+
+    What a rule adds is ``scores``, and the threshold that its paper gives. To run it as published, make the environment
+    with ``accuracy_budget=None``; with a budget each prune that breaks it is undone, and the rule goes on with the next.
+
+    Args:
+        env: the environment it acts in; scores come from the network and the clean images there, not the observation.
+        threshold: a number; "auto" for the lowest with which accuracy on the clean images stays within
+            ``accuracy_budget`` (``thresholds.choose_threshold``); "budget" for none, where the environment has an accuracy
+            budget that ends the repair; None for the published one, or "auto" where none was published.
+        accuracy_budget: clean accuracy that "auto" may lose.
+        seed: of what is random in it.
+
+    Raises:
+        DataError: an unusable threshold, or "budget" in an environment without one.
+    """
+
+    #: The published threshold, None where there is none.
+    published: ClassVar[float | None] = None
+
+    def __init__(
+        self,
+        env: Any,
+        threshold: Threshold | None = None,
+        accuracy_budget: float = ACCURACY_BUDGET,
+        seed: int = 0,
+    ) -> None:
+        self.threshold: Threshold = self._or_published(threshold)
+        self.accuracy_budget = accuracy_budget
+        self.seed = seed
+        self._env = env
+        self._scores: dict[int, np.ndarray] = {}
+        self._chosen: dict[int, float] = {}
+
+    @abstractmethod
+    def scores(self, defender: Defender) -> np.ndarray:
+        """Score of each neuron, float64 (neurons,): the larger, the sooner pruned; minus infinity for never."""
+
+    def settings(self) -> dict[str, float]:
+        """The threshold that was used last in the first environment."""
+        return {"threshold": self._chosen.get(0, float("nan"))}
+
+    def begin(self, environment: int) -> None:
+        self._scores.pop(environment, None)
+
+    def act(self, observation: Observation, environment: int) -> int:
+        if environment not in self._scores or observation["globals"][_STEPS_LEFT] == 1:
+            scores = self._unit_scores(observation, environment)
+            self._chosen[environment] = self._choose(scores, observation, environment)
+            self._scores[environment] = scores
+        scores = self._scores[environment]
+        legal = observation["action_mask"][: len(scores)] == 1
+        open_scores = np.where(legal, scores, -np.inf)
+        best = int(open_scores.argmax())
+        return best if open_scores[best] > self._chosen[environment] else stop_action(observation)
+
+    def _unit_scores(self, observation: Observation, environment: int) -> np.ndarray:
+        """Of each unit, float64 (units,)."""
+        defender = ask(self._env, environment, "defender")
+        return _of_units(self.scores(defender), defender)
+
+    def _choose(self, scores: np.ndarray, observation: Observation, environment: int) -> float:
+        if self.threshold == BUDGET:
+            if observation["globals"][_BUDGET] >= 1:
+                raise DataError('threshold="budget" needs an environment with an accuracy_budget')
+            return -np.inf
+        if self.threshold != AUTO:
+            return float(self.threshold)
+        return choose_threshold(
+            scores,
+            lambda pruned: ask(self._env, environment, "evaluate_also", np.flatnonzero(pruned)).acc,
+            self.accuracy_budget,
+        )
+
+    @classmethod
+    def prune(
+        cls,
+        network: nn.Module,
+        clean: tuple[Tensor, Tensor],
+        threshold: Threshold | None = None,
+        accuracy_budget: float = ACCURACY_BUDGET,
+        inplace: bool = False,
+        **options: Any,
+    ) -> nn.Module:
+        """The network with the neurons that the rule finds set to zero, outside any environment.
+
+        Args:
+            network: any classifier that torch.fx can trace.
+            clean: images float32 (n, C, H, W) in [0, 1] and labels int64 (n,).
+            threshold: as for the policy, without "budget".
+            accuracy_budget: clean accuracy that "auto" may lose.
+            inplace: whether to change the network itself instead of a copy.
+            **options: of the rule.
+
+        Raises:
+            UntraceableError: the network's neurons cannot be found.
+            DataError: an unusable threshold or unusable images.
+        """
+        rule = cls(None, threshold, accuracy_budget, **options)
+        check_finite(network)
+        check_images(*clean)
+        neurons = find_neurons(network)
+        defender = Defender(network, neurons, neurons.units(), *clean)
+        pruned = select(rule.scores(defender), rule.threshold, defender, accuracy_budget)
+        return write_mask(network, neurons, ~pruned, inplace)
+
+    @classmethod
+    def _or_published(cls, threshold: Threshold | None) -> Threshold:
+        if threshold is None:
+            return AUTO if cls.published is None else cls.published
+        check_threshold(threshold)
+        return threshold
+
+
+def select(scores: np.ndarray, threshold: Threshold, defender: Defender, accuracy_budget: float) -> np.ndarray:
+    """The neurons above the threshold, bool (neurons,), which for "auto" the clean images choose.
+
+    Args:
+        scores: float64 (neurons,).
+        threshold: a number or "auto"; there is no environment whose budget could end it.
+        defender: whose network and clean images they are.
+        accuracy_budget: clean accuracy that "auto" may lose.
+
+    Raises:
+        DataError: another threshold.
+    """
+    if threshold == BUDGET:
+        raise DataError('threshold="budget" is for an environment; use "auto"')
+    if threshold != AUTO:
+        return scores > float(threshold)
+    masked = MaskedNetwork(defender.neurons, defender.images)
+
+    def clean_accuracy(pruned: np.ndarray) -> float:
+        return accuracy(masked.logits(~pruned).cpu(), defender.labels)
+
+    return scores > choose_threshold(scores, clean_accuracy, accuracy_budget)
+
+
+def _of_units(scores: np.ndarray, defender: Defender) -> np.ndarray:
+    """Of a unit the largest score of its neurons."""
+    return np.array([scores[unit].max() for unit in defender.units])

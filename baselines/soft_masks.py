@@ -1,0 +1,75 @@
+"""Masks between 0 and 1 on the weights of each neuron, to be learned."""
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from backdoor_gym.envs.defender import Defender
+from backdoor_gym.pruning.neurons import Neurons
+
+
+class SoftMasks:
+    """The loss of a network whose neurons' weights are multiplied by masks, and perturbed if asked to.
+
+    The weight and the bias of a neuron are those of its batch normalisation, or of its convolution or linear layer where
+    there is none. The bias is not masked: ANP and RNP leave it.
+
+    Args:
+        network: traced, from ``training_copy``.
+        neurons: of the network.
+
+    Attributes:
+        mask: of each neuron, float32 (neurons,), ones at first.
+    """
+
+    def __init__(self, network: fx.GraphModule, neurons: Neurons) -> None:
+        self.network, self.layers = network, neurons.layers
+        device = next(network.parameters()).device
+        self.mask = torch.ones(len(neurons), device=device, requires_grad=True)
+
+    def loss(self, images: Tensor, labels: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Cross-entropy with weights times (mask + scale) and biases times (1 + shift).
+
+        Args:
+            images: float32 (n, C, H, W).
+            labels: int64 (n,).
+            scale: relative change of each neuron's weight, float32 (neurons,), None for none.
+            shift: of its bias, likewise.
+        """
+        changed = {}
+        for layer in self.layers:
+            module = self.network.get_submodule(layer.module)
+            factor = self.mask[layer.neurons]
+            if scale is not None:
+                factor = factor + scale[layer.neurons]
+            weight, bias = module.weight, module.bias
+            assert isinstance(weight, Tensor)
+            changed[f"{layer.module}.weight"] = weight * factor.view(-1, *[1] * (weight.ndim - 1))
+            if shift is not None and isinstance(bias, Tensor):
+                changed[f"{layer.module}.bias"] = bias * (1 + shift[layer.neurons])
+        return F.cross_entropy(functional_call(self.network, changed, (images,)), labels)
+
+    @torch.no_grad()
+    def clip(self) -> None:
+        """Bring the masks back into [0, 1]."""
+        self.mask.clamp_(0, 1)
+
+
+def training_copy(defender: Defender) -> fx.GraphModule:
+    """A traced copy of the network to learn with: batch normalisations take the statistics of the batch."""
+    network = copy.deepcopy(defender.neurons.graph)
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+    return network
+
+
+def draw_batch(defender: Defender, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Some clean images and labels, drawn with replacement, on the network's device."""
+    device = next(defender.neurons.graph.parameters()).device
+    chosen = torch.randint(len(defender.images), (size,), generator=random)
+    images = defender.images[chosen].to(device, memory_format=torch.channels_last)
+    return images, defender.labels[chosen].to(device)

@@ -1,0 +1,43 @@
+"""One rule for all that chooses a threshold from clean images alone."""
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, Literal
+
+import numpy as np
+
+from backdoor_gym.errors import DataError
+
+AUTO = "auto"
+#: All that the accuracy budget of the environment allows.
+BUDGET = "budget"
+Threshold = float | Literal["auto", "budget"]
+
+
+def check_threshold(threshold: Any) -> None:
+    """Raise ``DataError`` unless it is a finite number, "auto" or "budget"."""
+    if threshold in (AUTO, BUDGET):
+        return
+    if not isinstance(threshold, Real) or isinstance(threshold, bool) or not np.isfinite(float(threshold)):
+        raise DataError(f'a threshold must be a number, "{AUTO}" or "{BUDGET}", not {threshold!r}')
+
+
+def choose_threshold(
+    scores: np.ndarray, clean_accuracy: Callable[[np.ndarray], float], accuracy_budget: float
+) -> float:
+    """The lowest threshold down to which pruning all above it keeps the accuracy within the budget.
+
+    It is lowered from one score to the next, and the first that breaks the budget ends the search. What it may be is a
+    score: those above it are pruned, and where all may be the threshold is minus infinity.
+
+    Args:
+        scores: float (units,); the larger, the sooner pruned. Those of minus infinity never are.
+        clean_accuracy: of the network without some units, bool (units,).
+        accuracy_budget: tolerated loss.
+    """
+    initial = clean_accuracy(np.zeros(len(scores), dtype=bool))
+    levels = np.unique(scores[scores > -np.inf])[::-1]
+    for level, following in zip(levels, [*levels[1:], -np.inf], strict=True):
+        if initial - clean_accuracy(scores > following) > accuracy_budget + 1e-9:
+            return float(level)
+    return -np.inf
