@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gymnasium.envs.registration import register, registry
 
 if TYPE_CHECKING:
+    from .benchmarking import benchmark
     from .infected import InfectedModel
     from .repairing import RepairResult, repair
     from .zoo.catalogue import list_infected, load_infected
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["InfectedModel", "RepairResult", "infect", "list_infected", "load_infected", "repair"]
+__all__ = ["InfectedModel", "RepairResult", "benchmark", "infect", "list_infected", "load_infected", "repair"]
 
 _HOMES = {
     "InfectedModel": "infected",
     "RepairResult": "repairing",
+    "benchmark": "benchmarking",
     "infect": "zoo.infecting",
     "list_infected": "zoo.catalogue",
     "load_infected": "zoo.catalogue",

@@ -1,4 +1,4 @@
-"""The command line: ``backdoor-gym repair | train | infect | list | inspect | zoo build``.
+"""The command line: ``backdoor-gym repair | benchmark | train | infect | list | inspect | zoo build``.
 
 Exit codes: 0 done; 1 something could not be made; 2 unusable input, with one line that says what was wrong.
 """
@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 something could not be made; 2 unusable input, with one li
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,9 +48,21 @@ DeviceOption = Annotated[str, typer.Option("--device", help="Where the network r
 def repair(
     model: Annotated[str, typer.Argument(help="Name (see list) or file of an infected model.")] = DEFAULT_MODEL,
     policy: Annotated[
-        str, typer.Option(help="onp, clp, random, or the file of a policy that train wrote (*.safetensors).")
+        str,
+        typer.Option(
+            help="onp; a published rule: clp, bnp, ep, anp, rnp, fine-pruning, magnitude, greedy; random; or the file of a "
+            "policy that train wrote (*.safetensors)."
+        ),
     ] = "onp",
-    u: Annotated[str | None, typer.Option(help='Threshold of clp: a number (default 3), or "auto".')] = None,
+    threshold: Annotated[
+        str | None,
+        typer.Option(
+            "--threshold",
+            "--u",
+            help='Of a published rule: a number (u of clp, default 3), "auto" to choose it with the clean images, or "budget" '
+            "to prune as long as --budget allows.",
+        ),
+    ] = None,
     finetune: Annotated[
         int | None,
         typer.Option(min=0, help="Steps that onp first learns on this network, from its clean images alone."),
@@ -58,7 +71,7 @@ def repair(
         float | None,
         typer.Option(
             help="Clean accuracy that may be lost, 0.02 is two points; a prune beyond it is undone. "
-            "Default: 0.01 for onp, none for clp, 0.02 for random."
+            "Default: 0.01 for onp, none for rules with a published threshold, 0.02 for the others."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: repaired/NAME.")] = None,
@@ -71,7 +84,9 @@ def repair(
     from .policies import check_policy
     from .zoo.catalogue import load_infected
 
-    options: dict[str, Any] = {} if u is None else {"u": _threshold(u)}
+    options: dict[str, Any] = {}
+    if threshold is not None:
+        options["u" if policy == "clp" else "threshold"] = _threshold(threshold)
     if finetune is not None:
         options["finetune"] = finetune
     check_policy(policy, options)
@@ -99,10 +114,72 @@ def repair(
         f"Pruned {len(result.pruned)} of {len(result.neurons)} neurons{_said(result.settings)} in {result.seconds:.1f} s; "
         f"accuracy on the {len(infected.clean)} clean images {result.clean_acc_before:.3f} -> {result.clean_acc_after:.3f}."
     )
-    if policy == "clp" and u is None:
-        console.print("The published threshold was used; --u auto chooses it with the clean images.")
+    if policy in ("clp", "bnp", "ep", "anp") and threshold is None:
+        console.print("The published threshold was used; --threshold auto chooses it with the clean images.")
     for path in written:
         console.print(f"  {path}", highlight=False)
+
+
+@app.command()
+def benchmark(
+    infected: Annotated[list[str], typer.Option(help="Names, patterns or files of infected models.")],
+    policies: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME[:THRESHOLD] (onp, clp, clp:auto, bnp, ...), the file of a policy, or package.module:factory; repeat "
+            "the option, or separate by commas."
+        ),
+    ] = ["onp", "clp", "bnp", "random"],  # noqa: B006 (typer copies it)
+    budgets: Annotated[
+        str,
+        typer.Option(
+            help='Accuracy that may be lost on the defender\'s images, 0.02 is two points; "own" for each policy as published.'
+        ),
+    ] = "own,0.01,0.02,0.05",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the policies that a seed changes.")] = 1,
+    most: Annotated[int | None, typer.Option(min=1, help="Only the first so many models of each pattern.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a processor.")] = None,
+    clean_samples: Annotated[
+        int | None, typer.Option(min=1, help="How many of the defender's clean images are used; default: all.")
+    ] = None,
+    test_samples: Annotated[
+        int | None, typer.Option(min=1, help="How many test images are scored on; default: all.")
+    ] = None,
+    max_steps: Annotated[int, typer.Option(min=1, help="Most prunes under a budget.")] = 100,
+    out: Annotated[Path, typer.Option(help="Folder for cells, table and figures.")] = Path("benchmark"),
+    data: DataOption = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Compare policies on many models. Killed and called again, it goes on after the last finished cell."""
+    from .benchmarking import benchmark as run
+
+    _check_writable(out)
+    done = run(
+        [part for text in infected for part in text.split(",")],
+        [part for text in policies for part in text.split(",")],
+        [_budget(part) for part in budgets.split(",")],
+        seeds=seeds,
+        out=out,
+        most=most,
+        jobs=jobs,
+        clean_samples=clean_samples,
+        test_samples=test_samples,
+        max_steps=max_steps,
+        data=data,
+        device=device,
+        progress=not as_json,
+    )
+    if as_json:
+        print(json.dumps([asdict(result) for result in done.results]))
+    else:
+        console.print(done.table, markup=False, highlight=False, soft_wrap=True)
+        for path in done.files:
+            console.print(f"  {path}", highlight=False)
+    if done.failed:
+        raise TrainingError(
+            f"{len(done.failed)} of {len(done.results)} cells failed; the first: {done.failed[0].error}"
+        )
 
 
 @app.command()
@@ -363,13 +440,22 @@ def _fail(error: Exception, code: int) -> None:
     sys.exit(code)
 
 
-def _threshold(u: str) -> float | str:
-    if u == "auto":
-        return u
+def _budget(text: str) -> float | None:
+    if text == "own":
+        return None
     try:
-        return float(u)
+        return float(text)
     except ValueError:
-        raise DataError(f'--u must be a number or "auto", not {u!r}') from None
+        raise DataError(f'--budgets takes shares and "own", not {text!r}') from None
+
+
+def _threshold(text: str) -> float | str:
+    if text in ("auto", "budget"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise DataError(f'--threshold must be a number, "auto" or "budget", not {text!r}') from None
 
 
 def _check_writable(folder: Path) -> None:

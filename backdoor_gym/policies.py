@@ -12,10 +12,21 @@ from .errors import DataError, UnknownNameError
 POLICIES: dict[str, tuple[str, ...]] = {
     "onp": ("look_ahead", "finetune", "seed"),
     "clp": ("u",),
+    "bnp": ("threshold",),
+    "ep": ("threshold",),
+    "anp": ("threshold", "seed", "steps"),
+    "rnp": ("threshold", "seed"),
+    "fine-pruning": ("threshold",),
+    "magnitude": ("threshold",),
+    "greedy": ("candidates",),
     "random": ("seed",),
 }
-#: Clean accuracy that each may lose by default; None is no guard, as the rule was published.
-BUDGETS: dict[str, float | None] = {"onp": 0.01, "clp": None, "random": 0.02}
+#: Clean accuracy that each may lose by default; None is no guard, as a rule with a threshold was published.
+BUDGETS: dict[str, float | None] = {
+    **dict.fromkeys(POLICIES, 0.02),
+    "onp": 0.01,
+    **dict.fromkeys(("clp", "bnp", "ep", "anp"), None),
+}
 #: A file of a policy that ``ONP.save`` wrote is named by its path.
 SUFFIX = ".safetensors"
 
@@ -74,16 +85,27 @@ def make_policy(name: str, env: BackdoorPruneEnv, options: dict[str, Any]) -> Pr
         UnknownNameError: no such policy, or it has no such option.
         ModelFileError: an unreadable policy file.
     """
-    from .baselines import CLP, RandomPolicy
+    from .baselines import ANP, BNP, CLP, EP, RNP, FinePruning, GreedyACC, Magnitude, RandomPolicy, Rule
+    from .baselines.rule import ACCURACY_BUDGET
 
     check_policy(name, options)
     if name == "random":
         return RandomPolicy(**options)
+    if name == "greedy":
+        return GreedyACC(env, **options)
+    budget = ACCURACY_BUDGET if env.accuracy_budget is None else env.accuracy_budget
     if name == "clp":
-        if options.get("u") == "auto":
-            budget = env.accuracy_budget
-            return CLP("auto", env, 0.02 if budget is None else budget)
-        return CLP(**options)
+        return CLP(options.get("u", CLP.published), env, budget)
+    rules: dict[str, type[Rule]] = {
+        "bnp": BNP,
+        "ep": EP,
+        "anp": ANP,
+        "rnp": RNP,
+        "fine-pruning": FinePruning,
+        "magnitude": Magnitude,
+    }
+    if name in rules:
+        return rules[name](env, accuracy_budget=budget, **options)
     return _make_onp(name, env, **options)
 
 

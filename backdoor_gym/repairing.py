@@ -139,18 +139,19 @@ def repair(
 
     Args:
         infected: a model, a name, or a file.
-        policy: "onp" (the policy that comes with the package), the file of a policy that ``ONP.save`` wrote, "clp",
-            "random", or any object with ``predict``; its ``finish(env)``, if it has one, is called when the episode is
-            over and may give prunes back (``BackdoorPruneEnv.give_back``).
+        policy: "onp" (the policy that comes with the package), the file of a policy that ``ONP.save`` wrote, a published
+            rule ("clp", "bnp", "ep", "anp", "rnp", "fine-pruning", "magnitude", "greedy"), "random", or any object with
+            ``predict``; its ``finish(env)``, if it has one, is called when the episode is over and may give prunes back
+            (``BackdoorPruneEnv.give_back``).
         accuracy_budget: clean accuracy that may be lost (a prune beyond it is undone), or None for no guard; by default
-            0.01 for "onp", None for "clp" (the published rule) and 0.02 for others.
+            0.01 for "onp", None for rules with a published threshold and 0.02 for others.
         max_steps: most steps of the policy, None for as many as there are neurons.
         residual: "channel", or "group" to prune neurons that share a residual sum together.
         data: data set to read a file's images from, instead of the one it names.
         device: where the network runs.
         **options: of the policy by name: ``look_ahead`` (default True), ``finetune`` (steps to learn on this network
-            first, from its clean images alone; default 0) and ``seed`` for "onp", ``u`` (a number or "auto") for "clp",
-            ``seed`` for "random".
+            first, from its clean images alone; default 0) and ``seed`` for "onp"; ``u`` for "clp", ``threshold`` for the
+            other rules (a number, "auto" or "budget"); ``seed`` for "anp", "rnp" and "random".
 
     Raises:
         UnknownNameError: unknown policy, or an option it does not have.
@@ -177,20 +178,11 @@ def repair(
     ).unwrapped
     assert isinstance(env, BackdoorPruneEnv)
     acting = make_policy(policy, env, options) if isinstance(policy, str) else policy
-    takes_masks = "action_masks" in inspect.signature(acting.predict).parameters  # MaskablePPO's does
     observation, info = env.reset(seed=0)
     clean_before = info["acc"]
     judge = getattr(acting, "verdict", None)
     verdict = None if judge is None else float(judge(observation))
-    pruned: list[str] = []
-    state, first, done = None, np.array([True]), False
-    while not done:
-        masks = {"action_masks": env.action_masks()} if takes_masks else {}
-        action, state = acting.predict(observation, state=state, episode_start=first, deterministic=True, **masks)
-        observation, _, terminated, truncated, info = env.step(int(np.asarray(action).item()))
-        pruned.extend(info["neuron"].split("+") if info["neuron"] else [])
-        first, done = np.array([False]), terminated or truncated
-    finish(acting, env)
+    pruned = run_episode(acting, env, observation)
     seconds = time.perf_counter() - start
     victim = env.victim
     mask = victim.neuron_mask(env.pruned)
@@ -201,9 +193,6 @@ def repair(
     network.cpu()
     drawing = to_rgb(draw(env.snapshot()))
     env.close()
-    rating = None
-    if before.acc is not None and before.asr is not None and after.acc is not None and after.asr is not None:
-        rating = der(before.acc, before.asr, after.acc, after.asr)
     return RepairResult(
         network,
         [neuron for neuron in pruned if neuron in gone],
@@ -211,7 +200,7 @@ def repair(
         after,
         clean_before,
         env.figures.acc,
-        rating,
+        rating(before, after),
         seconds,
         name,
         getattr(acting, "settings", dict)(),
@@ -222,3 +211,29 @@ def repair(
         verdict,
         None if victim.suspected is None else victim.suspected.target,
     )
+
+
+def run_episode(policy: PredictingPolicy, env: BackdoorPruneEnv, observation: dict[str, np.ndarray]) -> list[str]:
+    """Let a policy act until the episode that has just begun is over, and finish.
+
+    Returns:
+        Names of the neurons that it pruned, in that order, those that it gave back in the end among them.
+    """
+    takes_masks = "action_masks" in inspect.signature(policy.predict).parameters  # MaskablePPO's does
+    pruned: list[str] = []
+    state, first, done = None, np.array([True]), False
+    while not done:
+        masks = {"action_masks": env.action_masks()} if takes_masks else {}
+        action, state = policy.predict(observation, state=state, episode_start=first, deterministic=True, **masks)
+        observation, _, terminated, truncated, info = env.step(int(np.asarray(action).item()))
+        pruned.extend(info["neuron"].split("+") if info["neuron"] else [])
+        first, done = np.array([False]), terminated or truncated
+    finish(policy, env)
+    return pruned
+
+
+def rating(before: Metrics, after: Metrics) -> float | None:
+    """DER, where ACC and ASR are known."""
+    if before.acc is None or before.asr is None or after.acc is None or after.asr is None:
+        return None
+    return der(before.acc, before.asr, after.acc, after.asr)

@@ -78,7 +78,8 @@ class ANP(Rule):
         start = ((2 * torch.rand(size, generator=random) - 1) * self.eps).to(masks.mask.device).requires_grad_()
         loss = masks.loss(images, labels, *start.chunk(2))
         (gradient,) = torch.autograd.grad(loss, start)
-        return tuple((start + self.eps * gradient.sign()).clamp(-self.eps, self.eps).detach().chunk(2))
+        scale, shift = (start + self.eps * gradient.sign()).clamp(-self.eps, self.eps).detach().chunk(2)
+        return scale, shift
 
 
 prune = ANP.prune

@@ -1,5 +1,7 @@
 """What the batch normalisations read on the clean images: moments and largest values of the pre-activations."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, fx
 
@@ -53,7 +55,7 @@ def largest(defender: Defender) -> dict[str, Tensor]:
     return {node: torch.cat(values) for node, values in found.items()}
 
 
-def _passes(defender: Defender):
+def _passes(defender: Defender) -> Iterator[dict[str, Tensor]]:
     device = next(defender.neurons.graph.parameters()).device
     for batch in defender.images.split(BATCH):
         reader = _Reader(defender)

@@ -132,10 +132,12 @@ class Rule(Policy):
 
     @classmethod
     def _or_published(cls, threshold: Threshold | None) -> Threshold:
-        if threshold is None:
-            return AUTO if cls.published is None else cls.published
-        check_threshold(threshold)
-        return threshold
+        if threshold is not None:
+            check_threshold(threshold)
+            return threshold
+        if cls.published is None:
+            return "auto"
+        return cls.published
 
 
 def select(scores: np.ndarray, threshold: Threshold, defender: Defender, accuracy_budget: float) -> np.ndarray:

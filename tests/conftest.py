@@ -1,6 +1,7 @@
 """Models that many tests share, small enough to be made in a second or two."""
 
 import os
+import sys
 
 # Before torch is imported: two busy test processes on two cores must not fight for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from backdoor_gym import cli
 from backdoor_gym.infected import InfectedModel
 from backdoor_gym.zoo.architectures import build
 from backdoor_gym.zoo.infecting import infect
@@ -84,3 +86,22 @@ def plain_infected() -> InfectedModel:
 @pytest.fixture(scope="session")
 def infected_file(infected: InfectedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return infected.save(tmp_path_factory.mktemp("models") / "tiny.safetensors")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in an empty folder: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.console, "width", 120, raising=False)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["backdoor-gym", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

@@ -10,25 +10,6 @@ from backdoor_gym.infected import InfectedModel
 from backdoor_gym.zoo.files import read_tensors, write_tensors
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Runs a command line in an empty folder: exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.console, "width", 120, raising=False)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["backdoor-gym", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def test_repair_writes_and_prints_what_it_did(run, infected_file, infected, tmp_path):
     code, out, _ = run("repair", infected_file, "--policy", "clp", "--u", "1.5", "--out", "result")
     assert code == 0
@@ -192,8 +173,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run, infected_file, tmp_path):
         (("repair", "bad.safetensors"), "finite"),
         (("repair", "digits-badnet"), "did you mean 'digits-badnets'"),
         (("repair", "--policy", "clpp"), "did you mean 'clp'"),
-        (("repair", "--u", "three"), "--u"),
-        (("repair", "--u", "3"), "unknown option of onp 'u'"),
+        (("repair", "--threshold", "three"), "--threshold"),
+        (("repair", "--u", "3"), "unknown option of onp 'threshold'"),
         (("repair", "--policy", "clp", "--finetune", "10"), "unknown option of clp 'finetune'"),
         (("repair", "--policy", "absent.safetensors"), "no file absent.safetensors"),
         (("train", "--infected", "digits-trian/*"), "digits-trian"),

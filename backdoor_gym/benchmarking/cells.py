@@ -1,0 +1,237 @@
+"""What a benchmark is made of: one policy on one model under one accuracy budget with one seed."""
+
+import importlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from ..baselines.thresholds import BUDGET, check_threshold
+from ..errors import DataError
+from ..policies import BUDGETS, POLICIES, kind_of_policy, make_policy
+
+#: The budget of a policy that runs as it was published: its own stopping rule and its own default guard.
+OWN = None
+#: Those whose seed changes what they do.
+SEEDED = ("anp", "rnp", "random")
+
+Factory = Callable[[Any, int], Any]
+Policies = Sequence[str] | Mapping[str, str | Factory]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is the same for all cells.
+
+    Attributes:
+        clean_samples: how many of the defender's clean images are used, None for all.
+        test_samples: how many test images are scored on, None for all.
+        max_steps: most prunes under an accuracy budget; a policy with its own stopping rule has no such end.
+        residual: "channel" or "group".
+        data: data set to read the images of files from.
+        device: where networks run.
+    """
+
+    clean_samples: int | None = None
+    test_samples: int | None = None
+    max_steps: int | None = 100
+    residual: str = "channel"
+    data: str | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One repair.
+
+    Attributes:
+        model: name or file.
+        policy: name in the tables.
+        budget: accuracy that may be lost on the defender's images, a share; ``OWN`` for the policy as published.
+        seed: of the policy.
+    """
+
+    model: str
+    policy: str
+    budget: float | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a repair came to. Figures are None where they cannot be known, and all are where ``error`` says what went wrong.
+
+    Attributes:
+        model: name or file.
+        policy: name.
+        budget: as in ``Cell``.
+        seed: of the policy.
+        conditions: the same for all cells, as a dict.
+        attack: of the model, "" if not known.
+        architecture: of the model, "" if not known.
+        neurons: of the network.
+        pruned: neurons pruned.
+        acc_before: accuracy on test images, as are the others.
+        asr_before: share of triggered images of other classes that get the target label.
+        ra_before: share of them that get their true label.
+        acc: after the repair.
+        asr: after it.
+        ra: after it.
+        der: (max(0, fall of the ASR) - max(0, fall of the ACC) + 1) / 2.
+        seconds: of the repair, with making the model ready for it and without scoring.
+        peak_memory: most resident memory of the process during it in bytes, None where the system does not tell.
+        error: what went wrong, "" if nothing.
+    """
+
+    model: str
+    policy: str
+    budget: float | None
+    seed: int
+    conditions: dict[str, Any]
+    attack: str = ""
+    architecture: str = ""
+    neurons: int | None = None
+    pruned: int | None = None
+    acc_before: float | None = None
+    asr_before: float | None = None
+    ra_before: float | None = None
+    acc: float | None = None
+    asr: float | None = None
+    ra: float | None = None
+    der: float | None = None
+    seconds: float | None = None
+    peak_memory: int | None = None
+    error: str = ""
+
+    @property
+    def cell(self) -> Cell:
+        """Which repair it is."""
+        return Cell(self.model, self.policy, self.budget, self.seed)
+
+    @property
+    def acc_lost(self) -> float | None:
+        """Accuracy lost on test images, a share."""
+        return None if self.acc is None or self.acc_before is None else self.acc_before - self.acc
+
+    def as_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """Of one line.
+
+        Raises:
+            DataError: it is none.
+        """
+        try:
+            found = json.loads(line)
+            return cls(**{field.name: found[field.name] for field in fields(cls)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"not a result of a benchmark: {line[:80]!r}") from error
+
+
+def read_results(file: Path) -> list[Result]:
+    """The results of a file, which may be missing.
+
+    Raises:
+        DataError: a line is no result.
+    """
+    return [Result.from_json(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def drop_unfinished(file: Path) -> None:
+    """Take away a last line that was not finished when a process was killed."""
+    if not file.is_file():
+        return
+    text = file.read_bytes()
+    finished = text.rfind(b"\n") + 1
+    if finished < len(text):
+        with file.open("r+b") as lines:
+            lines.truncate(finished)
+
+
+def all_cells(
+    models: Iterable[str], policies: Mapping[str, str | Factory], budgets: Sequence[float | None], seeds: int
+) -> list[Cell]:
+    """Every cell; a policy that no seed changes has one."""
+    return [
+        Cell(model, policy, budget, seed)
+        for model in models
+        for policy, made_by in policies.items()
+        for budget in budgets
+        for seed in range(seeds if _is_seeded(made_by) else 1)
+    ]
+
+
+def named(policies: Policies) -> dict[str, str | Factory]:
+    """Policies by the name that they have in the tables.
+
+    Raises:
+        UnknownNameError: no such policy.
+        DataError: an unusable specification.
+    """
+    found: dict[str, str | Factory] = (
+        dict(policies) if isinstance(policies, Mapping) else {one: one for one in policies}
+    )
+    if not found:
+        raise DataError("no policy was given")
+    for made_by in found.values():
+        if isinstance(made_by, str):
+            _parse(made_by)
+    return found
+
+
+def make(made_by: str | Factory, env: Any, budget: float | None, seed: int) -> Any:
+    """The policy for an environment: of a user's factory, or of a specification ``NAME[:THRESHOLD]``.
+
+    A rule without a threshold in its specification has the published one as ``OWN``, and under a budget prunes as long as
+    the budget allows: so it is at its best there.
+    """
+    factory = _parse(made_by) if isinstance(made_by, str) else made_by
+    if not isinstance(factory, tuple):
+        return factory(env, seed)
+    name, threshold = factory
+    options: dict[str, Any] = {}
+    takes = POLICIES[kind_of_policy(name)]
+    key = "u" if "u" in takes else "threshold"
+    if key in takes:
+        if threshold is None and budget is not OWN:
+            threshold = BUDGET
+        if threshold is not None:
+            options[key] = threshold
+    if "seed" in takes:
+        options["seed"] = seed
+    return make_policy(name, env, options)
+
+
+def own_budget(made_by: str | Factory) -> float | None:
+    """The accuracy budget with which a policy runs as ``OWN``: that of its kind, 0.02 for a user's."""
+    factory = _parse(made_by) if isinstance(made_by, str) else made_by
+    return BUDGETS[kind_of_policy(factory[0])] if isinstance(factory, tuple) else 0.02
+
+
+def _is_seeded(made_by: str | Factory) -> bool:
+    return not isinstance(made_by, str) or made_by.partition(":")[0] not in (set(POLICIES) - set(SEEDED))
+
+
+def _parse(text: str) -> tuple[str, float | str | None] | Factory:
+    """``NAME[:THRESHOLD]``, a policy file, or ``package.module:factory``."""
+    name, _, rest = text.partition(":")
+    if "." in name and not name.endswith(".safetensors"):
+        try:
+            return getattr(importlib.import_module(name), rest)
+        except (ImportError, AttributeError) as error:
+            raise DataError(f"the policy {text} cannot be imported: {error}") from error
+    kind = kind_of_policy(name)
+    if not rest:
+        return name, None
+    if not {"u", "threshold"} & set(POLICIES[kind]):
+        raise DataError(f"{name} takes no threshold, so not {text}")
+    try:
+        threshold: Any = rest if rest in ("auto", BUDGET) else float(rest)
+    except ValueError:
+        raise DataError(f'a threshold must be a number, "auto" or "{BUDGET}", not {rest!r}') from None
+    check_threshold(threshold)
+    return name, threshold

@@ -1,0 +1,239 @@
+"""benchmark(): every policy on every model; what is done is on disk, and a killed run goes on where it was."""
+
+import copy
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..envs.prune import BackdoorPruneEnv
+from ..errors import DataError
+from ..infected import InfectedModel
+from ..metrics import Metrics
+from ..processes import one_core_each
+from ..pruning.applying import write_mask
+from ..repairing import rating, run_episode
+from ..zoo.catalogue import load_infected, resolve
+from . import figures, tables
+from .cells import (
+    OWN,
+    Cell,
+    Conditions,
+    Factory,
+    Policies,
+    Result,
+    all_cells,
+    drop_unfinished,
+    make,
+    named,
+    own_budget,
+    read_results,
+)
+from .memory import PeakMemory
+
+CELLS, SHEET, TABLE = "cells.jsonl", "cells.csv", "table.md"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What ``benchmark`` gives back.
+
+    Attributes:
+        results: of the cells that were asked for.
+        table: Markdown.
+        files: what was written.
+    """
+
+    results: list[Result]
+    table: str
+    files: list[Path]
+
+    @property
+    def failed(self) -> list[Result]:
+        """Those where something went wrong."""
+        return [result for result in self.results if result.error]
+
+
+def benchmark(
+    infected: str | Path | Sequence[str | Path],
+    policies: Policies = ("onp", "clp", "bnp", "random"),
+    budgets: Sequence[float | None] = (OWN, 0.01, 0.02, 0.05),
+    *,
+    seeds: int = 1,
+    out: str | Path = "benchmark",
+    most: int | None = None,
+    jobs: int | None = None,
+    clean_samples: int | None = None,
+    test_samples: int | None = None,
+    max_steps: int | None = 100,
+    residual: str = "channel",
+    data: str | None = None,
+    device: str = "cpu",
+    progress: bool = False,
+) -> Benchmark:
+    """Run every policy on every model, and write all cells, a table and figures into a folder.
+
+    A cell that failed is kept with what went wrong, does not stop the others, and is run again by the next call.
+
+    Args:
+        infected: names, patterns or files of infected models.
+        policies: specifications ``NAME[:THRESHOLD]`` (``clp``, ``bnp:auto``, ``anp:0.8``), policy files, or
+            ``package.module:factory``; or a mapping from a row's name to one of these or to a factory. A factory takes the
+            environment and a seed and gives an object with ``predict``; with several processes it has to be importable.
+        budgets: accuracy that may be lost on the defender's images, shares; ``OWN`` (None) for each policy as published.
+        seeds: how many of policies that a seed changes.
+        out: folder; what it holds already is not run again.
+        most: only the first so many models of each pattern.
+        jobs: processes, each of which computes on one core; None for one a processor.
+        clean_samples: how many of the defender's clean images are used, None for all.
+        test_samples: how many test images are scored on, None for all.
+        max_steps: most prunes under a budget.
+        residual: "channel", or "group" to prune neurons that share a residual sum together.
+        data: data set to read the images of files from, instead of the one they name.
+        device: where networks run.
+        progress: whether to show a bar.
+
+    Raises:
+        UnknownNameError: no such policy or model.
+        DataError: an unusable argument, or a file in ``out`` that is not of a benchmark.
+    """
+    makers = named(policies)
+    for budget in budgets:
+        if budget is not OWN and not 0 <= budget <= 1:
+            raise DataError(f"a budget must be a share from 0 to 1, or None for a policy as published, not {budget}")
+    if seeds < 1 or not budgets:
+        raise DataError("a benchmark needs at least one seed and one budget")
+    patterns = [infected] if isinstance(infected, str | Path) else list(infected)
+    models = list(dict.fromkeys(name for pattern in patterns for name in resolve(str(pattern))[:most]))
+    if not models:
+        raise DataError("no infected model was given")
+    conditions = Conditions(clean_samples, test_samples, max_steps, residual, data, device)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    drop_unfinished(folder / CELLS)
+    wanted = all_cells(models, makers, budgets, seeds)
+    done = {result.cell for result in _ours(folder / CELLS, conditions) if not result.error}
+    by_model = {model: [cell for cell in wanted if cell.model == model and cell not in done] for model in models}
+    work = [(cells, makers, conditions, folder / CELLS) for cells in by_model.values() if cells]
+    _run(work, jobs or os.cpu_count() or 1, progress)
+
+    latest = {result.cell: result for result in _ours(folder / CELLS, conditions)}
+    results = [latest[cell] for cell in wanted if cell in latest]
+    written = [folder / CELLS, folder / SHEET, folder / TABLE]
+    tables.write_csv(results, folder / SHEET)
+    table = tables.markdown(results)
+    (folder / TABLE).write_text(table)
+    return Benchmark(results, table, written + figures.draw(results, folder))
+
+
+Work = tuple[list[Cell], dict[str, str | Factory], Conditions, Path]
+
+
+def _run(work: Sequence[Work], jobs: int, progress: bool) -> None:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("benchmark", total=sum(len(cells) for cells, *_ in work))
+        if jobs == 1:
+            for one in work:
+                run_model(*one)
+                bar.advance(task, len(one[0]))
+            return
+        pool = one_core_each(jobs)
+        try:
+            waiting = {pool.submit(run_model, *one): one for one in work}
+            for done in as_completed(waiting):
+                done.result()
+                bar.advance(task, len(waiting[done][0]))
+        except BrokenProcessPool:
+            raise DataError(
+                "a process died (out of memory?); call again with fewer jobs: finished cells are kept"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A model made ready for its cells, what it can before a repair, and how long making it ready took."""
+
+    model: InfectedModel
+    env: BackdoorPruneEnv
+    before: Metrics
+    seconds: float
+
+
+def run_model(cells: list[Cell], makers: dict[str, str | Factory], conditions: Conditions, file: Path) -> None:
+    """The cells of one model, each appended to the file as soon as it is done."""
+    ready = None
+    for cell in cells:
+        memory = PeakMemory()
+        blank = Result(cell.model, cell.policy, cell.budget, cell.seed, asdict(conditions))
+        try:
+            ready = ready or _make_ready(cell.model, conditions)
+            result = run_cell(blank, makers[cell.policy], ready, conditions)
+            result = replace(result, peak_memory=memory.bytes())
+        except Exception as error:  # whatever went wrong with one, the others go on
+            result = replace(blank, error=f"{type(error).__name__}: {error}")
+        with FileLock(f"{file}.lock"), file.open("a") as lines:
+            lines.write(result.as_json() + "\n")
+
+
+def run_cell(blank: Result, made_by: str | Factory, ready: _Ready, conditions: Conditions) -> Result:
+    """One repair, in the model's environment."""
+    env, model, before = ready.env, ready.model, ready.before
+    env.accuracy_budget = own_budget(made_by) if blank.budget is OWN else blank.budget
+    env.max_steps = None if blank.budget is OWN else conditions.max_steps
+    start = time.perf_counter()
+    observation, _ = env.reset(seed=0)
+    run_episode(make(made_by, env, blank.budget, blank.seed), env, observation)
+    seconds = time.perf_counter() - start
+    mask = env.victim.neuron_mask(env.pruned)
+    after = model.evaluate(write_mask(model.network, env.victim.neurons, mask).to(conditions.device))
+    return replace(
+        blank,
+        attack=str(model.facts.get("attack", "")),
+        architecture="" if model.architecture is None else str(model.architecture["name"]),
+        neurons=len(mask),
+        pruned=int((~mask).sum()),
+        acc_before=before.acc,
+        asr_before=before.asr,
+        ra_before=before.ra,
+        acc=after.acc,
+        asr=after.asr,
+        ra=after.ra,
+        der=rating(before, after),
+        seconds=round(ready.seconds + seconds, 4),
+    )
+
+
+def _make_ready(name: str, conditions: Conditions) -> _Ready:
+    model = load_infected(name, conditions.data)
+    if conditions.test_samples is not None and model.test is not None:
+        model = replace(model, test=model.test.first(conditions.test_samples))
+    start = time.perf_counter()
+    env: Any = gym.make(
+        "backdoor_gym:BackdoorPrune-v0",
+        infected=model,
+        residual=conditions.residual,
+        clean_samples=conditions.clean_samples,
+        score_samples=0,
+        device=conditions.device,
+        disable_env_checker=True,
+    ).unwrapped
+    env.reset(seed=0)
+    seconds = time.perf_counter() - start
+    return _Ready(model, env, model.evaluate(copy.deepcopy(model.network).to(conditions.device)), seconds)
+
+
+def _ours(file: Path, conditions: Conditions) -> list[Result]:
+    """Results under these conditions."""
+    return [result for result in read_results(file) if result.conditions == asdict(conditions)]

@@ -1,0 +1,207 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import gymnasium as gym
+import pytest
+
+import backdoor_gym
+from backdoor_gym.baselines import BNP, RandomPolicy
+from backdoor_gym.benchmarking import OWN, Cell, Result
+from backdoor_gym.benchmarking.cells import drop_unfinished, read_results
+from backdoor_gym.benchmarking.tables import infected_table, markdown
+from backdoor_gym.errors import DataError, UnknownNameError
+
+
+@pytest.fixture
+def files(infected, plain_infected, tmp_path):
+    return [str(model.save(tmp_path / f"{model.name}.safetensors")) for model in (infected, plain_infected)]
+
+
+def mine(env, seed):
+    """A user's policy."""
+    return RandomPolicy(seed)
+
+
+def broken(env, seed):
+    raise ValueError("it never worked")
+
+
+def test_every_cell_is_what_repair_does(files, tmp_path):
+    done = backdoor_gym.benchmark(files, ["clp:1.5", "bnp"], [OWN, 0.03], out=tmp_path / "out", jobs=1)
+    assert len(done.results) == 8
+    assert not done.failed
+    for result in done.results:
+        name, _, threshold = result.policy.partition(":")
+        options = {"u": float(threshold)} if threshold else {} if result.budget is OWN else {"threshold": "budget"}
+        steps = None if result.budget is OWN else 100
+        expected = backdoor_gym.repair(result.model, name, result.budget, max_steps=steps, **options)
+        assert result.pruned == len(expected.pruned)
+        assert (result.acc, result.asr, result.ra) == tuple(expected.after.as_dict().values())
+        assert (result.acc_before, result.asr_before, result.ra_before) == tuple(expected.before.as_dict().values())
+        assert result.der == expected.der
+        assert result.seconds > 0
+        assert result.architecture == "small_cnn"
+    assert {result.attack for result in done.results} == {"badnets", "blended"}
+    with (tmp_path / "out" / "cells.csv").open() as sheet:
+        rows = list(csv.DictReader(sheet))
+    assert [float(row["acc"]) for row in rows] == [result.acc for result in done.results]
+    for name in ("table.md", "acc_asr.png", "der_by_attack.png", "der_by_model.png"):
+        assert tmp_path / "out" / name in done.files
+        assert (tmp_path / "out" / name).stat().st_size > 100
+
+
+def test_what_is_done_is_not_done_again(files, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    first = backdoor_gym.benchmark(files[:1], ["clp"], [0.02], out=out, jobs=1)
+    with (out / "cells.jsonl").open("a") as lines:
+        lines.write('{"model": "half of a li')  # killed while it wrote
+    second = backdoor_gym.benchmark(files, ["clp", "bnp"], [0.02], out=out, jobs=1)
+    assert second.results[0] == first.results[0]
+    assert len(second.results) == 4
+    assert len(read_results(out / "cells.jsonl")) == 4
+    monkeypatch.setattr("backdoor_gym.benchmarking.running.run_model", None)
+    again = backdoor_gym.benchmark(files, ["clp", "bnp"], [0.02], out=out, jobs=1)
+    assert again.results == second.results
+    monkeypatch.undo()
+    fewer = backdoor_gym.benchmark(files[:1], ["clp"], [0.02], out=out, jobs=1, clean_samples=50)
+    assert fewer.results[0].conditions["clean_samples"] == 50  # other conditions are another cell
+    assert len(read_results(out / "cells.jsonl")) == 5
+
+
+def test_processes_give_the_same_and_users_policies_are_rows(files, tmp_path):
+    policies = {"mine": mine, "imported": f"{__name__}:mine", "bnp": "bnp"}
+    results = [
+        backdoor_gym.benchmark(files, policies, [0.05], seeds=2, out=tmp_path / str(jobs), jobs=jobs).results
+        for jobs in (1, 2)
+    ]
+    blank = [[replace(one, seconds=None, peak_memory=None) for one in found] for found in results]
+    assert blank[0] == blank[1]
+    cells = {one.cell for one in results[0]}
+    assert {cell.seed for cell in cells if cell.policy == "mine"} == {0, 1}
+    assert {cell.seed for cell in cells if cell.policy == "bnp"} == {0}
+    by = {one.cell: one for one in blank[0]}
+    for model in files:
+        for seed in (0, 1):
+            one, other = (by[Cell(model, policy, 0.05, seed)] for policy in ("mine", "imported"))
+            assert replace(one, policy="imported") == other
+
+
+def test_a_failure_is_told_stops_nothing_and_is_tried_again(files, tmp_path):
+    policies = {"broken": broken, "clp": "clp"}
+    done = backdoor_gym.benchmark(files[:1], policies, [0.02], out=tmp_path, jobs=1)
+    assert [result.policy for result in done.failed] == ["broken", "broken"][:1]
+    assert "it never worked" in done.failed[0].error
+    assert "it never worked" in done.table
+    assert done.results[1].acc is not None
+    done = backdoor_gym.benchmark(files[:1], {"broken": mine, "clp": "clp"}, [0.02], out=tmp_path, jobs=1)
+    assert not done.failed
+
+
+def test_a_killed_run_loses_no_finished_cell(files, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "backdoor_gym.cli", "benchmark", "--infected", ",".join(files), "--policies",
+        "clp,bnp,ep,magnitude,random", "--budgets", "0.01,0.02,0.05", "--jobs", "1", "--out", str(out),
+    ]  # fmt: skip
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    cells = out / "cells.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not cells.is_file() or cells.read_text().count("\n") < 3):
+        time.sleep(0.05)
+    running.kill()
+    running.wait()
+    drop_unfinished(cells)
+    kept = read_results(cells)
+    assert 3 <= len(kept) < 30
+    subprocess.run(command, check=True, capture_output=True)
+    finished = read_results(cells)
+    assert finished[: len(kept)] == kept
+    assert len(finished) == len({result.cell for result in finished}) == 30
+
+
+def result(model, policy, acc, asr, seed=0, budget=0.02, asr_before=1.0):
+    known = asr is not None
+    return Result(
+        model, policy, budget, seed, {}, "badnets", "small_cnn", 100, 5, 0.9, asr_before if known else None, 0.0, acc,
+        asr, 0.5, (max(0, asr_before - asr) - max(0, 0.9 - acc) + 1) / 2 if known else None, 1.0, 2**20,
+    )  # fmt: skip
+
+
+def test_the_table_has_means_spreads_and_the_best_in_bold():
+    results = [
+        result("a", "good", 0.88, 0.1),
+        result("b", "good", 0.86, 0.3),
+        result("a", "seeded", 0.89, 0.9, seed=0),
+        result("a", "seeded", 0.87, 0.7, seed=1),
+        result("b", "seeded", 0.89, 0.8, seed=0),
+        result("b", "seeded", 0.89, 0.8, seed=1),
+    ]
+    good, seeded = infected_table(results)[2:]
+    assert good.startswith("| good | 2 | 1 | 3.00 ± 1.41 | **0.200** ± 0.141 |")
+    assert seeded.startswith("| seeded | 2 | 2 | **1.50** ± 0.71 | 0.800 ± 0.000 |")
+    assert "**0.885** ± 0.078" in good
+    text = markdown([*results, result("c", "good", 0.9, None), replace(results[0], error="ValueError: no", model="d")])
+    assert "Budget of 2 points" in text
+    assert "| good | 1 | 0.00 | 0.00 | 5.0 |" in text
+    assert "good on d (seed 0): ValueError: no" in text
+
+
+def test_what_cannot_be_run_is_refused_before_the_work(files, tmp_path):
+    for arguments, words in (
+        ({"policies": ["clpp"]}, "did you mean 'clp'"),
+        ({"policies": ["onp:auto"]}, "takes no threshold"),
+        ({"policies": ["clp:high"]}, "a threshold must be"),
+        ({"policies": ["no.module:thing"]}, "cannot be imported"),
+        ({"policies": []}, "no policy"),
+        ({"budgets": [2.0]}, "share from 0 to 1"),
+        ({"budgets": []}, "one budget"),
+        ({"seeds": 0}, "one seed"),
+    ):
+        with pytest.raises((DataError, UnknownNameError), match=words):
+            backdoor_gym.benchmark(files, **{"policies": ["clp"], **arguments}, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "cells.jsonl").exists()
+    (tmp_path / "cells.jsonl").write_text("something else\n")
+    with pytest.raises(DataError, match="not a result"):
+        backdoor_gym.benchmark(files, ["clp"], out=tmp_path)
+
+
+def test_the_command_prints_the_table_and_json(run, files, tmp_path):
+    arguments = (
+        "benchmark",
+        "--infected",
+        files[0],
+        "--policies",
+        "clp,bnp:auto",
+        "--budgets",
+        "own,0.02",
+        "--jobs",
+        "1",
+    )
+    code, out, _ = run(*arguments, "--out", "result")
+    assert code == 0
+    assert "| bnp:auto | 1 | 1 |" in out
+    assert "As published" in out
+    code, out, _ = run(*arguments, "--out", "result", "--json")
+    assert code == 0
+    assert len(json.loads(out)) == 4
+    code, _, err = run(*arguments, "--out", "result", "--budgets", "two")
+    assert code == 2
+    assert "--budgets" in err
+
+
+def test_published_thresholds_are_those_of_own_cells(infected):
+    from backdoor_gym.benchmarking.cells import make, own_budget
+
+    assert own_budget("bnp") is None
+    assert own_budget("magnitude") == own_budget(mine) == 0.02
+    assert own_budget("onp") == 0.01
+    env = gym.make("BackdoorPrune-v0", infected=infected, accuracy_budget=0.02).unwrapped
+    assert make("bnp", env, OWN, 0).threshold == BNP.published
+    assert make("bnp", env, 0.02, 0).threshold == "budget"
+    assert make("bnp:auto", env, 0.02, 0).threshold == "auto"
+    assert make("bnp:2.5", env, 0.02, 0).threshold == 2.5
