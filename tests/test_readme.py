@@ -6,6 +6,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from backdoor_gym import load_infected
+from backdoor_gym.baselines import RandomPolicy
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -24,6 +27,23 @@ def test_the_example_of_a_network_of_your_own():
     exec(compile(block, "README.md", "exec"), names)
     assert "0[9]" in names["result"].pruned
     assert type(names["result"].network) is nn.Sequential
+
+
+def test_the_example_of_a_benchmark(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "benchmark(" in block)
+    quick = block.replace("digits-test/*", "digits-badnets").replace("most=20", "budgets=[0.02], jobs=1")
+    assert quick.count("digits-badnets") == quick.count("jobs=1") == 1
+    model = load_infected("digits-badnets")
+    names = {
+        "my_module": model.network,
+        "images": model.clean.images,
+        "labels": model.clean.labels,
+        "make_policy": lambda env, seed: RandomPolicy(seed),
+    }
+    exec(compile(quick, "README.md", "exec"), names)
+    table = (tmp_path / "benchmark" / "table.md").read_text()
+    assert all(f"| {name} | 1 | 1 |" in table for name in ("onp", "bnp", "mine"))
 
 
 def test_commands_that_set_up_a_machine_stand_on_one_line():
