@@ -81,12 +81,13 @@ def repair(
 ) -> None:
     """Repair a network and write it, the list of pruned neurons and a figure."""
     from . import repairing
-    from .policies import check_policy
+    from .baselines.thresholds import parse_threshold
+    from .policies import BUDGETS, check_policy, kind_of_policy
     from .zoo.catalogue import load_infected
 
     options: dict[str, Any] = {}
     if threshold is not None:
-        options["u" if policy == "clp" else "threshold"] = _threshold(threshold)
+        options["u" if policy == "clp" else "threshold"] = parse_threshold(threshold)
     if finetune is not None:
         options["finetune"] = finetune
     check_policy(policy, options)
@@ -114,7 +115,7 @@ def repair(
         f"Pruned {len(result.pruned)} of {len(result.neurons)} neurons{_said(result.settings)} in {result.seconds:.1f} s; "
         f"accuracy on the {len(infected.clean)} clean images {result.clean_acc_before:.3f} -> {result.clean_acc_after:.3f}."
     )
-    if policy in ("clp", "bnp", "ep", "anp") and threshold is None:
+    if threshold is None and BUDGETS[kind_of_policy(policy)] is None:
         console.print("The published threshold was used; --threshold auto chooses it with the clean images.")
     for path in written:
         console.print(f"  {path}", highlight=False)
@@ -449,15 +450,6 @@ def _budget(text: str) -> float | None:
         raise DataError(f'--budgets takes shares and "own", not {text!r}') from None
 
 
-def _threshold(text: str) -> float | str:
-    if text in ("auto", "budget"):
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise DataError(f'--threshold must be a number, "auto" or "budget", not {text!r}') from None
-
-
 def _check_writable(folder: Path) -> None:
     """Find out before the work, not after it, that the results cannot be written."""
     try:
@@ -482,7 +474,8 @@ def _pairs(options: list[str] | None, flag: str) -> dict[str, Any]:
 
 
 def _said(settings: dict[str, Any]) -> str:
-    return f" ({', '.join(f'{key} = {value:g}' for key, value in settings.items())})" if settings else ""
+    said = (f"{key} = {value if isinstance(value, str) else f'{value:g}'}" for key, value in settings.items())
+    return f" ({', '.join(said)})" if settings else ""
 
 
 def _verdict(score: float, target: int | None, pruned: int) -> str:

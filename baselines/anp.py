@@ -7,7 +7,9 @@ m in [0, 1] of each neuron is learned that keeps the loss low under the worst of
 
 with w and b the weight and bias of the neuron, of its batch normalisation where there is one. Neurons with a mask below
 0.2 are pruned. Defaults are those of the published code: alpha 0.2, eps 0.4, one step of ascent from a random start,
-SGD of rate 0.2 and momentum 0.9, 2,000 steps of 128 images, batch statistics in the normalisations.
+SGD of rate 0.2 and momentum 0.9, 2,000 steps of 128 images, batch statistics in the normalisations. That code also crops
+and flips the images at random, which not every data set bears and which is left out here, and lets a perturbation that
+began at random leave the bound of the equation by its step, which is clipped here.
 """
 
 from typing import Any

@@ -36,8 +36,8 @@ class BNP(Rule):
             assert norm.running_mean is not None
             assert norm.running_var is not None
             mean, variance = found[layer.node]
-            divergence = kl_divergence(mean, variance, norm.running_mean.double(), norm.running_var.double())
-            scores[layer.neurons] = standardise(divergence).cpu().numpy()
+            running = norm.running_mean.double().cpu(), norm.running_var.double().cpu()
+            scores[layer.neurons] = standardise(kl_divergence(mean, variance, *running)).numpy()
         return scores
 
 

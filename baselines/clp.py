@@ -15,13 +15,9 @@ from backdoor_gym.envs.defender import Defender
 from backdoor_gym.errors import DataError
 from backdoor_gym.graph.features import STATIC_FEATURES, standardise
 from backdoor_gym.graph.uclc import uclc
-from backdoor_gym.infected import check_finite
-from backdoor_gym.pruning.applying import write_mask
-from backdoor_gym.pruning.neurons import find_neurons
-from backdoor_gym.zoo.datasets import check_images
 
 from .policy import Observation
-from .rule import ACCURACY_BUDGET, Rule, select
+from .rule import ACCURACY_BUDGET, Rule, prune_by
 from .thresholds import AUTO, Threshold, check_threshold
 
 U = 3.0
@@ -45,15 +41,13 @@ class CLP(Rule):
     """
 
     published = U
+    symbol = "u"
 
     def __init__(self, u: Threshold = U, env: Any = None, accuracy_budget: float = ACCURACY_BUDGET) -> None:
         check_threshold(u)
         if u == AUTO and env is None:
             raise DataError('CLP(u="auto") needs the environment it acts in: CLP("auto", env)')
         super().__init__(env, u, accuracy_budget)
-
-    def settings(self) -> dict[str, float]:
-        return {"u": float(self.threshold) if self.threshold != AUTO else super().settings()["threshold"]}
 
     def scores(self, defender: Defender) -> np.ndarray:
         bounds = uclc(defender.network, defender.neurons)
@@ -62,34 +56,36 @@ class CLP(Rule):
     def _unit_scores(self, observation: Observation, environment: int) -> np.ndarray:
         return observation["nodes"][: int(observation["num_nodes"][0]), _UCLC].astype(np.float64)
 
+    @classmethod
+    def prune(  # type: ignore[override]  # no clean images are needed
+        cls,
+        network: nn.Module,
+        u: Threshold = U,
+        inplace: bool = False,
+        clean: tuple[Tensor, Tensor] | None = None,
+        accuracy_budget: float = ACCURACY_BUDGET,
+    ) -> nn.Module:
+        """The network with the channels that CLP finds set to zero.
 
-def prune(
-    network: nn.Module,
-    u: Threshold = U,
-    inplace: bool = False,
-    clean: tuple[Tensor, Tensor] | None = None,
-    accuracy_budget: float = ACCURACY_BUDGET,
-) -> nn.Module:
-    """The network with the channels that CLP finds set to zero.
+        Args:
+            network: any classifier that torch.fx can trace.
+            u: threshold in standard deviations, or "auto".
+            inplace: whether to change the network itself instead of a copy.
+            clean: images float32 (n, C, H, W) in [0, 1] and labels int64 (n,), needed for "auto".
+            accuracy_budget: clean accuracy that "auto" may lose.
 
-    Args:
-        network: any classifier that torch.fx can trace.
-        u: threshold in standard deviations, or "auto".
-        inplace: whether to change the network itself instead of a copy.
-        clean: images float32 (n, C, H, W) in [0, 1] and labels int64 (n,), needed for "auto".
-        accuracy_budget: clean accuracy that "auto" may lose.
+        Raises:
+            UntraceableError: the network's neurons cannot be found.
+            DataError: an unusable threshold, or "auto" without clean images.
+        """
+        check_threshold(u)
+        rule = cls(accuracy_budget=accuracy_budget)
+        rule.threshold = u
+        if clean is None:
+            if u == AUTO:
+                raise DataError('u="auto" needs clean images: clean=(images, labels)')
+            clean = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64)  # a number looks at none
+        return prune_by(rule, network, clean, inplace)
 
-    Raises:
-        UntraceableError: the network's neurons cannot be found.
-        DataError: an unusable threshold, or "auto" without clean images.
-    """
-    check_threshold(u)
-    if u == AUTO and clean is None:
-        raise DataError('u="auto" needs clean images: clean=(images, labels)')
-    if clean is not None:
-        check_images(*clean)
-    check_finite(network)
-    neurons = find_neurons(network)
-    images, labels = clean or (torch.empty(0), torch.empty(0))  # a number needs none
-    defender = Defender(network, neurons, neurons.units(), images, labels)
-    return write_mask(network, neurons, ~select(CLP().scores(defender), u, defender, accuracy_budget), inplace)
+
+prune = CLP.prune

@@ -6,13 +6,12 @@ channel counts. Neurons below mean - u * standard deviation of their layer are p
 
 The paper takes the distribution over the poisoned training set, which is granted to it there. A defender who holds clean
 images alone sees one of the two modes; that is the setting here, and what makes this rule weak in it. The published
-estimate, a histogram of bins of 0.01, needs tens of thousands of images: here entropy is estimated from spacings
-(``scipy.stats.differential_entropy``).
+histogram has bins of 0.01 for the 50,000 images of CIFAR-10; for n images they are (50,000 / n)^(1/3) times as wide, as the
+width that suits a histogram best grows (Freedman and Diaconis, 1981).
 """
 
 import numpy as np
 import torch
-from scipy.stats import differential_entropy
 
 from backdoor_gym.envs.defender import Defender
 from backdoor_gym.graph.features import standardise
@@ -20,8 +19,7 @@ from backdoor_gym.graph.features import standardise
 from .pre_activations import largest
 from .rule import Rule
 
-#: Clamp of an entropy that is minus infinity, that of values which are all alike.
-LEAST_ENTROPY = -20.0
+BIN, BIN_IMAGES = 0.01, 50_000
 
 
 class EP(Rule):
@@ -38,13 +36,18 @@ class EP(Rule):
         return scores
 
 
+def bin_width(images: int) -> float:
+    """Of the histogram of so many images, in standard deviations."""
+    return BIN * (BIN_IMAGES / images) ** (1 / 3)
+
+
 def entropy(values: np.ndarray) -> np.ndarray:
-    """Differential entropy of each column after standardisation, in nats, float64 (columns,)."""
+    """Entropy of the histogram of each column after standardisation, in nats, float64 (columns,); 0 of a constant one."""
     deviations = values.std(axis=0)
-    # A constant column has no scale to be standardised with.
-    scaled = (values - values.mean(axis=0)) / np.where(deviations > 1e-12, deviations, 1.0)
-    with np.errstate(divide="ignore"):
-        return np.maximum(differential_entropy(scaled, axis=0), LEAST_ENTROPY)
+    scaled = (values - values.mean(axis=0)) / np.where(deviations > 1e-12, deviations, np.inf)
+    bins = np.floor(scaled / bin_width(len(values))).astype(np.int64)
+    shares = [np.unique(column, return_counts=True)[1] / len(values) for column in bins.T]
+    return np.array([-(share * np.log(share)).sum() for share in shares])
 
 
 prune = EP.prune

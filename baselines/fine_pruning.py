@@ -6,21 +6,38 @@ threshold to the defender, so it is "auto" here. The fine-tuning that follows in
 """
 
 import numpy as np
+from torch import nn
 
 from backdoor_gym.envs.defender import Defender
 from backdoor_gym.graph.features import observe
+from backdoor_gym.pruning.neurons import NeuronLayer
 
 from .rule import Rule
 
 
 class FinePruning(Rule):
-    """Minus the mean activation (of its positive part) on the clean images, in the last layer of neurons alone."""
+    """Minus the mean activation (of its positive part) on the clean images, in the last convolutional layer alone."""
 
     def scores(self, defender: Defender) -> np.ndarray:
         scores = np.full(len(defender.neurons), -np.inf)
-        observed = observe(defender.neurons, defender.images, defender.labels)[-1]
-        scores[defender.neurons.layers[-1].neurons] = -observed["activation"].cpu().numpy()
+        index = last_convolution(defender)
+        observed = observe(defender.neurons, defender.images, defender.labels)[index]
+        scores[defender.neurons.layers[index].neurons] = -observed["activation"].cpu().numpy()
         return scores
+
+
+def last_convolution(defender: Defender) -> int:
+    """Index of the last layer that a convolution wider than one pixel feeds: shortcuts of residual networks are none.
+
+    Of a network without any it is that of the last layer.
+    """
+
+    def is_wide(layer: NeuronLayer) -> bool:
+        convs = [defender.network.get_submodule(feeder.module) for feeder in layer.feeders]
+        return any(isinstance(conv, nn.Conv2d) and max(conv.kernel_size) > 1 for conv in convs)
+
+    wide = [index for index, layer in enumerate(defender.neurons.layers) if is_wide(layer)]
+    return wide[-1] if wide else len(defender.neurons.layers) - 1
 
 
 prune = FinePruning.prune

@@ -28,7 +28,7 @@ class _Reader(fx.Interpreter):
 
 @torch.no_grad()
 def moments(defender: Defender) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance of each channel over images and positions, float64 (channels,), by the layer's node."""
+    """Mean and variance of each channel over images and positions, float64 (channels,), by the layer's node, on the CPU."""
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
     for read in _passes(defender):
         for node, values in read.items():
@@ -40,19 +40,19 @@ def moments(defender: Defender) -> dict[str, tuple[Tensor, Tensor]]:
                 count + values.shape[0] * values.shape[2],
             )
     return {
-        node: (total / count, (square / count - (total / count) ** 2).clamp(min=0))
+        node: ((total / count).cpu(), (square / count - (total / count) ** 2).clamp(min=0).cpu())
         for node, (total, square, count) in sums.items()
     }
 
 
 @torch.no_grad()
 def largest(defender: Defender) -> dict[str, Tensor]:
-    """The largest over the positions of each image, float32 (images, channels), by the layer's node."""
+    """The largest over the positions of each image, float32 (images, channels), by the layer's node, on the CPU."""
     found: dict[str, list[Tensor]] = {}
     for read in _passes(defender):
         for node, values in read.items():
             found.setdefault(node, []).append(values.amax(2))
-    return {node: torch.cat(values) for node, values in found.items()}
+    return {node: torch.cat(values).cpu() for node, values in found.items()}
 
 
 def _passes(defender: Defender) -> Iterator[dict[str, Tensor]]:

@@ -7,7 +7,8 @@ are pruned from the network as it was. The paper calls its threshold on the mask
 through all of them: so it is "auto" here. Other defaults are those of the published code: unlearning by SGD of rate
 0.01, momentum 0.9, weight decay 5e-4, at most 21 epochs, a tenth of the rate after 10 and again after 20; recovering by
 20 epochs of rate 0.2 and momentum 0.9 on 0.2 times the loss; batches of 128, of which 500 images make four an epoch, so
-that fewer images come in four smaller ones.
+that fewer images come in four smaller ones. That code also crops and flips the images at random, which not every data set
+bears and which is left out here, and means to clip the gradient of the unlearning at a norm of 20, which is done here.
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from backdoor_gym.envs.defender import Defender
+from backdoor_gym.errors import DataError
 
 from .rule import Rule
 from .soft_masks import SoftMasks, training_copy
@@ -34,6 +36,8 @@ class RNP(Rule):
     """One minus the learned mask."""
 
     def scores(self, defender: Defender) -> np.ndarray:
+        if len(defender.images) < 2:
+            raise DataError("RNP needs at least two clean images")
         random = torch.Generator().manual_seed(self.seed)
         network = training_copy(defender)
         unlearn(network, defender, random)
@@ -57,16 +61,16 @@ def unlearn(network: fx.GraphModule, defender: Defender, random: torch.Generator
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(MILESTONES))
     share = 1.0
     for _ in range(UNLEARNING_EPOCHS):
-        right = 0
+        right = seen = 0
         for images, labels in _epoch(defender, random):
             optimizer.zero_grad()
             logits = network(images)
             (-F.cross_entropy(logits, labels)).backward()
             torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
             optimizer.step()
-            right += int((logits.argmax(1) == labels).sum())
+            right, seen = right + int((logits.argmax(1) == labels).sum()), seen + len(labels)
         schedule.step()
-        share = right / len(defender.images)
+        share = right / seen
         if share <= UNLEARNED:
             break
     for parameter in parameters:
@@ -77,7 +81,7 @@ def unlearn(network: fx.GraphModule, defender: Defender, random: torch.Generator
 def _epoch(defender: Defender, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """All clean images in a new order; a last batch of one image, which has no statistics, is left out."""
     device = next(defender.neurons.graph.parameters()).device
-    size = min(BATCH, -(-len(defender.images) // LEAST_BATCHES))
+    size = min(BATCH, max(2, -(-len(defender.images) // LEAST_BATCHES)))
     for chosen in torch.randperm(len(defender.images), generator=random).split(size):
         if len(chosen) > 1:
             images = defender.images[chosen].to(device, memory_format=torch.channels_last)

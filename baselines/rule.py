@@ -24,10 +24,12 @@ _STEPS_LEFT, _BUDGET = (GLOBAL_FEATURES.index(name) for name in ("steps_left", "
 
 
 class Rule(Policy):
-    """Prunes what scores above the threshold, the largest first, then stops.
+    """Prunes what scores above the threshold, the largest first (of equals the one nearer to the images), then stops.
 
     What a rule adds is ``scores``, and the threshold that its paper gives. To run it as published, make the environment
-    with ``accuracy_budget=None``; with a budget each prune that breaks it is undone, and the rule goes on with the next.
+    with ``accuracy_budget=None``; with a budget each prune that breaks it is undone, and the rule goes on with the next until
+    the environment ends the episode. A pruned neuron gives zero: its weight and its bias go, also where published code (of
+    BNP, EP, ANP, RNP) leaves the bias of the batch normalisation.
 
     Args:
         env: the environment it acts in; scores come from the network and the clean images there, not the observation.
@@ -43,6 +45,8 @@ class Rule(Policy):
 
     #: The published threshold, None where there is none.
     published: ClassVar[float | None] = None
+    #: What the paper calls the threshold.
+    symbol: ClassVar[str] = "threshold"
 
     def __init__(
         self,
@@ -62,9 +66,13 @@ class Rule(Policy):
     def scores(self, defender: Defender) -> np.ndarray:
         """Score of each neuron, float64 (neurons,): the larger, the sooner pruned; minus infinity for never."""
 
-    def settings(self) -> dict[str, float]:
-        """The threshold that was used last in the first environment."""
-        return {"threshold": self._chosen.get(0, float("nan"))}
+    def settings(self) -> dict[str, float | str]:
+        """The threshold; where it is chosen, the one of the last episode in the first environment, "all" if all may go."""
+        if self.threshold != AUTO:
+            return {self.symbol: self.threshold if self.threshold == BUDGET else float(self.threshold)}
+        if 0 not in self._chosen:
+            return {}
+        return {self.symbol: self._chosen[0] if np.isfinite(self._chosen[0]) else "all"}
 
     def begin(self, environment: int) -> None:
         self._scores.pop(environment, None)
@@ -80,15 +88,30 @@ class Rule(Policy):
         best = int(open_scores.argmax())
         return best if open_scores[best] > self._chosen[environment] else stop_action(observation)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the environment: it may be in another process, where the scores are then computed."""
+        return {**self.__dict__, "_env": None}
+
+    def unit_scores(self, defender: Defender) -> np.ndarray:
+        """Of each unit the largest score of its neurons, float64 (units,)."""
+        scores = self.scores(defender)
+        return np.array([scores[unit].max() for unit in defender.units])
+
     def _unit_scores(self, observation: Observation, environment: int) -> np.ndarray:
-        """Of each unit, float64 (units,)."""
-        defender = ask(self._env, environment, "defender")
-        return _of_units(self.scores(defender), defender)
+        if self._env is None:
+            name = type(self).__name__
+            raise DataError(f"{name} needs the environment that it acts in: {name}(env)")
+        scores: np.ndarray = ask(self._env, environment, "consult", self.unit_scores)
+        if len(scores) != observation["num_nodes"][0]:
+            raise DataError(f"{type(self).__name__} was made for another environment than the one it acts in")
+        return scores
 
     def _choose(self, scores: np.ndarray, observation: Observation, environment: int) -> float:
         if self.threshold == BUDGET:
             if observation["globals"][_BUDGET] >= 1:
-                raise DataError('threshold="budget" needs an environment with an accuracy_budget')
+                raise DataError(
+                    'the threshold "budget" needs an accuracy budget that ends the repair, and none was given'
+                )
             return -np.inf
         if self.threshold != AUTO:
             return float(self.threshold)
@@ -122,13 +145,7 @@ class Rule(Policy):
             UntraceableError: the network's neurons cannot be found.
             DataError: an unusable threshold or unusable images.
         """
-        rule = cls(None, threshold, accuracy_budget, **options)
-        check_finite(network)
-        check_images(*clean)
-        neurons = find_neurons(network)
-        defender = Defender(network, neurons, neurons.units(), *clean)
-        pruned = select(rule.scores(defender), rule.threshold, defender, accuracy_budget)
-        return write_mask(network, neurons, ~pruned, inplace)
+        return prune_by(cls(None, threshold, accuracy_budget, **options), network, clean, inplace)
 
     @classmethod
     def _or_published(cls, threshold: Threshold | None) -> Threshold:
@@ -140,30 +157,20 @@ class Rule(Policy):
         return cls.published
 
 
-def select(scores: np.ndarray, threshold: Threshold, defender: Defender, accuracy_budget: float) -> np.ndarray:
-    """The neurons above the threshold, bool (neurons,), which for "auto" the clean images choose.
+def prune_by(rule: Rule, network: nn.Module, clean: tuple[Tensor, Tensor], inplace: bool) -> nn.Module:
+    """The network with what a rule finds set to zero; see ``Rule.prune``."""
+    if rule.threshold == BUDGET:
+        raise DataError('the threshold "budget" is for an environment; use "auto"')
+    check_finite(network)
+    check_images(*clean)
+    neurons = find_neurons(network)
+    defender = Defender(network, neurons, neurons.units(), *clean)
+    scores, threshold = rule.scores(defender), rule.threshold
+    if threshold == AUTO:
+        masked = MaskedNetwork(neurons, clean[0], next(neurons.graph.parameters()).device)
 
-    Args:
-        scores: float64 (neurons,).
-        threshold: a number or "auto"; there is no environment whose budget could end it.
-        defender: whose network and clean images they are.
-        accuracy_budget: clean accuracy that "auto" may lose.
+        def clean_accuracy(pruned: np.ndarray) -> float:
+            return accuracy(masked.logits(~pruned).cpu(), clean[1].cpu())
 
-    Raises:
-        DataError: another threshold.
-    """
-    if threshold == BUDGET:
-        raise DataError('threshold="budget" is for an environment; use "auto"')
-    if threshold != AUTO:
-        return scores > float(threshold)
-    masked = MaskedNetwork(defender.neurons, defender.images)
-
-    def clean_accuracy(pruned: np.ndarray) -> float:
-        return accuracy(masked.logits(~pruned).cpu(), defender.labels)
-
-    return scores > choose_threshold(scores, clean_accuracy, accuracy_budget)
-
-
-def _of_units(scores: np.ndarray, defender: Defender) -> np.ndarray:
-    """Of a unit the largest score of its neurons."""
-    return np.array([scores[unit].max() for unit in defender.units])
+        threshold = choose_threshold(scores, clean_accuracy, rule.accuracy_budget)
+    return write_mask(network, neurons, ~(scores > float(threshold)), inplace)

@@ -22,6 +22,24 @@ def check_threshold(threshold: Any) -> None:
         raise DataError(f'a threshold must be a number, "{AUTO}" or "{BUDGET}", not {threshold!r}')
 
 
+def parse_threshold(text: str) -> Threshold:
+    """A threshold from text.
+
+    Raises:
+        DataError: it is none.
+    """
+    if text == AUTO:
+        return "auto"
+    if text == BUDGET:
+        return "budget"
+    try:
+        threshold = float(text)
+    except ValueError:
+        raise DataError(f'a threshold must be a number, "{AUTO}" or "{BUDGET}", not {text!r}') from None
+    check_threshold(threshold)
+    return threshold
+
+
 def choose_threshold(
     scores: np.ndarray, clean_accuracy: Callable[[np.ndarray], float], accuracy_budget: float
 ) -> float:

@@ -173,7 +173,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, infected_file, tmp_path):
         (("repair", "bad.safetensors"), "finite"),
         (("repair", "digits-badnet"), "did you mean 'digits-badnets'"),
         (("repair", "--policy", "clpp"), "did you mean 'clp'"),
-        (("repair", "--threshold", "three"), "--threshold"),
+        (("repair", "--threshold", "three"), "a threshold must be"),
         (("repair", "--u", "3"), "unknown option of onp 'threshold'"),
         (("repair", "--policy", "clp", "--finetune", "10"), "unknown option of clp 'finetune'"),
         (("repair", "--policy", "absent.safetensors"), "no file absent.safetensors"),

@@ -36,6 +36,7 @@ def test_the_example_of_a_benchmark(tmp_path, monkeypatch):
     assert quick.count("digits-badnets") == quick.count("jobs=1") == 1
     model = load_infected("digits-badnets")
     names = {
+        "__name__": "__main__",
         "my_module": model.network,
         "images": model.clean.images,
         "labels": model.clean.labels,

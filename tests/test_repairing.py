@@ -72,6 +72,17 @@ def test_the_chosen_threshold_is_told(infected):
     assert result.report()["settings"] == result.settings
 
 
+@pytest.mark.parametrize("name", ["clp", "bnp", "ep", "rnp", "fine-pruning", "magnitude", "greedy"])
+def test_every_rule_repairs_by_name_as_far_as_a_budget_goes(infected, name, tmp_path):
+    options = {} if name == "greedy" else {"u" if name == "clp" else "threshold": "budget"}
+    result = repair(infected, name, 0.03, max_steps=6, **options)
+    assert result.pruned
+    assert result.clean_acc_before - result.clean_acc_after <= 0.03 + 1e-9
+    assert result.settings == options
+    result.save(tmp_path)
+    assert json.loads((tmp_path / "pruned.json").read_text())["settings"] == options
+
+
 def test_groups_can_be_pruned(infected):
     result = repair(infected, "clp", u=1.5, residual="group")
     assert len(result.pruned) > len(repair(infected, "clp", u=1.5).pruned)

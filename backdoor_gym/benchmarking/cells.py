@@ -2,19 +2,21 @@
 
 import importlib
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from ..baselines.thresholds import BUDGET, check_threshold
+from ..baselines.thresholds import BUDGET, parse_threshold
 from ..errors import DataError
-from ..policies import BUDGETS, POLICIES, kind_of_policy, make_policy
+from ..policies import BUDGETS, POLICIES, SUFFIX, kind_of_policy, make_policy
 
 #: The budget of a policy that runs as it was published: its own stopping rule and its own default guard.
 OWN = None
-#: Those whose seed changes what they do.
-SEEDED = ("anp", "rnp", "random")
+#: Those whose seed changes nothing: a policy that was trained already acts as it does.
+UNSEEDED = ("onp",)
 
 Factory = Callable[[Any, int], Any]
 Policies = Sequence[str] | Mapping[str, str | Factory]
@@ -27,7 +29,8 @@ class Conditions:
     Attributes:
         clean_samples: how many of the defender's clean images are used, None for all.
         test_samples: how many test images are scored on, None for all.
-        max_steps: most prunes under an accuracy budget; a policy with its own stopping rule has no such end.
+        max_steps: most prunes, tried ones counted, under an accuracy budget; a policy as published has no such end.
+        max_failures: undone prunes that end a repair.
         residual: "channel" or "group".
         data: data set to read the images of files from.
         device: where networks run.
@@ -35,7 +38,8 @@ class Conditions:
 
     clean_samples: int | None = None
     test_samples: int | None = None
-    max_steps: int | None = 100
+    max_steps: int = 100
+    max_failures: int = 5
     residual: str = "channel"
     data: str | None = None
     device: str = "cpu"
@@ -50,12 +54,14 @@ class Cell:
         policy: name in the tables.
         budget: accuracy that may be lost on the defender's images, a share; ``OWN`` for the policy as published.
         seed: of the policy.
+        source: what the policy is made by, and the size and time of files: what changes when the cell is no longer the same.
     """
 
     model: str
     policy: str
     budget: float | None
     seed: int
+    source: str
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Result:
         policy: name.
         budget: as in ``Cell``.
         seed: of the policy.
+        source: as in ``Cell``.
         conditions: the same for all cells, as a dict.
         attack: of the model, "" if not known.
         architecture: of the model, "" if not known.
@@ -80,7 +87,8 @@ class Result:
         ra: after it.
         der: (max(0, fall of the ASR) - max(0, fall of the ACC) + 1) / 2.
         seconds: of the repair, with making the model ready for it and without scoring.
-        peak_memory: most resident memory of the process during it in bytes, None where the system does not tell.
+        peak_memory: most resident memory of the process during it in bytes, when the model was ready; None where the system
+            does not tell.
         error: what went wrong, "" if nothing.
     """
 
@@ -88,6 +96,7 @@ class Result:
     policy: str
     budget: float | None
     seed: int
+    source: str
     conditions: dict[str, Any]
     attack: str = ""
     architecture: str = ""
@@ -107,7 +116,7 @@ class Result:
     @property
     def cell(self) -> Cell:
         """Which repair it is."""
-        return Cell(self.model, self.policy, self.budget, self.seed)
+        return Cell(self.model, self.policy, self.budget, self.seed, self.source)
 
     @property
     def acc_lost(self) -> float | None:
@@ -142,11 +151,19 @@ def read_results(file: Path) -> list[Result]:
 
 
 def drop_unfinished(file: Path) -> None:
-    """Take away a last line that was not finished when a process was killed."""
+    """Take away a last line that was not finished when a process was killed.
+
+    Raises:
+        DataError: the lines before it are no results, so it is not for us to change the file.
+    """
     if not file.is_file():
         return
     text = file.read_bytes()
     finished = text.rfind(b"\n") + 1
+    for line in text[:finished].decode(errors="replace").splitlines():
+        Result.from_json(line)
+    if not finished and text and not text.startswith(b'{"model"'):
+        raise DataError(f"{file} is not of a benchmark")
     if finished < len(text):
         with file.open("r+b") as lines:
             lines.truncate(finished)
@@ -157,7 +174,7 @@ def all_cells(
 ) -> list[Cell]:
     """Every cell; a policy that no seed changes has one."""
     return [
-        Cell(model, policy, budget, seed)
+        Cell(model, policy, budget, seed, _source(model, made_by))
         for model in models
         for policy, made_by in policies.items()
         for budget in budgets
@@ -165,32 +182,33 @@ def all_cells(
     ]
 
 
-def named(policies: Policies) -> dict[str, str | Factory]:
+def named(policies: Policies, budgets: Sequence[float | None]) -> dict[str, str | Factory]:
     """Policies by the name that they have in the tables.
 
     Raises:
         UnknownNameError: no such policy.
-        DataError: an unusable specification.
+        DataError: an unusable specification, or one that cannot be run under a budget.
     """
     found: dict[str, str | Factory] = (
         dict(policies) if isinstance(policies, Mapping) else {one: one for one in policies}
     )
     if not found:
         raise DataError("no policy was given")
-    for made_by in found.values():
-        if isinstance(made_by, str):
-            _parse(made_by)
+    for name, made_by in found.items():
+        factory = _parse(made_by) if isinstance(made_by, str) else made_by
+        if not callable(factory) and factory[1] == BUDGET and OWN in budgets and own_budget(made_by) is None:
+            raise DataError(f"{name} needs an accuracy budget, and as published it has none: leave that budget out")
     return found
 
 
 def make(made_by: str | Factory, env: Any, budget: float | None, seed: int) -> Any:
     """The policy for an environment: of a user's factory, or of a specification ``NAME[:THRESHOLD]``.
 
-    A rule without a threshold in its specification has the published one as ``OWN``, and under a budget prunes as long as
-    the budget allows: so it is at its best there.
+    A rule without a threshold in its specification has the published one as ``OWN``, and under a budget goes on until the
+    episode ends (``Conditions``): so it is at its best there.
     """
     factory = _parse(made_by) if isinstance(made_by, str) else made_by
-    if not isinstance(factory, tuple):
+    if callable(factory):
         return factory(env, seed)
     name, threshold = factory
     options: dict[str, Any] = {}
@@ -209,29 +227,52 @@ def make(made_by: str | Factory, env: Any, budget: float | None, seed: int) -> A
 def own_budget(made_by: str | Factory) -> float | None:
     """The accuracy budget with which a policy runs as ``OWN``: that of its kind, 0.02 for a user's."""
     factory = _parse(made_by) if isinstance(made_by, str) else made_by
-    return BUDGETS[kind_of_policy(factory[0])] if isinstance(factory, tuple) else 0.02
+    return 0.02 if callable(factory) else BUDGETS[kind_of_policy(factory[0])]
 
 
 def _is_seeded(made_by: str | Factory) -> bool:
-    return not isinstance(made_by, str) or made_by.partition(":")[0] not in (set(POLICIES) - set(SEEDED))
+    factory = _parse(made_by) if isinstance(made_by, str) else made_by
+    if callable(factory):
+        return True
+    kind = kind_of_policy(factory[0])
+    return "seed" in POLICIES[kind] and kind not in UNSEEDED
+
+
+def _source(model: str, made_by: str | Factory) -> str:
+    made = made_by if isinstance(made_by, str) else f"{made_by.__module__}:{made_by.__qualname__}"
+    return " ".join([made, *(version for file in (model, made) if (version := _version(file)))])
+
+
+def _version(file: str) -> str:
+    """What changes when a file is written again; "" for what is none."""
+    path = Path(file)
+    if not path.is_file():
+        return ""
+    facts = path.stat()
+    return f"{facts.st_size}-{facts.st_mtime_ns}"
 
 
 def _parse(text: str) -> tuple[str, float | str | None] | Factory:
     """``NAME[:THRESHOLD]``, a policy file, or ``package.module:factory``."""
     name, _, rest = text.partition(":")
-    if "." in name and not name.endswith(".safetensors"):
-        try:
-            return getattr(importlib.import_module(name), rest)
-        except (ImportError, AttributeError) as error:
-            raise DataError(f"the policy {text} cannot be imported: {error}") from error
+    if rest and name not in POLICIES and not name.endswith(SUFFIX):
+        return _import(name, rest)
     kind = kind_of_policy(name)
     if not rest:
         return name, None
     if not {"u", "threshold"} & set(POLICIES[kind]):
         raise DataError(f"{name} takes no threshold, so not {text}")
+    return name, parse_threshold(rest)
+
+
+def _import(module: str, name: str) -> Factory:
+    """A user's factory, from an installed module or one in the working folder."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
-        threshold: Any = rest if rest in ("auto", BUDGET) else float(rest)
-    except ValueError:
-        raise DataError(f'a threshold must be a number, "auto" or "{BUDGET}", not {rest!r}') from None
-    check_threshold(threshold)
-    return name, threshold
+        factory = getattr(importlib.import_module(module), name)
+    except Exception as error:  # the user's code, which can raise anything
+        raise DataError(f"the policy {module}:{name} cannot be imported: {error}") from error
+    if not callable(factory):
+        raise DataError(f"{module}:{name} is no function of an environment and a seed")
+    return factory

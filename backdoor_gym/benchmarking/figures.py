@@ -1,8 +1,9 @@
 """The results as pictures: ACC against ASR, DER by attack, DER by model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -52,8 +53,7 @@ def acc_against_asr(results: Sequence[Result]) -> Figure:
         axes.set_ylim(-3, 103)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("ASR (%)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    _add_legend(figure, panels, "outside right center")
     return figure
 
 
@@ -74,11 +74,10 @@ def der_by_attack(results: Sequence[Result]) -> Figure:
             axes.bar(places, [mean(one) if one else 0 for one in heights], width, color=_colour(index), label=policy)
         axes.set_title(_title(budget))
         axes.set_ylabel("DER")
-        axes.set_ylim(0.4, 1.0)  # doing nothing is 0.5
+        axes.set_ylim(_least(results), 1.0)  # doing nothing is 0.5
         axes.grid(axis="y", alpha=0.3)
         axes.set_xticks(np.arange(len(attacks)), attacks)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    _add_legend(figure, panels, "outside right upper")
     return figure
 
 
@@ -99,17 +98,32 @@ def der_by_model(results: Sequence[Result]) -> Figure:
                 found = over_seeds(mine, _der)
                 if found:
                     values[row, column] = found[0]
-        picture = axes.imshow(values, aspect="auto", vmin=0.4, vmax=1.0, cmap="viridis", interpolation="nearest")
+        picture = axes.imshow(
+            values, aspect="auto", vmin=_least(results), vmax=1.0, cmap="viridis", interpolation="nearest"
+        )
         axes.set_title(_title(budget), fontsize=9)
         axes.set_xticks(range(len(policies)), policies, rotation=90, fontsize=8)
     panels[0].set_yticks(
         range(len(models)),
-        [f"{Path(model).stem if model.endswith('.safetensors') else model} ({attack_of[model]})" for model in models],
+        [f"{_short(model)} ({attack_of[model]})" for model in models],
         fontsize=6,
     )
     assert picture is not None
     figure.colorbar(picture, ax=list(panels), label="DER", shrink=0.6)
     return figure
+
+
+def _add_legend(figure: Figure, panels: Iterable[Any], where: str) -> None:
+    """Each policy once, whichever panels it is in."""
+    entries = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(entries.values()), list(entries), loc=where, frameon=False)
+
+
+def _least(results: Sequence[Result]) -> float:
+    """Lower end of the DER in pictures."""
+    return min([0.4, *(result.der for result in results if result.der is not None)])
 
 
 def _der(result: Result) -> float | None:
@@ -138,4 +152,5 @@ def _colour(index: int) -> str:
 
 
 def _marker(index: int) -> str:
-    return MARKERS[index % len(MARKERS)]
+    """With ten colours, as many policies are told apart as there are pairs."""
+    return MARKERS[(index + index // 10) % len(MARKERS)]

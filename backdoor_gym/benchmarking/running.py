@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import time
 from collections.abc import Sequence
 from concurrent.futures import as_completed
@@ -11,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import torch
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..devices import find_device
 from ..envs.prune import BackdoorPruneEnv
-from ..errors import DataError
+from ..errors import DataError, UnknownNameError
 from ..infected import InfectedModel
 from ..metrics import Metrics
 from ..processes import one_core_each
 from ..pruning.applying import write_mask
+from ..pruning.neurons import RESIDUAL_MODES
 from ..repairing import rating, run_episode
 from ..zoo.catalogue import load_infected, resolve
 from . import figures, tables
@@ -74,7 +78,8 @@ def benchmark(
     jobs: int | None = None,
     clean_samples: int | None = None,
     test_samples: int | None = None,
-    max_steps: int | None = 100,
+    max_steps: int = 100,
+    max_failures: int = 5,
     residual: str = "channel",
     data: str | None = None,
     device: str = "cpu",
@@ -88,15 +93,18 @@ def benchmark(
         infected: names, patterns or files of infected models.
         policies: specifications ``NAME[:THRESHOLD]`` (``clp``, ``bnp:auto``, ``anp:0.8``), policy files, or
             ``package.module:factory``; or a mapping from a row's name to one of these or to a factory. A factory takes the
-            environment and a seed and gives an object with ``predict``; with several processes it has to be importable.
+            environment and a seed and gives an object with ``predict``. With several processes it has to be importable, and
+            a script that calls this function needs ``if __name__ == "__main__":`` around the call, as always with processes.
         budgets: accuracy that may be lost on the defender's images, shares; ``OWN`` (None) for each policy as published.
         seeds: how many of policies that a seed changes.
         out: folder; what it holds already is not run again.
         most: only the first so many models of each pattern.
-        jobs: processes, each of which computes on one core; None for one a processor.
+        jobs: processes, each of which computes on one core and takes one model after the other; None for one a processor, 1
+            for this process.
         clean_samples: how many of the defender's clean images are used, None for all.
         test_samples: how many test images are scored on, None for all.
-        max_steps: most prunes under a budget.
+        max_steps: most prunes under a budget, tried ones counted.
+        max_failures: undone prunes that end a repair.
         residual: "channel", or "group" to prune neurons that share a residual sum together.
         data: data set to read the images of files from, instead of the one they name.
         device: where networks run.
@@ -106,27 +114,45 @@ def benchmark(
         UnknownNameError: no such policy or model.
         DataError: an unusable argument, or a file in ``out`` that is not of a benchmark.
     """
-    makers = named(policies)
+    makers = named(policies, budgets)
     for budget in budgets:
         if budget is not OWN and not 0 <= budget <= 1:
             raise DataError(f"a budget must be a share from 0 to 1, or None for a policy as published, not {budget}")
-    if seeds < 1 or not budgets:
-        raise DataError("a benchmark needs at least one seed and one budget")
+    if not budgets:
+        raise DataError("a benchmark needs at least one budget")
+    counts = {
+        "seeds": seeds,
+        "jobs": jobs,
+        "clean_samples": clean_samples,
+        "test_samples": test_samples,
+        "max_steps": max_steps,
+        "max_failures": max_failures,
+    }
+    for what, count in counts.items():
+        if count is not None and count < 1:
+            raise DataError(f"{what} must be at least 1, not {count}")
+    if residual not in RESIDUAL_MODES:
+        raise UnknownNameError("residual mode", residual, RESIDUAL_MODES)
+    find_device(device)
     patterns = [infected] if isinstance(infected, str | Path) else list(infected)
     models = list(dict.fromkeys(name for pattern in patterns for name in resolve(str(pattern))[:most]))
     if not models:
         raise DataError("no infected model was given")
-    conditions = Conditions(clean_samples, test_samples, max_steps, residual, data, device)
+    conditions = Conditions(clean_samples, test_samples, max_steps, max_failures, residual, data, device)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    drop_unfinished(folder / CELLS)
+    with _lock(folder / CELLS):
+        drop_unfinished(folder / CELLS)
     wanted = all_cells(models, makers, budgets, seeds)
     done = {result.cell for result in _ours(folder / CELLS, conditions) if not result.error}
     by_model = {model: [cell for cell in wanted if cell.model == model and cell not in done] for model in models}
     work = [(cells, makers, conditions, folder / CELLS) for cells in by_model.values() if cells]
     _run(work, jobs or os.cpu_count() or 1, progress)
 
-    latest = {result.cell: result for result in _ours(folder / CELLS, conditions)}
+    # A failure after a success is that of a process that worked on where another had finished.
+    latest = {
+        result.cell: result for result in sorted(_ours(folder / CELLS, conditions), key=lambda one: not one.error)
+    }
     results = [latest[cell] for cell in wanted if cell in latest]
     written = [folder / CELLS, folder / SHEET, folder / TABLE]
     tables.write_csv(results, folder / SHEET)
@@ -143,10 +169,14 @@ def _run(work: Sequence[Work], jobs: int, progress: bool) -> None:
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("benchmark", total=sum(len(cells) for cells, *_ in work))
         if jobs == 1:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # as in the processes: seconds of both stand in one table
             for one in work:
                 run_model(*one)
                 bar.advance(task, len(one[0]))
+            torch.set_num_threads(threads)
             return
+        _check_importable(work)
         pool = one_core_each(jobs)
         try:
             waiting = {pool.submit(run_model, *one): one for one in work}
@@ -155,7 +185,8 @@ def _run(work: Sequence[Work], jobs: int, progress: bool) -> None:
                 bar.advance(task, len(waiting[done][0]))
         except BrokenProcessPool:
             raise DataError(
-                "a process died (out of memory?); call again with fewer jobs: finished cells are kept"
+                'a process died (out of memory, or a script without `if __name__ == "__main__":`?); call again, with fewer '
+                "jobs: finished cells are kept"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -175,15 +206,15 @@ def run_model(cells: list[Cell], makers: dict[str, str | Factory], conditions: C
     """The cells of one model, each appended to the file as soon as it is done."""
     ready = None
     for cell in cells:
-        memory = PeakMemory()
-        blank = Result(cell.model, cell.policy, cell.budget, cell.seed, asdict(conditions))
+        blank = Result(cell.model, cell.policy, cell.budget, cell.seed, cell.source, asdict(conditions))
         try:
             ready = ready or _make_ready(cell.model, conditions)
+            memory = PeakMemory()
             result = run_cell(blank, makers[cell.policy], ready, conditions)
             result = replace(result, peak_memory=memory.bytes())
         except Exception as error:  # whatever went wrong with one, the others go on
             result = replace(blank, error=f"{type(error).__name__}: {error}")
-        with FileLock(f"{file}.lock"), file.open("a") as lines:
+        with _lock(file), file.open("a") as lines:
             lines.write(result.as_json() + "\n")
 
 
@@ -193,8 +224,10 @@ def run_cell(blank: Result, made_by: str | Factory, ready: _Ready, conditions: C
     env.accuracy_budget = own_budget(made_by) if blank.budget is OWN else blank.budget
     env.max_steps = None if blank.budget is OWN else conditions.max_steps
     start = time.perf_counter()
+    env.reset(seed=0)
+    policy = make(made_by, env, blank.budget, blank.seed)  # which may learn in the environment
     observation, _ = env.reset(seed=0)
-    run_episode(make(made_by, env, blank.budget, blank.seed), env, observation)
+    run_episode(policy, env, observation)
     seconds = time.perf_counter() - start
     mask = env.victim.neuron_mask(env.pruned)
     after = model.evaluate(write_mask(model.network, env.victim.neurons, mask).to(conditions.device))
@@ -225,6 +258,7 @@ def _make_ready(name: str, conditions: Conditions) -> _Ready:
         infected=model,
         residual=conditions.residual,
         clean_samples=conditions.clean_samples,
+        max_failures=conditions.max_failures,
         score_samples=0,
         device=conditions.device,
         disable_env_checker=True,
@@ -236,4 +270,20 @@ def _make_ready(name: str, conditions: Conditions) -> _Ready:
 
 def _ours(file: Path, conditions: Conditions) -> list[Result]:
     """Results under these conditions."""
-    return [result for result in read_results(file) if result.conditions == asdict(conditions)]
+    with _lock(file):
+        return [result for result in read_results(file) if result.conditions == asdict(conditions)]
+
+
+def _lock(file: Path) -> FileLock:
+    return FileLock(f"{file}.lock")
+
+
+def _check_importable(work: Sequence[Work]) -> None:
+    for _, makers, *_ in work[:1]:
+        for name, made_by in makers.items():
+            try:
+                pickle.dumps(made_by)
+            except Exception as error:  # pickle says it in many ways
+                raise DataError(
+                    f"the factory of {name} cannot be sent to another process: make it a function of a module, or pass jobs=1"
+                ) from error

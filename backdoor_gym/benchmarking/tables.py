@@ -35,24 +35,36 @@ def markdown(results: Sequence[Result]) -> str:
     right = [result for result in results if not result.error]
     parts = ["# Pruning policies on infected models"]
     for budget in dict.fromkeys(result.budget for result in right):
-        title = "As published" if budget is OWN else f"Budget of {100 * budget:g} points on the defender's images"
         mine = [result for result in right if result.budget == budget]
         infected = [result for result in mine if result.der is not None]
         others = [result for result in mine if result.der is None]
-        parts.append(f"## {title}")
+        parts.append(f"## {_title(budget)}")
         if infected:
             parts.append("\n".join(infected_table(infected)))
         if others:
             parts.append("Models without a known trigger:\n\n" + "\n".join(untriggered_table(others)))
     wrong = [result for result in results if result.error]
     if wrong:
-        lines = [f"- {result.policy} on {result.model} (seed {result.seed}): {result.error}" for result in wrong]
+        lines = [
+            f"- {result.policy} on {result.model} ({_title(result.budget)}, seed {result.seed}): {result.error.splitlines()[0]}"
+            for result in wrong
+        ]
         parts.append("## Failed\n\n" + "\n".join(lines))
     parts.append(
         "Means over models, ± the standard deviation over models (the figures of a policy with several seeds are its means over "
         "them first). The best of a column is bold. Seconds contain making the model ready."
     )
+    if right:
+        conditions = right[0].conditions
+        parts.append(
+            f"Every repair ends after {conditions['max_failures']} prunes that broke the budget, and under a budget after "
+            f"{conditions['max_steps']} steps."
+        )
     return "\n\n".join(parts) + "\n"
+
+
+def _title(budget: float | None) -> str:
+    return "As published" if budget is OWN else f"Budget of {100 * budget:g} points on the defender's images"
 
 
 def infected_table(results: Sequence[Result]) -> list[str]:

@@ -1,5 +1,6 @@
 """BackdoorPrune-v0: prune the backdoor out of an infected network, one neuron a step."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -277,7 +278,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     def spec_options(self) -> dict[str, Any]:
         """The arguments that another environment of the same networks is made with, without reward, scoring and drawing."""
-        return dict(self._options)
+        return {**self._options, "accuracy_budget": self.accuracy_budget, "max_steps": self.max_steps}
 
     @property
     def step_limit(self) -> int:
@@ -307,9 +308,12 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         masks[self.stop_action] = True
         return masks
 
-    def defender(self) -> Defender:
-        """The network and the clean images, for policies that need more than the observation."""
-        return self.victim.defender
+    def consult(self, function: Callable[[Defender], Any]) -> Any:
+        """A function of the network and the clean images, for policies that need more than the observation.
+
+        It is computed where the environment is, which may be another process.
+        """
+        return function(self.victim.defender)
 
     def evaluate_also(self, units: list[int] | np.ndarray) -> Figures:
         """Figures on the clean images with these units pruned too; the episode does not change.

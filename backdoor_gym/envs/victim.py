@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..devices import find_device
 from ..graph.features import neuron_features, standardise
 from ..graph.mask_gradient import mask_gradient
 from ..graph.neuron_graph import NeuronGraph, max_edges, neuron_graph
@@ -73,6 +74,7 @@ class Victim:
         self.model = model
         self.options = options
         self.neurons: Neurons = find_neurons(model.network)
+        self.neurons.graph.to(find_device(options.device))
         self.units = self.neurons.units(options.residual)
         self.clean = model.clean.first(options.clean_samples)
 

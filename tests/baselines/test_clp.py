@@ -186,6 +186,12 @@ def test_evaluate_policy_runs_clp(infected):
     assert mean <= 1
 
 
+def test_the_class_prunes_as_the_module_does(infected):
+    expected = clp.prune(infected.network, 1.5).state_dict()
+    found = CLP.prune(infected.network, 1.5).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
 def test_unusable_thresholds_are_refused(network_of):
     for u in (np.float32(3), np.int64(3), 3):
         CLP(u)

@@ -1,6 +1,7 @@
 """The published rules against plain references: one channel, one formula at a time."""
 
 import copy
+import functools
 from typing import Any
 
 import gymnasium as gym
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from torch import nn
 from torch.nn import functional as F
 
 from backdoor_gym.baselines import ANP, BNP, CLP, EP, RNP, FinePruning, GreedyACC, Magnitude
-from backdoor_gym.baselines.ep import LEAST_ENTROPY, entropy
+from backdoor_gym.baselines.ep import bin_width, entropy
+from backdoor_gym.baselines.fine_pruning import last_convolution
 from backdoor_gym.baselines.rnp import UNLEARNED, unlearn
 from backdoor_gym.baselines.soft_masks import SoftMasks, training_copy
 from backdoor_gym.baselines.thresholds import choose_threshold
@@ -96,10 +98,12 @@ def test_the_entropy_is_that_of_the_standardised_distribution():
     modes = np.where(np.arange(count) < count // 10, 9.0, 0.0) + 0.1 * random.normal(size=count)
     columns = np.stack([5 + 3 * random.normal(size=count), random.uniform(size=count), modes, np.ones(count)], axis=1)
     found = entropy(columns)
-    assert found[0] == pytest.approx(0.5 * np.log(2 * np.pi * np.e), abs=0.05)
-    assert found[1] == pytest.approx(np.log(np.sqrt(12)), abs=0.05)
-    assert found[2] < 0  # two modes far apart: what the rule looks for
-    assert found[3] == LEAST_ENTROPY
+    differential = found + np.log(bin_width(count))
+    assert differential[0] == pytest.approx(0.5 * np.log(2 * np.pi * np.e), abs=0.05)
+    assert differential[1] == pytest.approx(np.log(np.sqrt(12)), abs=0.05)
+    assert differential[2] < 0  # two modes far apart: what the rule looks for
+    assert found[3] == 0
+    assert bin_width(50_000) == 0.01
 
 
 def test_ep_looks_at_the_largest_pre_activation_of_each_image(network_of):
@@ -115,8 +119,10 @@ def test_ep_looks_at_the_largest_pre_activation_of_each_image(network_of):
 
 def test_fine_pruning_takes_the_dormant_neurons_of_the_last_layer(defender):
     scores = FinePruning(None).scores(defender)
-    last = defender.neurons.layers[-1]
-    assert np.isinf(scores[: last.start]).all()
+    last = defender.neurons.layers[last_convolution(defender)]
+    assert last.name == "blocks.1.conv2"
+    assert defender.neurons.layers[-1].name == "blocks.1.shortcut.0"  # of one pixel: not meant
+    assert np.isfinite(scores).sum() == last.size
     found = {}
     norm = defender.network.get_submodule(last.module)
     hook = norm.register_forward_hook(lambda module, inputs, output: found.update(value=output))
@@ -125,6 +131,15 @@ def test_fine_pruning_takes_the_dormant_neurons_of_the_last_layer(defender):
     hook.remove()
     expected = -found["value"].clamp(min=0).mean((0, 2, 3)).numpy()
     np.testing.assert_allclose(scores[last.neurons], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg16", "preact_resnet18", "small_cnn"])
+def test_the_last_convolution_is_wider_than_a_pixel(network_of, name):
+    network = network_of(name)
+    defender = defender_of(network, torch.rand(2, 1 if name == "small_cnn" else 3, 32, 32))
+    convolutions = {key: module for key, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+    wide = [key for key, module in convolutions.items() if max(module.kernel_size) > 1]
+    assert defender.neurons.layers[last_convolution(defender)].name == wide[-1]
 
 
 def test_magnitude_is_the_l1_norm_relative_to_the_layer():
@@ -240,8 +255,12 @@ def test_greedy_prunes_what_costs_least_of_all(infected):
     assert action == min(costs)[2]
     observation, _, _, _, info = env.step(action)
     assert info["acc"] >= alone.initial_figures.acc - 1e-9
-    again, _ = GreedyACC(env, candidates=5).predict(observation)
-    assert again != action
+    costs = []
+    for unit in np.flatnonzero(alone.action_masks()[:-1]):
+        after = alone.evaluate_also([unit])
+        costs.append((-after.acc, after.loss, unit))
+    again, _ = GreedyACC(env, candidates=len(costs)).predict(observation)
+    assert again == min(costs)[2]
 
 
 def run(policy: Any, env: gym.Env) -> BackdoorPruneEnv:
@@ -285,6 +304,35 @@ def test_auto_keeps_its_budget_and_budget_that_of_the_environment(infected, name
     assert alone.initial_figures.acc - alone.figures.acc <= 0.03 + 1e-9
 
 
+def test_a_rule_looks_anew_at_each_model(infected, plain_infected):
+    env = gym.make("BackdoorPrune-v0", infected=[infected, plain_infected], accuracy_budget=None, score_samples=0)
+    rule = BNP(env, 1.0)
+    for model in (infected, plain_infected, infected):
+        observation, _ = env.reset(options={"infected": model})
+        done = False
+        while not done:
+            action, _ = rule.predict(observation)
+            observation, _, terminated, truncated, _ = env.step(int(action))
+            done = terminated or truncated
+        expected = BNP.prune(model.network, (model.clean.images, model.clean.labels), 1.0)
+        zeros = sum(
+            int(((m.weight == 0) & (m.bias == 0)).sum()) for m in expected.modules() if isinstance(m, nn.BatchNorm2d)
+        )
+        assert env.unwrapped.pruned.sum() == zeros > 0
+
+
+def test_rules_work_where_the_environment_is_in_another_process(infected_file):
+    name = str(infected_file)
+    options = {"infected": name, "accuracy_budget": None, "score_samples": 0}
+    lengths = []
+    for kind in (DummyVecEnv, SubprocVecEnv):
+        env = kind([functools.partial(gym.make, "backdoor_gym:BackdoorPrune-v0", **options)])
+        lengths.append(evaluate_policy(BNP(env, 1.0), env, 1, return_episode_rewards=True, warn=False)[1])
+        env.close()
+    assert lengths[0] == lengths[1]
+    assert lengths[0][0] > 2
+
+
 def test_rules_work_in_a_vector_environment_and_on_groups(infected, plain_infected):
     def make():
         return gym.make("BackdoorPrune-v0", infected=[infected, plain_infected], residual="group", score_samples=0)
@@ -314,6 +362,10 @@ def test_unusable_thresholds_and_images_are_refused(infected):
         BNP.prune(infected.network, (clean[0][0], clean[1]))
     env = gym.make("BackdoorPrune-v0", infected=infected, accuracy_budget=None, score_samples=0)
     observation, _ = env.reset(seed=0)
-    with pytest.raises(DataError, match="accuracy_budget"):
+    with pytest.raises(DataError, match="accuracy budget"):
         BNP(env, "budget").predict(observation)
+    with pytest.raises(DataError, match=r"BNP\(env\)"):
+        BNP(None).predict(observation)
+    with pytest.raises(DataError, match="two clean images"):
+        RNP.prune(infected.network, (clean[0][:1], clean[1][:1]))
     assert CLP.published == BNP.published == EP.published == 3.0

@@ -5,13 +5,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import pytest
 
 import backdoor_gym
 from backdoor_gym.baselines import BNP, RandomPolicy
-from backdoor_gym.benchmarking import OWN, Cell, Result
+from backdoor_gym.benchmarking import OWN, Result
 from backdoor_gym.benchmarking.cells import drop_unfinished, read_results
 from backdoor_gym.benchmarking.tables import infected_table, markdown
 from backdoor_gym.errors import DataError, UnknownNameError
@@ -84,17 +85,17 @@ def test_processes_give_the_same_and_users_policies_are_rows(files, tmp_path):
     cells = {one.cell for one in results[0]}
     assert {cell.seed for cell in cells if cell.policy == "mine"} == {0, 1}
     assert {cell.seed for cell in cells if cell.policy == "bnp"} == {0}
-    by = {one.cell: one for one in blank[0]}
+    by = {(one.model, one.policy, one.seed): one for one in blank[0]}
     for model in files:
         for seed in (0, 1):
-            one, other = (by[Cell(model, policy, 0.05, seed)] for policy in ("mine", "imported"))
-            assert replace(one, policy="imported") == other
+            one, other = (by[model, policy, seed] for policy in ("mine", "imported"))
+            assert replace(one, policy="imported", source=other.source) == other
 
 
 def test_a_failure_is_told_stops_nothing_and_is_tried_again(files, tmp_path):
     policies = {"broken": broken, "clp": "clp"}
     done = backdoor_gym.benchmark(files[:1], policies, [0.02], out=tmp_path, jobs=1)
-    assert [result.policy for result in done.failed] == ["broken", "broken"][:1]
+    assert [result.policy for result in done.failed] == ["broken"]
     assert "it never worked" in done.failed[0].error
     assert "it never worked" in done.table
     assert done.results[1].acc is not None
@@ -124,11 +125,57 @@ def test_a_killed_run_loses_no_finished_cell(files, tmp_path):
     assert len(finished) == len({result.cell for result in finished}) == 30
 
 
+def test_a_cell_is_run_again_when_its_model_or_its_policy_is_another(files, infected, plain_infected, tmp_path):
+    def run(**policies):
+        return backdoor_gym.benchmark(files[:1], policies, [0.02], out=tmp_path / "out", jobs=1).results[0]
+
+    first = run(mine="clp")
+    other = run(mine="bnp")
+    assert (other.pruned, other.asr) != (first.pruned, first.asr)
+    plain_infected.save(files[0])
+    again = run(mine="bnp")
+    assert again.attack == "blended"
+    assert run(mine="bnp") == again
+
+
+def test_processes_end_with_the_one_that_began_them(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, time\n"
+        "from backdoor_gym.processes import one_core_each\n"
+        "if __name__ == '__main__':\n"
+        "    pool = one_core_each(1)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600)\n"
+        "    time.sleep(600)\n"
+    )
+    running = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    worker = int(running.stdout.readline())
+    running.kill()
+    running.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and _lives(worker):
+        time.sleep(0.1)
+    assert not _lives(worker)
+
+
+def _lives(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{process}/stat")  # what nobody waited for is no longer at work
+    return not status.is_file() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def result(model, policy, acc, asr, seed=0, budget=0.02, asr_before=1.0):
     known = asr is not None
+    conditions = {"max_failures": 5, "max_steps": 100}
+    der = (max(0, asr_before - asr) - max(0, 0.9 - acc) + 1) / 2 if known else None
     return Result(
-        model, policy, budget, seed, {}, "badnets", "small_cnn", 100, 5, 0.9, asr_before if known else None, 0.0, acc,
-        asr, 0.5, (max(0, asr_before - asr) - max(0, 0.9 - acc) + 1) / 2 if known else None, 1.0, 2**20,
+        model, policy, budget, seed, "", conditions, "badnets", "small_cnn", 100, 5, 0.9, asr_before if known else None,
+        0.0, acc, asr, 0.5, der, 1.0, 2**20,
     )  # fmt: skip
 
 
@@ -148,7 +195,7 @@ def test_the_table_has_means_spreads_and_the_best_in_bold():
     text = markdown([*results, result("c", "good", 0.9, None), replace(results[0], error="ValueError: no", model="d")])
     assert "Budget of 2 points" in text
     assert "| good | 1 | 0.00 | 0.00 | 5.0 |" in text
-    assert "good on d (seed 0): ValueError: no" in text
+    assert "good on d (Budget of 2 points on the defender's images, seed 0): ValueError: no" in text
 
 
 def test_what_cannot_be_run_is_refused_before_the_work(files, tmp_path):
@@ -157,10 +204,16 @@ def test_what_cannot_be_run_is_refused_before_the_work(files, tmp_path):
         ({"policies": ["onp:auto"]}, "takes no threshold"),
         ({"policies": ["clp:high"]}, "a threshold must be"),
         ({"policies": ["no.module:thing"]}, "cannot be imported"),
+        ({"policies": ["json:__name__"]}, "no function"),
+        ({"policies": ["bnp:budget"]}, "leave that budget out"),
+        ({"policies": {"mine": lambda env, seed: None}, "jobs": 2}, "jobs=1"),
         ({"policies": []}, "no policy"),
         ({"budgets": [2.0]}, "share from 0 to 1"),
         ({"budgets": []}, "one budget"),
-        ({"seeds": 0}, "one seed"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"residual": "groups"}, "residual mode"),
+        ({"device": "cpux"}, "device"),
     ):
         with pytest.raises((DataError, UnknownNameError), match=words):
             backdoor_gym.benchmark(files, **{"policies": ["clp"], **arguments}, out=tmp_path / "out")
@@ -195,8 +248,12 @@ def test_the_command_prints_the_table_and_json(run, files, tmp_path):
 
 
 def test_published_thresholds_are_those_of_own_cells(infected):
-    from backdoor_gym.benchmarking.cells import make, own_budget
+    from backdoor_gym.benchmarking.cells import all_cells, make, own_budget
 
+    seeded = {
+        cell.policy for cell in all_cells(["m"], {"onp": "onp", "anp": "anp", "mine": mine}, [0.02], 2) if cell.seed
+    }
+    assert seeded == {"anp", "mine"}
     assert own_budget("bnp") is None
     assert own_budget("magnitude") == own_budget(mine) == 0.02
     assert own_budget("onp") == 0.01
