@@ -53,7 +53,7 @@ def acc_against_asr(results: Sequence[Result]) -> Figure:
         axes.set_ylim(-3, 103)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("ASR (%)")
-    _add_legend(figure, panels, "outside right center")
+    figure.legend(*_entries(panels), loc="outside right center", frameon=False)
     return figure
 
 
@@ -77,7 +77,7 @@ def der_by_attack(results: Sequence[Result]) -> Figure:
         axes.set_ylim(_least(results), 1.0)  # doing nothing is 0.5
         axes.grid(axis="y", alpha=0.3)
         axes.set_xticks(np.arange(len(attacks)), attacks)
-    _add_legend(figure, panels, "outside right upper")
+    figure.legend(*_entries(panels), loc="outside right upper", frameon=False)
     return figure
 
 
@@ -113,12 +113,12 @@ def der_by_model(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def _add_legend(figure: Figure, panels: Iterable[Any], where: str) -> None:
-    """Each policy once, whichever panels it is in."""
+def _entries(panels: Iterable[Any]) -> tuple[list[Any], list[str]]:
+    """Handles and labels of a legend with each policy once, whichever panels it is in."""
     entries = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(list(entries.values()), list(entries), loc=where, frameon=False)
+    return list(entries.values()), list(entries)
 
 
 def _least(results: Sequence[Result]) -> float:
