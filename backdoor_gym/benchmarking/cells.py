@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,7 +55,7 @@ class Cell:
         policy: name in the tables.
         budget: accuracy that may be lost on the defender's images, a share; ``OWN`` for the policy as published.
         seed: of the policy.
-        source: what the policy is made by, and the size and time of files: what changes when the cell is no longer the same.
+        source: what the policy is made by, and hashes of files: what changes when the cell is no longer the same.
     """
 
     model: str
@@ -243,13 +244,9 @@ def _source(model: str, made_by: str | Factory) -> str:
     return " ".join([made, *(version for file in (model, made) if (version := _version(file)))])
 
 
-def _version(file: str) -> str:
-    """What changes when a file is written again; "" for what is none."""
-    path = Path(file)
-    if not path.is_file():
-        return ""
-    facts = path.stat()
-    return f"{facts.st_size}-{facts.st_mtime_ns}"
+def _version(name: str) -> str:
+    """What changes with what is in a file; "" for what is none."""
+    return sha256(Path(name).read_bytes()).hexdigest()[:12] if Path(name).is_file() else ""
 
 
 def _parse(text: str) -> tuple[str, float | str | None] | Factory:

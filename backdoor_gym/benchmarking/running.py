@@ -171,10 +171,12 @@ def _run(work: Sequence[Work], jobs: int, progress: bool) -> None:
         if jobs == 1:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # as in the processes: seconds of both stand in one table
-            for one in work:
-                run_model(*one)
-                bar.advance(task, len(one[0]))
-            torch.set_num_threads(threads)
+            try:
+                for one in work:
+                    run_model(*one)
+                    bar.advance(task, len(one[0]))
+            finally:
+                torch.set_num_threads(threads)
             return
         _check_importable(work)
         pool = one_core_each(jobs)
