@@ -10,6 +10,7 @@ from gymnasium.envs.registration import register, registry
 
 if TYPE_CHECKING:
     from .benchmarking import benchmark
+    from .envs.layers import parallel_env
     from .infected import InfectedModel
     from .repairing import RepairResult, repair
     from .zoo.catalogue import list_infected, load_infected
@@ -17,7 +18,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["InfectedModel", "RepairResult", "benchmark", "infect", "list_infected", "load_infected", "repair"]
+__all__ = [
+    "InfectedModel",
+    "RepairResult",
+    "benchmark",
+    "infect",
+    "list_infected",
+    "load_infected",
+    "parallel_env",
+    "repair",
+]
 
 _HOMES = {
     "InfectedModel": "infected",
@@ -26,6 +36,7 @@ _HOMES = {
     "infect": "zoo.infecting",
     "list_infected": "zoo.catalogue",
     "load_infected": "zoo.catalogue",
+    "parallel_env": "envs.layers",
     "repair": "repairing",
 }
 

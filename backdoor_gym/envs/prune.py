@@ -1,7 +1,7 @@
 """BackdoorPrune-v0: prune the backdoor out of an infected network, one neuron a step."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -22,6 +22,22 @@ from .viewer import Snapshot, Viewer
 DEFAULT_INFECTED = "digits-badnets"
 #: Slack in comparing accuracies, which are shares of a few hundred images.
 TOLERANCE = 1e-9
+_RESET = "call reset() before anything else"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an attempt to prune.
+
+    Attributes:
+        reward: of it, with its costs.
+        pruned: the unit that was pruned, None if none was.
+        undone: whether it was pruned and undone, as it broke the accuracy budget.
+    """
+
+    reward: float
+    pruned: int | None = None
+    undone: bool = False
 
 
 class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
@@ -222,37 +238,48 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._slopes, self._slopes_taken = victim.first_slopes, 0
         if self.render_mode == "human":
             self.render()
-        return self._observe(), self._info(None, False)
+        return self.observe(), self._info(None, False)
 
     def step(self, action: np.int64 | int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Prune a neuron or stop."""
-        victim = self.victim
+        if self._victim is None:
+            raise gym.error.ResetNeeded(_RESET)
         if not self.action_space.contains(action):
             raise gym.error.InvalidAction(f"the action {action!r} is none of 0 to {self.stop_action}")
         unit = int(action)
         self._steps += 1
-        undone, pruned = False, None
         stop = unit == self.stop_action
-        reward = 0.0 if stop else -self.step_cost
-        if not stop and unit < len(victim) and not (self._pruned[unit] or self._tried[unit]):
-            if self.clean_also([unit]) is None:
-                undone = True
-                self._tried[unit] = True
-                self._failures += 1
-                reward -= self.failure_cost
-            else:
-                pruned = unit
-                figures = self.masked_victim.figures(self._with([unit]))
-                reward += float(self._reward(Transition(victim, unit, self._current, figures)))
-                self._pruned[unit] = True
-                self._current = figures
-                self._history.append(figures)
-                self.masked_victim.keep()
-        terminated = stop or self._failures >= self.max_failures or bool((self._pruned | self._tried).all())
+        outcome = Outcome(0.0) if stop else self.try_unit(unit)
+        terminated = stop or self.exhausted
         truncated = not terminated and self._steps >= self.step_limit
         if self.render_mode == "human":
             self.render()
-        return self._observe(), reward, terminated, truncated, self._info(pruned, undone)
+        return self.observe(), outcome.reward, terminated, truncated, self._info(outcome.pruned, outcome.undone)
+
+    def try_unit(self, unit: int) -> Outcome:
+        """What an action but stop does to the network, without the step that it is.
+
+        For environments that are built on this one, and prune several units in a step.
+        """
+        victim, reward = self.victim, -self.step_cost
+        if unit >= len(victim) or self._pruned[unit] or self._tried[unit]:
+            return Outcome(reward)
+        if self.clean_also([unit]) is None:
+            self._tried[unit] = True
+            self._failures += 1
+            return Outcome(reward - self.failure_cost, undone=True)
+        figures = self.masked_victim.figures(self._with([unit]))
+        reward += float(self._reward(Transition(victim, unit, self._current, figures)))
+        self._pruned[unit] = True
+        self._current = figures
+        self._history.append(figures)
+        self.masked_victim.keep()
+        return Outcome(reward, unit)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether too many prunes were undone, or no unit is left to prune."""
+        return self._failures >= self.max_failures or bool((self._pruned | self._tried).all())
 
     @property
     def victim(self) -> Victim:
@@ -262,7 +289,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             gymnasium.error.ResetNeeded: no episode has begun.
         """
         if self._victim is None:
-            raise gym.error.ResetNeeded("call reset() before anything else")
+            raise gym.error.ResetNeeded(_RESET)
         return self._victim
 
     @property
@@ -273,7 +300,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             gymnasium.error.ResetNeeded: no episode has begun, or the environment was closed.
         """
         if self._masked is None:
-            raise gym.error.ResetNeeded("call reset() before anything else")
+            raise gym.error.ResetNeeded(_RESET)
         return self._masked
 
     def spec_options(self) -> dict[str, Any]:
@@ -398,7 +425,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             self._slopes, self._slopes_taken = self.victim.slopes(self._pruned), count
         return self._slopes
 
-    def _observe(self) -> dict[str, np.ndarray]:
+    def observe(self) -> dict[str, np.ndarray]:
+        """The observation of the network as it is now."""
         progress = Progress(
             self._pruned,
             self._tried,

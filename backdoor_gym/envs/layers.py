@@ -1,0 +1,283 @@
+"""One agent a layer: the PettingZoo form of BackdoorPrune."""
+
+import functools
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import EzPickle
+from pettingzoo import AECEnv, ParallelEnv
+from pettingzoo.utils import parallel_to_aec
+
+from ..errors import DataError
+from .generator import Infected
+from .observation import GLOBAL_FEATURES
+from .prune import DEFAULT_INFECTED, BackdoorPruneEnv
+from .reward import Reward
+
+Observation = dict[str, Any]
+
+
+class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
+    """Prune the backdoor out of an infected network, one agent a layer, all at once.
+
+    ## Description
+
+    ONP's reading of pruning (2024): each layer of the network is a graph of its own, and has an agent that prunes its
+    neurons. The network, what a neuron is, the accuracy budget and its guard, and the rewards are those of
+    ``BackdoorPrune-v0`` (``backdoor_gym.envs.prune``).
+
+    ## Agents
+
+    ``possible_agents`` are the names of the layers of neurons, in network order. With ``residual="group"`` a group of coupled
+    neurons belongs to the first layer that it has a neuron in, so that each is pruned by one agent, and a layer that owns none
+    has no agent.
+
+    ## Actions
+
+    ``Discrete(n + 1)`` for a layer of n neurons: prune that neuron, or stop (the last). In a round the agents' prunes are
+    made one after the other in network order, each under the guard. An illegal action (pruned, or tried and undone) changes
+    nothing and costs the step penalty. An agent that has said stop keeps stopping: nothing else is legal for it, and nothing
+    else that it says is heard.
+
+    ## Observations
+
+    For each agent ``{"observation": Dict, "action_mask": int8 (n + 1,)}``. The inner one has ``nodes`` float32 (n, 17) as in the
+    single-agent environment, ``edges`` float32 (max(1, e), 1) and ``edge_links`` int64 (max(1, e), 2), the similarity links
+    inside the layer (cosine of the vectors of connection strengths) with neurons numbered within the layer, ``num_edges``
+    int64 (1,) = e, and ``globals`` float32 (12,), the same for all. ``state()`` is all of them in one float32 vector.
+
+    ## Rewards
+
+    Shared: every agent gets the sum of what the prunes of the round earned and cost.
+
+    ## Episode end
+
+    All agents end together. *Terminated*: all have stopped, ``max_failures`` prunes were undone, or no neuron is left.
+    *Truncated*: ``max_steps`` rounds.
+
+    ## Infos
+
+    Of each agent ``neuron`` (name of what it pruned in this round, "" if nothing), ``undone``, and ``stopped``; and of the network
+    what the single-agent environment tells.
+
+    Args:
+        infected: one name, file or ``InfectedModel``; the agents depend on it.
+        reward: "acc", "oracle" or a callable.
+        accuracy_budget: tolerated loss of clean accuracy, or None.
+        max_steps: rounds until truncation, or None for the number of neurons of the widest layer.
+        render_mode: "human", "rgb_array", "ansi" or None.
+        **options: the others of ``BackdoorPruneEnv``.
+
+    Raises:
+        DataError: several models, or an unusable option.
+    """
+
+    metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by pettingzoo)
+        "name": "backdoor_prune_layers_v0",
+        "render_modes": ["human", "rgb_array", "ansi"],
+        "render_fps": 4,
+        "is_parallelizable": True,
+    }
+
+    def __init__(
+        self,
+        infected: Infected = DEFAULT_INFECTED,
+        reward: str | Reward = "acc",
+        accuracy_budget: float | None = 0.02,
+        max_steps: int | None = None,
+        render_mode: str | None = None,
+        **options: Any,
+    ) -> None:
+        EzPickle.__init__(self, infected, reward, accuracy_budget, max_steps, render_mode, **options)
+        self.single = BackdoorPruneEnv(
+            infected,
+            reward=reward,
+            accuracy_budget=accuracy_budget,
+            max_steps=max_steps,
+            render_mode=render_mode,
+            **options,
+        )
+        if len(self.single.generator) != 1:
+            raise DataError(
+                f"one agent a layer needs one network, not {len(self.single.generator)}: its layers are the agents"
+            )
+        self.render_mode = render_mode
+        self.single.reset(seed=0)
+        victim = self.single.victim
+        layers = victim.neurons.layers
+        #: Units of each agent.
+        self.units = {
+            layers[index].name: np.flatnonzero(victim.layer == index)
+            for index in range(len(layers))
+            if (victim.layer == index).any()
+        }
+        self.possible_agents = list(self.units)
+        self.agents: list[str] = []
+        self.max_steps = max_steps or max(len(units) for units in self.units.values())
+        self._links = {agent: _links_inside(victim.graph, units) for agent, units in self.units.items()}
+        self._stopped: set[str] = set()
+        self._rounds = 0
+
+    @functools.cache  # noqa: B019 (PettingZoo asks for the same object each time)
+    def observation_space(self, agent: str) -> spaces.Dict:
+        """Of one agent."""
+        count, (edges, _) = len(self.units[agent]), self._links[agent]
+        whole = self.single.observation_space
+        assert isinstance(whole, spaces.Dict)
+        nodes, figures = whole["nodes"], whole["globals"]
+        assert isinstance(nodes, spaces.Box)
+        assert isinstance(figures, spaces.Box)
+        rows = max(1, len(edges))
+        return spaces.Dict(
+            {
+                "observation": spaces.Dict(
+                    {
+                        "nodes": spaces.Box(nodes.low[0, 0], nodes.high[0, 0], (count, nodes.shape[1]), np.float32),
+                        "edges": spaces.Box(0.0, 1.0, (rows, 1), np.float32),
+                        "edge_links": spaces.Box(0, max(0, count - 1), (rows, 2), np.int64),
+                        "num_edges": spaces.Box(0, rows, (1,), np.int64),
+                        "globals": spaces.Box(figures.low, figures.high, dtype=np.float32),
+                    }
+                ),
+                "action_mask": spaces.Box(0, 1, (count + 1,), np.int8),
+            }
+        )
+
+    @functools.cache  # noqa: B019
+    def action_space(self, agent: str) -> spaces.Discrete:
+        """Of one agent: its neurons in network order, then stop."""
+        return spaces.Discrete(len(self.units[agent]) + 1)
+
+    @property
+    def state_space(self) -> spaces.Box:
+        """Of ``state()``."""
+        nodes = len(self.single.victim) * self.single.observe()["nodes"].shape[1]
+        return spaces.Box(-np.inf, np.inf, (nodes + len(GLOBAL_FEATURES),), np.float32)
+
+    def reset(
+        self, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Observation], dict[str, dict[str, Any]]]:
+        """Begin an episode with all agents; there is one network, and so no option."""
+        self.single.reset(seed=seed)
+        self.agents = list(self.possible_agents)
+        self._stopped, self._rounds = set(), 0
+        return self._observations(), self._infos({}, set())
+
+    def step(
+        self, actions: dict[str, int]
+    ) -> tuple[dict[str, Observation], dict[str, float], dict[str, bool], dict[str, bool], dict[str, dict[str, Any]]]:
+        """One round.
+
+        Raises:
+            DataError: an agent without an action, or an action that its space does not have.
+        """
+        for agent in self.agents:
+            if agent not in actions or not self.action_space(agent).contains(actions[agent]):
+                last = len(self.units[agent])
+                raise DataError(f"{agent} needs an action from 0 to {last}, not {actions.get(agent)!r}")
+        self._rounds += 1
+        reward = 0.0
+        pruned: dict[str, int] = {}
+        undone: set[str] = set()
+        for agent in self.agents:
+            action = int(actions[agent])
+            if agent in self._stopped or self.single.exhausted:
+                continue
+            if action == len(self.units[agent]):
+                self._stopped.add(agent)
+                continue
+            outcome = self.single.try_unit(int(self.units[agent][action]))
+            reward += outcome.reward
+            if outcome.pruned is not None:
+                pruned[agent] = outcome.pruned
+            if outcome.undone:
+                undone.add(agent)
+        terminated = len(self._stopped) == len(self.possible_agents) or self.single.exhausted
+        truncated = not terminated and self._rounds >= self.max_steps
+        acting = self.agents
+        result = (
+            self._observations(),
+            dict.fromkeys(acting, reward),
+            dict.fromkeys(acting, terminated),
+            dict.fromkeys(acting, truncated),
+            self._infos(pruned, undone),
+        )
+        if terminated or truncated:
+            self.agents = []
+        if self.render_mode == "human":
+            self.render()
+        return result
+
+    def state(self) -> np.ndarray:
+        """Node features of the whole network and the global figures, float32, in one vector."""
+        whole = self.single.observe()
+        return np.concatenate([whole["nodes"].ravel(), whole["globals"]])
+
+    def render(self) -> Any:
+        """As the single-agent environment does."""
+        return self.single.render()
+
+    def close(self) -> None:
+        """Close the window and give back memory."""
+        self.single.close()
+
+    def _observations(self) -> dict[str, Observation]:
+        whole, legal = self.single.observe(), self.single.action_masks()
+        figures = whole["globals"].copy()
+        figures[GLOBAL_FEATURES.index("steps_left")] = max(0.0, 1 - self._rounds / self.max_steps)
+        found = {}
+        for agent in self.agents:
+            units, (edges, links) = self.units[agent], self._links[agent]
+            mask = np.append(legal[units] & (agent not in self._stopped), True)
+            found[agent] = {
+                "observation": {
+                    "nodes": whole["nodes"][units],
+                    "edges": _at_least_one(edges),
+                    "edge_links": _at_least_one(links),
+                    "num_edges": np.array([len(edges)], dtype=np.int64),
+                    "globals": figures.copy(),
+                },
+                "action_mask": mask.astype(np.int8),
+            }
+        return found
+
+    def _infos(self, pruned: dict[str, int], undone: set[str]) -> dict[str, dict[str, Any]]:
+        shared = {key: value for key, value in self.single.info().items() if key not in ("neuron", "undone")}
+        names = self.single.victim.unit_names
+        return {
+            agent: {
+                **shared,
+                "neuron": names[pruned[agent]] if agent in pruned else "",
+                "undone": agent in undone,
+                "stopped": agent in self._stopped,
+            }
+            for agent in self.agents
+        }
+
+
+def parallel_env(**options: Any) -> BackdoorPruneLayersEnv:
+    """A ``BackdoorPruneLayersEnv``, under the name that PettingZoo gives such functions."""
+    return BackdoorPruneLayersEnv(**options)
+
+
+def env(**options: Any) -> AECEnv[str, Observation, int]:
+    """The same with the agents acting one after the other (PettingZoo's AEC); a round is played when all have acted."""
+    return parallel_to_aec(BackdoorPruneLayersEnv(**options))
+
+
+def _links_inside(graph: Any, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Strengths, float32 (e, 1), and ends, int64 (e, 2), of the similarity links between some units, numbered among them."""
+    place = {int(unit): index for index, unit in enumerate(units)}
+    kept = [
+        index
+        for index, (source, target) in enumerate(graph.edge_links)
+        if graph.edges[index, 1] == 1 and int(source) in place and int(target) in place
+    ]
+    links = np.array([[place[int(end)] for end in graph.edge_links[index]] for index in kept], dtype=np.int64)
+    return graph.edges[kept, :1].astype(np.float32), links.reshape(-1, 2)
+
+
+def _at_least_one(rows: np.ndarray) -> np.ndarray:
+    """A copy with a row of zeros where there is none: spaces have no empty arrays."""
+    return rows.copy() if len(rows) else np.zeros((1, rows.shape[1]), dtype=rows.dtype)
