@@ -99,9 +99,10 @@ def test_without_a_sign_of_the_trigger_nothing_comes_back(planted):
 def test_repairs_and_validation_end_with_it(infected, tmp_path):
     env = gym.make("BackdoorPrune-v0", infected=infected, max_steps=40, score_samples=64, accuracy_budget=0.05)
     onp = ONP.load("pretrained", env)
-    onp.look_ahead = LookAhead(20, 3.0, 10.0, 0.09, 15)
+    onp.threshold = 1e-6  # on to the end, so that there is something to give back
+    onp.look_ahead = LookAhead(20, 3.0, 10.0)
     all_of_them = run(onp, env, [infected])[0]
-    onp.look_ahead = LookAhead(20, 3.0, 10.0, 0.09, 15, 0.02)
+    onp.look_ahead = LookAhead(20, 3.0, 10.0, restore=0.02)
     rest = run(onp, env, [infected])[0]
     assert 0 < rest.pruned < all_of_them.pruned
     file = onp.save(tmp_path / "policy.safetensors")
