@@ -104,8 +104,8 @@ def draw(found: list[dict[str, Any]]) -> None:
         axes.set_title(f"{one['model']} (mean {np.mean(one['correlations']):.2f})", fontsize=9)
         axes.set_ylim(-1, 1)
         axes.grid(axis="y", alpha=0.3)
-    changes.supxlabel("layer, from the images to the logits")
-    changes.supylabel("correlation of UCLC with the change by the trigger")
+    changes.supxlabel("layer, from the images to the logits: UCLC against the change by the trigger")
+    changes.supylabel("correlation")
     thresholds, others = plt.subplots(*shape, figsize=size, layout="constrained", sharey=True, squeeze=False)
     for axes, one in zip(others.flat, found, strict=False):
         us = [row["u"] for row in one["thresholds"]]
@@ -117,7 +117,7 @@ def draw(found: list[dict[str, Any]]) -> None:
         axes.grid(alpha=0.3)
     others.flat[0].legend()
     thresholds.supxlabel("u, in standard deviations of the layer")
-    thresholds.supylabel("ACC and ASR after pruning (%)")
+    thresholds.supylabel("after pruning (%)")
     for picture, name, all_axes in ((changes, "clp_change.png", panels), (thresholds, "clp_thresholds.png", others)):
         for axes in list(all_axes.flat)[len(found) :]:
             axes.axis("off")
