@@ -29,9 +29,9 @@ from backdoor_gym.agents.training import checkpoint_of
 from backdoor_gym.baselines import CLP, RandomPolicy
 from backdoor_gym.graph.features import STATIC_FEATURES
 from backdoor_gym.metrics import der
-from backdoor_gym.policies import finish
 from backdoor_gym.processes import one_core_each
 from backdoor_gym.pruning.applying import write_mask
+from backdoor_gym.repairing import run_episode
 
 RESULTS = Path(__file__).parent / "results"
 FITS = RESULTS / "onp_ridge.json"
@@ -144,12 +144,7 @@ def repair_all(job: Job) -> list[Row]:
             mask = victim.neuron_mask(greedy_reference(victim, budget))
         else:
             acting = makers(model.facts["attack"])[policy](env, budget)
-            done, state, start = False, None, np.ones(1, dtype=bool)
-            while not done:
-                action, state = acting.predict(observation, state, start, deterministic=True)
-                observation, _, terminated, truncated, _ = env.step(int(action))
-                done, start = terminated or truncated, np.zeros(1, dtype=bool)
-            finish(acting, env)
+            run_episode(acting, env.unwrapped, observation)
             mask = victim.neuron_mask(env.unwrapped.pruned)
         after = model.evaluate(write_mask(model.network, victim.neurons, mask))
         row = {

@@ -38,7 +38,7 @@ def acc_against_asr(results: Sequence[Result]) -> Figure:
     """A panel for each budget: mean accuracy lost and mean ASR of each policy; the lower left corner is best."""
     budgets, policies = _budgets(results), _policies(results)
     figure = Figure(figsize=(1.2 + 3.4 * len(budgets), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
     for axes, budget in zip(panels, budgets, strict=True):
         for index, policy in enumerate(policies):
             mine = [one for one in results if one.policy == policy and one.budget == budget]
