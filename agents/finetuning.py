@@ -2,12 +2,12 @@
 
 import gymnasium as gym
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv
 
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 
 from .onp import ONP
 from .school import ENVIRONMENT, MAX_STEPS
+from .vec_env import ThreadedVecEnv
 from .warm_start import examples, warm_start
 
 ENVS = 4
@@ -33,7 +33,9 @@ def learn_alone(onp: ONP, env: BackdoorPruneEnv, steps: int, warm: bool = False)
     def make() -> gym.Env:
         return Monitor(gym.make(f"backdoor_gym:{ENVIRONMENT}", reward="acc", disable_env_checker=True, **options))
 
-    onp.set_env(DummyVecEnv([make] * ENVS))
+    vector = ThreadedVecEnv([make] * ENVS)
+    onp.set_env(vector)
     onp.learn(steps)
+    vector.close()
     onp.set_env(env)
     return onp

@@ -5,12 +5,14 @@ from typing import Any
 
 import gymnasium as gym
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from backdoor_gym.envs.generator import InfectedGenerator
 from backdoor_gym.envs.victim import VictimOptions
 from backdoor_gym.errors import DataError
 from backdoor_gym.zoo.catalogue import resolve
+
+from .vec_env import ThreadedVecEnv
 
 ENVIRONMENT = "BackdoorPrune-v0"
 #: Accuracy budgets met in training; the observation tells which one it is.
@@ -43,7 +45,7 @@ def school(
         _maker({"accuracy_budget": BUDGETS[index % len(BUDGETS)], **shared}, names[index::envs])
         for index in range(envs)
     ]
-    vector: VecEnv = SubprocVecEnv(makers) if processes else DummyVecEnv(makers)
+    vector: VecEnv = SubprocVecEnv(makers) if processes else ThreadedVecEnv(makers)
     vector.seed(seed)
     return vector
 

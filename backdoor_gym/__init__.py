@@ -43,7 +43,11 @@ _HOMES = {
 
 def _register() -> None:
     if "BackdoorPrune-v0" not in registry:
-        register("BackdoorPrune-v0", entry_point="backdoor_gym.envs.prune:BackdoorPruneEnv")
+        register(
+            "BackdoorPrune-v0",
+            entry_point="backdoor_gym.envs.prune:BackdoorPruneEnv",
+            vector_entry_point="backdoor_gym.envs.vector:BackdoorPruneVectorEnv",
+        )
 
 
 def __getattr__(name: str) -> Any:

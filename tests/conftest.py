@@ -88,6 +88,11 @@ def infected_file(infected: InfectedModel, tmp_path_factory: pytest.TempPathFact
     return infected.save(tmp_path_factory.mktemp("models") / "tiny.safetensors")
 
 
+@pytest.fixture(scope="session")
+def plain_infected_file(plain_infected: InfectedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plain_infected.save(tmp_path_factory.mktemp("models") / "tiny-plain.safetensors")
+
+
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
     """Runs a command line in an empty folder: exit code, standard output, standard error."""

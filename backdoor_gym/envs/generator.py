@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from threading import RLock
 
 import numpy as np
 
@@ -20,6 +21,7 @@ Ready = OrderedDict[Hashable, Victim]
 READY = 384
 #: Those with a name or a file, for all environments of the process.
 _SHARED: Ready = OrderedDict()
+_LOCK = RLock()
 
 
 class InfectedGenerator:
@@ -73,12 +75,13 @@ class InfectedGenerator:
 
 def _remembered(ready: Ready, key: Hashable, make: Callable[[], Victim]) -> Victim:
     """What was made ready under that key, made now if need be; what was used longest ago is forgotten."""
-    if key not in ready:
-        ready[key] = make()
-        if len(ready) > READY:
-            ready.popitem(last=False)
-    ready.move_to_end(key)
-    return ready[key]
+    with _LOCK:
+        if key not in ready:
+            ready[key] = make()
+            if len(ready) > READY:
+                ready.popitem(last=False)
+        ready.move_to_end(key)
+        return ready[key]
 
 
 def _version(entry: str) -> tuple[int, int] | None:

@@ -1,8 +1,11 @@
 """A victim without some of its neurons: accuracy, suspected danger and, where the trigger is known, ASR."""
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, Self
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 import torch
@@ -45,6 +48,8 @@ class Figures:
 class MaskedVictim:
     """A victim as an episode leaves it; activations of what is kept are reused.
 
+    ``begin`` makes one for an episode. All of one model share the activations of the whole network while any of them lives.
+
     Args:
         victim: the model.
         score_samples: how many triggered test images ASR and RA are measured on, and half of how many clean ones the
@@ -54,6 +59,7 @@ class MaskedVictim:
     def __init__(self, victim: Victim, score_samples: int = SCORE_SAMPLES) -> None:
         self.victim = victim
         self.score_samples = score_samples
+        self._origin: MaskedVictim | None = None  # keeps alive what is shared
         device, inverted = victim.options.device, victim.inverted
         fragile, clean = torch.from_numpy(victim.fragile), victim.clean
         #: The fragile clean images, then the others, with their labels; both together keep what one network may.
@@ -71,6 +77,25 @@ class MaskedVictim:
             self._triggered = MaskedNetwork(victim.neurons, self.triggered[0], device)
         if self.tested is not None:
             self._test = MaskedNetwork(victim.neurons, self.tested.images, device)
+
+    @classmethod
+    def begin(cls, victim: Victim, score_samples: int = SCORE_SAMPLES) -> Self:
+        """One with nothing pruned, made from what there is of that model."""
+        with victim.preparing:
+            known = _WHOLE.setdefault(victim, WeakValueDictionary())
+            whole = known.get(score_samples)
+            if whole is None:
+                whole = known[score_samples] = cls(victim, score_samples)
+            return whole._fork()
+
+    def _fork(self) -> Self:
+        twin = copy(self)
+        twin._origin = self
+        twin._clean = [(network.fork(), labels) for network, labels in self._clean]
+        twin._inverted, twin._triggered, twin._test = (
+            None if network is None else network.fork() for network in (self._inverted, self._triggered, self._test)
+        )
+        return twin
 
     def figures(self, pruned: np.ndarray, score: bool = True) -> Figures:
         """Figures of the network without the pruned units, bool (units,); without ``score`` on the clean images alone."""
@@ -147,3 +172,7 @@ class MaskedVictim:
         clean = [network for network, _ in self._clean]
         everyone = (*clean, self._inverted, self._triggered, self._test)
         return (network for network in everyone if network is not None)
+
+
+#: Whole networks by model and ``score_samples``, for as long as an environment uses them.
+_WHOLE: WeakKeyDictionary[Victim, WeakValueDictionary[int, Any]] = WeakKeyDictionary()

@@ -224,7 +224,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             )
         if self._masked is None or self._masked.victim is not victim:
             self._masked = None  # its activations go before the next ones come
-            self._masked = MaskedVictim(victim, self.score_samples)
+            victim.prepare()
+            self._masked = MaskedVictim.begin(victim, self.score_samples)
         self._masked.restart()
         self._victim = victim
         self._pruned = np.zeros(len(victim), dtype=bool)

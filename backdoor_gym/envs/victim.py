@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from threading import RLock
 
 import numpy as np
 import torch
@@ -77,6 +78,12 @@ class Victim:
         self.neurons.graph.to(find_device(options.device))
         self.units = self.neurons.units(options.residual)
         self.clean = model.clean.first(options.clean_samples)
+        self.preparing = RLock()
+
+    def prepare(self) -> None:
+        """Do now all that takes long, in one thread: environments of several threads may share the model."""
+        with self.preparing:
+            _ = self.fragile, self.features, self.graph, self.first_slopes
 
     @property
     def name(self) -> str:
@@ -200,4 +207,6 @@ class Victim:
         """``mask_gradient`` by unit: of a group the sum over its neurons, float64 (units,)."""
         images = images.to(self.options.device, memory_format=torch.channels_last)
         by_neuron = mask_gradient(neurons, images, quantity, mask).double().cpu().numpy()
+        if len(self.units) == len(self.neurons):
+            return by_neuron
         return np.array([by_neuron[unit].sum() for unit in self.units])

@@ -1,7 +1,8 @@
 """A network under changing masks, on fixed images: only what lies behind a changed neuron is computed again."""
 
 from collections.abc import Iterable
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -55,6 +56,12 @@ class MaskedNetwork:
         self._base, self._base_mask = self._whole, np.ones(len(self.neurons), dtype=bool)
         self._pending = {}
         self._pending_mask = self._base_mask
+
+    def fork(self) -> Self:
+        """The same images under masks of its own; the activations of the whole network are shared."""
+        twin = copy(self)
+        twin.reset()
+        return twin
 
     def logits(self, mask: np.ndarray) -> Tensor:
         """Logits (n, classes) under the mask, bool (neurons,), True where kept; asked twice in a row, computed once."""

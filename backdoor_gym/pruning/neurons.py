@@ -13,6 +13,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock, get_ident
 from typing import Any
 
 import numpy as np
@@ -175,14 +176,26 @@ def find_neurons(network: nn.Module) -> Neurons:
     return Neurons(layers, graph_module)
 
 
+#: torch.fx patches ``nn.Module`` of the whole process while it traces.
+_TRACING = Lock()
+
+
 class _Tracer(fx.Tracer):
-    """Remembers which module's forward is being traced, to name it where tracing fails."""
+    """Remembers which module's forward is being traced, to name it where tracing fails; other threads go on as they would."""
 
     def __init__(self) -> None:
         super().__init__()
         self.path: list[str] = []
+        self._thread = get_ident()
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if get_ident() != self._thread:
+            return forward(*args, **kwargs)
         self.path.append(self.path_of_module(m))
         result = super().call_module(m, forward, args, kwargs)
         self.path.pop()
@@ -196,7 +209,8 @@ def _trace(network: nn.Module) -> fx.GraphModule:
         parameter.requires_grad_(False)
     tracer = _Tracer()
     try:
-        graph = tracer.trace(network, concrete_args=_defaults(network))
+        with _TRACING:
+            graph = tracer.trace(network, concrete_args=_defaults(network))
     except Exception as error:  # tracing runs the user's code, which can raise anything on symbolic values
         where = f"layer {tracer.path[-1]}" if tracer.path else "the network's own forward"
         raise UntraceableError(

@@ -1,3 +1,6 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -226,3 +229,27 @@ def test_unknown_names_are_refused(network_of):
         neurons.index("features.0[99]")
     with pytest.raises(UnknownNameError, match="residual mode"):
         neurons.units("both")
+
+
+def test_a_network_is_traced_while_another_thread_computes(network_of):
+    network, busy = network_of("resnet18"), network_of("small_cnn")
+    images = torch.rand(4, 1, 8, 8)
+    expected = busy(images)
+    wrong, done = [], threading.Event()
+
+    def compute():
+        while not done.is_set():
+            try:
+                wrong.append(not torch.equal(busy(images), expected))
+            except Exception as error:  # whatever the tracer makes of it
+                wrong.append(error)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    with ThreadPoolExecutor(3) as pool:
+        names = list(pool.map(lambda _: find_neurons(network).names, range(6)))
+    done.set()
+    thread.join()
+    assert len(wrong) > 1
+    assert not any(wrong)
+    assert all(one == names[0] for one in names)

@@ -1,0 +1,75 @@
+"""Many ``BackdoorPrune-v0`` environments stepped at once."""
+
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector.utils import iterate
+
+from ..errors import DataError
+from .ahead import Ahead, core_threads
+from .prune import BackdoorPruneEnv
+
+
+class BackdoorPruneVectorEnv(SyncVectorEnv):
+    """``BackdoorPrune-v0``, several at once: what ``gym.make_vec("BackdoorPrune-v0", num_envs)`` makes.
+
+    Spaces, seeds, infos, autoreset modes and reset masks are those of ``gymnasium.vector.SyncVectorEnv``, and so is
+    everything that is returned, to the last bit. The difference is in the work. Networks as small as these leave cores idle
+    when each operation is divided among them, and while Python runs; here each sub-environment steps on one core, as many
+    at once as torch has threads (``torch.set_num_threads``, when this is made). What was made ready of a network, and its
+    activations while nothing is pruned, are there once for all sub-environments.
+
+    Args:
+        num_envs: sub-environments.
+        autoreset_mode: "NextStep" (the default), "SameStep" or "Disabled".
+        copy: whether what is returned stays as it is during the next step; False saves a copy of all observations.
+        **options: of ``BackdoorPruneEnv``, the same for all.
+
+    Raises:
+        DataError: fewer than one sub-environment, ``render_mode="human"`` (a window belongs to one thread), or an unusable
+            option.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        copy: bool = True,
+        **options: Any,
+    ) -> None:
+        if num_envs < 1:
+            raise DataError(f"num_envs must be at least 1, not {num_envs}")
+        if options.get("render_mode") == "human":
+            raise DataError('several environments cannot draw in one window; use render_mode="rgb_array"')
+        threads = core_threads()
+        first = BackdoorPruneEnv(**options)
+        options["max_units"] = first.stop_action  # the others need not find it out
+        envs = [first, *(BackdoorPruneEnv(**options) for _ in range(1, num_envs))]
+        for env in envs:
+            env.generator = first.generator  # a model that is given as an object is made ready once
+        super().__init__(
+            [lambda env=env: Ahead(env, threads) for env in envs], copy=copy, autoreset_mode=autoreset_mode
+        )
+        self._pool = threads
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """One step of each; of one that has ended, what the autoreset mode says."""
+        mode = self.autoreset_mode
+        for env, action, ended in zip(
+            self.envs, iterate(self.action_space, actions), self._autoreset_envs, strict=True
+        ):
+            if not ended or mode is AutoresetMode.SAME_STEP:
+                env.begin_step(action, reset_after=mode is AutoresetMode.SAME_STEP)
+            elif mode is AutoresetMode.NEXT_STEP:
+                env.begin_reset()
+        try:
+            return super().step(actions)
+        finally:
+            for env in self.envs:
+                env.abandon()
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close the sub-environments and end the threads."""
+        super().close_extras(**kwargs)
+        self._pool.shutdown()

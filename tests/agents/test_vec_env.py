@@ -1,0 +1,54 @@
+"""The threads of Stable-Baselines3's vector environment change nothing but the time."""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import data_equivalence
+from sb3_contrib import MaskablePPO
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from backdoor_gym.agents.vec_env import ThreadedVecEnv
+from backdoor_gym.envs.prune import BackdoorPruneEnv
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def steps_of(env, count):
+    env.seed(0)
+    random = np.random.default_rng(0)
+    returned = [env.reset()]
+    for _ in range(count):
+        masks = np.stack(env.env_method("action_masks"))
+        actions = np.array([random.choice(np.flatnonzero(mask)) for mask in masks])
+        observations, rewards, dones, infos = env.step(actions)
+        for info in infos:
+            info.get("episode", {}).pop("t", None)  # seconds
+        returned.append((observations, rewards, dones, infos))
+    return returned
+
+
+def test_equal_to_dummy_vec_env(infected_file, plain_infected_file):
+    def make():
+        return Monitor(BackdoorPruneEnv(infected=[str(infected_file), str(plain_infected_file)], max_steps=5))
+
+    one, other = DummyVecEnv([make] * 3), ThreadedVecEnv([make] * 3)
+    expected, found = steps_of(one, 12), steps_of(other, 12)
+    assert data_equivalence(found, expected, exact=True)
+    assert any("terminal_observation" in info for _, _, _, infos in found[1:] for info in infos)
+    assert all(other.env_is_wrapped(Monitor))
+    other.close()
+
+
+def test_maskable_ppo_learns_in_it(infected_file):
+    env = ThreadedVecEnv([lambda: Monitor(BackdoorPruneEnv(infected=str(infected_file), max_steps=5))] * 2)
+    learner = MaskablePPO("MultiInputPolicy", env, n_steps=8, batch_size=8, n_epochs=1, seed=0)
+    learner.learn(32)
+    assert learner.num_timesteps == 32
+    env.close()
