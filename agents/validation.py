@@ -85,6 +85,7 @@ class Validation(BaseCallback):
         path: file of the best policy; where it exists it is beaten only by a better one.
         every: rollouts between two validations.
         report: called with the figures of each validation.
+        acting: what acts in an environment, where it is not ``onp`` itself: agents of layers that share it.
         options: of the environment.
     """
 
@@ -95,6 +96,7 @@ class Validation(BaseCallback):
         path: str | Path,
         every: int = 5,
         report: Callable[[dict[str, float]], None] | None = None,
+        acting: Callable[[gym.Env[Any, Any]], Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -103,6 +105,7 @@ class Validation(BaseCallback):
         self.env = gym.make(
             f"backdoor_gym:{ENVIRONMENT}", infected=self.names, reward="oracle", disable_env_checker=True, **options
         )
+        self.acting = onp if acting is None else acting(self.env)
         self.best: dict[str, float] | None = None
         self._rollouts = 0
 
@@ -138,7 +141,7 @@ class Validation(BaseCallback):
         """Validate now; the means, as ``summary`` gives them."""
         env, self.onp.env = self.onp.env, self.env
         try:
-            figures = summary(run(self.onp, self.env, self.names))
+            figures = summary(run(self.acting, self.env, self.names))
         finally:
             self.onp.env = env
         for key, value in figures.items():

@@ -205,6 +205,10 @@ def train(
     message_passing: Annotated[
         bool, typer.Option(help="Let the policy see the connections, or each neuron alone.")
     ] = True,
+    per_layer: Annotated[
+        bool,
+        typer.Option("--per-layer", help="One agent a layer, all with the same policy; a step is one of an agent."),
+    ] = False,
     calibration_models: Annotated[
         int,
         typer.Option(min=0, help="The same for the threshold of the verdict alone, which is quicker; 0 to keep 0.1."),
@@ -214,7 +218,11 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="Replace the file where a training has ended in it.")] = False,
 ) -> None:
     """Train a policy on many infected models. Killed and called again, it goes on after the last rollout."""
+    from dataclasses import replace
+
     from .agents.encoder import EncoderOptions
+    from .agents.layer_training import train_layers
+    from .agents.layers import LAYER_ENCODER
     from .agents.training import checkpoint_of
     from .agents.training import train as train_policy
     from .zoo.catalogue import resolve
@@ -225,21 +233,21 @@ def train(
     names = [name for pattern in infected or ["digits-train/*"] for name in resolve(pattern)[:most]]
     known = [resolve(pattern) for pattern in validate or ["digits-val/*"]]
     judges = [name for pattern in known for name in pattern[:validation_models]]
-    train_policy(
-        names,
-        judges,
-        steps,
-        out,
-        seed=seed,
-        envs=envs,
-        jobs=jobs or os.cpu_count() or 1,
-        epochs=warm_epochs,
-        encoder=EncoderOptions(message_passing=message_passing),
-        calibration=[name for pattern in known for name in pattern[:calibration_models]],
-        tensorboard_log=tensorboard,
-        progress_bar=errors.is_terminal,
-        report=lambda line: errors.print(line, highlight=False, markup=False),
-    )
+    shared: dict[str, Any] = {
+        "seed": seed,
+        "jobs": jobs or os.cpu_count() or 1,
+        "epochs": warm_epochs,
+        "tensorboard_log": tensorboard,
+        "progress_bar": errors.is_terminal,
+        "report": lambda line: errors.print(line, highlight=False, markup=False),
+    }
+    if per_layer:
+        encoder = replace(LAYER_ENCODER, message_passing=message_passing)
+        train_layers(names, judges, steps, out, seats=min(envs, 8), encoder=encoder, **shared)
+    else:
+        calibration = [name for pattern in known for name in pattern[:calibration_models]]
+        encoder = EncoderOptions(message_passing=message_passing)
+        train_policy(names, judges, steps, out, envs=envs, encoder=encoder, calibration=calibration, **shared)
     console.print(str(out), highlight=False)
 
 

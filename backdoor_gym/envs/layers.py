@@ -1,7 +1,9 @@
 """One agent a layer: the PettingZoo form of BackdoorPrune."""
 
 import functools
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from gymnasium import spaces
@@ -10,12 +12,55 @@ from pettingzoo import AECEnv, ParallelEnv
 from pettingzoo.utils import parallel_to_aec
 
 from ..errors import DataError
+from .defender import Defender
 from .generator import Infected
 from .observation import GLOBAL_FEATURES
 from .prune import DEFAULT_INFECTED, BackdoorPruneEnv
 from .reward import Reward
 
 Observation = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a network that own units, in network order.
+
+    Attributes:
+        units: of each layer, by its name.
+        links: of each layer the strengths, float32 (e, 1), and the ends, int64 (e, 2), of the similarity links inside it,
+            with its units numbered from 0.
+    """
+
+    units: dict[str, np.ndarray]
+    links: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    @classmethod
+    def of(cls, owners: Mapping[str, np.ndarray], edges: np.ndarray, edge_links: np.ndarray) -> Self:
+        """From ``owners``, and the edges of the neuron graph."""
+        return cls(dict(owners), {name: _links_inside(edges, edge_links, units) for name, units in owners.items()})
+
+    def observation(self, name: str, whole: Mapping[str, np.ndarray], stopped: bool = False) -> Observation:
+        """What the agent of a layer sees of an observation of the whole network, as in the PettingZoo environment."""
+        units, (edges, links) = self.units[name], self.links[name]
+        legal = whole["action_mask"][units].astype(bool) & (not stopped)
+        return {
+            "observation": {
+                "nodes": whole["nodes"][units],
+                "edges": _at_least_one(edges),
+                "edge_links": _at_least_one(links),
+                "num_edges": np.array([len(edges)], dtype=np.int64),
+                "globals": whole["globals"].copy(),
+            },
+            "action_mask": np.append(legal, True).astype(np.int8),
+        }
+
+
+def owners(defender: Defender) -> dict[str, np.ndarray]:
+    """Units of each layer, int64 (n,): a group belongs to the first layer that it has a neuron in."""
+    neurons = defender.neurons
+    layer_of = neurons.layer_index[[unit[0] for unit in defender.units]]
+    found = {layer.name: np.flatnonzero(layer_of == index) for index, layer in enumerate(neurons.layers)}
+    return {name: units for name, units in found.items() if len(units)}
 
 
 class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
@@ -103,26 +148,20 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
                 f"one agent a layer needs one network, not {len(self.single.generator)}: its layers are the agents"
             )
         self.render_mode = render_mode
-        self.single.reset(seed=0)
-        victim = self.single.victim
-        layers = victim.neurons.layers
+        victim = self.single.generator.draw(np.random.default_rng(0))  # the only one
+        self._layers = Layers.of(owners(victim.defender), victim.graph.edges, victim.graph.edge_links)
         #: Units of each agent.
-        self.units = {
-            layers[index].name: np.flatnonzero(victim.layer == index)
-            for index in range(len(layers))
-            if (victim.layer == index).any()
-        }
+        self.units = self._layers.units
         self.possible_agents = list(self.units)
         self.agents: list[str] = []
         self.max_steps = max_steps or max(len(units) for units in self.units.values())
-        self._links = {agent: _links_inside(victim.graph, units) for agent, units in self.units.items()}
         self._stopped: set[str] = set()
         self._rounds = 0
 
     @functools.cache  # noqa: B019 (PettingZoo asks for the same object each time)
     def observation_space(self, agent: str) -> spaces.Dict:
         """Of one agent."""
-        count, (edges, _) = len(self.units[agent]), self._links[agent]
+        count, (edges, _) = len(self.units[agent]), self._layers.links[agent]
         whole = self.single.observation_space
         assert isinstance(whole, spaces.Dict)
         nodes, figures = whole["nodes"], whole["globals"]
@@ -152,8 +191,11 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
     @property
     def state_space(self) -> spaces.Box:
         """Of ``state()``."""
-        nodes = len(self.single.victim) * self.single.observe()["nodes"].shape[1]
-        return spaces.Box(-np.inf, np.inf, (nodes + len(GLOBAL_FEATURES),), np.float32)
+        whole = self.single.observation_space
+        assert isinstance(whole, spaces.Dict)
+        nodes = whole["nodes"].shape
+        assert nodes is not None
+        return spaces.Box(-np.inf, np.inf, (nodes[0] * nodes[1] + len(GLOBAL_FEATURES),), np.float32)
 
     def reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None
@@ -223,24 +265,9 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
         self.single.close()
 
     def _observations(self) -> dict[str, Observation]:
-        whole, legal = self.single.observe(), self.single.action_masks()
-        figures = whole["globals"].copy()
-        figures[GLOBAL_FEATURES.index("steps_left")] = max(0.0, 1 - self._rounds / self.max_steps)
-        found = {}
-        for agent in self.agents:
-            units, (edges, links) = self.units[agent], self._links[agent]
-            mask = np.append(legal[units] & (agent not in self._stopped), True)
-            found[agent] = {
-                "observation": {
-                    "nodes": whole["nodes"][units],
-                    "edges": _at_least_one(edges),
-                    "edge_links": _at_least_one(links),
-                    "num_edges": np.array([len(edges)], dtype=np.int64),
-                    "globals": figures.copy(),
-                },
-                "action_mask": mask.astype(np.int8),
-            }
-        return found
+        whole = self.single.observe()
+        whole["globals"][GLOBAL_FEATURES.index("steps_left")] = max(0.0, 1 - self._rounds / self.max_steps)
+        return {agent: self._layers.observation(agent, whole, agent in self._stopped) for agent in self.agents}
 
     def _infos(self, pruned: dict[str, int], undone: set[str]) -> dict[str, dict[str, Any]]:
         shared = {key: value for key, value in self.single.info().items() if key not in ("neuron", "undone")}
@@ -266,16 +293,10 @@ def env(**options: Any) -> AECEnv[str, Observation, int]:
     return parallel_to_aec(BackdoorPruneLayersEnv(**options))
 
 
-def _links_inside(graph: Any, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _links_inside(edges: np.ndarray, edge_links: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Strengths, float32 (e, 1), and ends, int64 (e, 2), of the similarity links between some units, numbered among them."""
-    place = {int(unit): index for index, unit in enumerate(units)}
-    kept = [
-        index
-        for index, (source, target) in enumerate(graph.edge_links)
-        if graph.edges[index, 1] == 1 and int(source) in place and int(target) in place
-    ]
-    links = np.array([[place[int(end)] for end in graph.edge_links[index]] for index in kept], dtype=np.int64)
-    return graph.edges[kept, :1].astype(np.float32), links.reshape(-1, 2)
+    inside = (edges[:, 1] == 1) & np.isin(edge_links, units).all(axis=1)
+    return edges[inside, :1].astype(np.float32), np.searchsorted(units, edge_links[inside]).astype(np.int64)
 
 
 def _at_least_one(rows: np.ndarray) -> np.ndarray:

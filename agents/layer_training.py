@@ -1,0 +1,115 @@
+"""Training the policy that the agents of all layers share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from backdoor_gym.envs.generator import InfectedGenerator
+from backdoor_gym.envs.layers import owners
+from backdoor_gym.envs.victim import VictimOptions
+from backdoor_gym.zoo.catalogue import resolve
+
+from .encoder import EncoderOptions
+from .layers import LAYER_ENCODER, PER_LAYER, LayerPolicy, LayersVecEnv, by_layer
+from .onp import ONP
+from .school import MAX_STEPS
+from .training import PPO_AFTER_WARM_START, SCORE_SAMPLES, VALIDATE_EVERY, Report, checkpoint_of
+from .validation import Validation
+from .warm_start import Example, examples, warm_start
+
+#: Rounds of an episode; in each every layer may prune a neuron.
+MAX_ROUNDS = 20
+#: Rounds between two updates; each is as many steps as there are agents.
+ROLLOUT = 16
+
+
+def train_layers(
+    infected: Sequence[str],
+    validation: Sequence[str],
+    total_timesteps: int,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    seats: int = 8,
+    jobs: int = 1,
+    epochs: int = 50,
+    encoder: EncoderOptions = LAYER_ENCODER,
+    guide: Sequence[Example] | None = None,
+    tensorboard_log: str | Path | None = None,
+    progress_bar: bool = False,
+    report: Report | None = None,
+    **ppo: Any,
+) -> ONP:
+    """Train per-layer agents on some models, keep the best of their policy on others, and write it to a file.
+
+    Interrupted and called again it goes on after the last rollout.
+
+    Args:
+        infected: names and patterns to learn from; their triggers must be known.
+        validation: names and patterns that the best policy is chosen on, repaired one network at a time.
+        total_timesteps: steps of agents; a round is one of each.
+        out: file of the policy.
+        seed: of everything.
+        seats: networks played at once.
+        jobs: processes that the examples of the warm start are made in.
+        epochs: passes of the warm start over the models, 0 for none.
+        encoder: shape of the network.
+        guide: examples of the models for the warm start, of whole networks, where they are made already.
+        tensorboard_log: folder for TensorBoard.
+        progress_bar: whether to draw one.
+        report: called with a line of text whenever there is something to say.
+        ppo: arguments of ``MaskablePPO``.
+
+    Raises:
+        DataError: fewer models than seats.
+    """
+    say = report or (lambda line: None)
+    out, checkpoint = Path(out), checkpoint_of(out)
+    if not checkpoint.is_file():
+        out.unlink(missing_ok=True)
+    names, judges = ([name for pattern in patterns for name in resolve(pattern)] for patterns in (infected, validation))
+    vector = LayersVecEnv(names, seats, reward="oracle", score_samples=SCORE_SAMPLES, max_steps=MAX_ROUNDS)
+    vector.seed(seed)
+    say(f"{len(names)} models to learn from, {len(judges)} to choose by, {vector.num_envs} agents at once")
+    settings = {**(PPO_AFTER_WARM_START if epochs else {}), "n_steps": ROLLOUT, **ppo}
+    onp = ONP(vector, encoder=encoder, seed=seed, tensorboard_log=tensorboard_log, **settings)
+    onp.facts[PER_LAYER] = True
+    if epochs and not checkpoint.is_file():
+        guide = guide or examples(names, jobs=jobs, score_samples=SCORE_SAMPLES)
+        losses = warm_start(
+            onp.network,
+            [one for name, whole in zip(names, guide, strict=True) for one in _split(name, whole)],
+            epochs,
+            batch_size=64,
+            seed=seed,
+        )
+        say(f"warm start: cross-entropy {losses[0]:.2f} -> {losses[-1]:.2f}")
+
+    def acting(env: gym.Env[Any, Any]) -> LayerPolicy:
+        return LayerPolicy(onp, env)
+
+    best = Validation(
+        onp,
+        judges,
+        out,
+        report=lambda figures: say(", ".join(f"{key} {value:.3f}" for key, value in figures.items())),
+        every=VALIDATE_EVERY,
+        acting=acting,
+        score_samples=SCORE_SAMPLES,
+        max_steps=MAX_STEPS,
+    )
+    onp.learn(total_timesteps, callback=[best], checkpoint=checkpoint, progress_bar=progress_bar)
+    say(f"{vector.tried} prunes tried")
+    vector.close()
+    onp = ONP.load(out)
+    onp.facts |= {"seed": seed, "models": len(names), "learned_on": list(infected), "chosen_on": list(validation)}
+    onp.facts["timesteps"] = int(onp.facts["validation"]["timesteps"])
+    onp.save(out)
+    checkpoint.unlink(missing_ok=True)
+    return onp
+
+
+def _split(name: str, example: Example) -> list[Example]:
+    return by_layer(example, owners(InfectedGenerator(name, VictimOptions()).get(name).defender))

@@ -1,0 +1,275 @@
+"""ONP with one agent a layer: all agents share one graph policy, and each sees the graph of its own layer alone.
+
+The reading of pruning as one graph a layer is that of ONP (2024). Sharing the weights among agents is parameter sharing
+(Gupta et al., "Cooperative multi-agent control using deep reinforcement learning", 2017): to PPO every agent is one more
+environment.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
+
+from backdoor_gym.baselines.policy import Policy, ask, stop_action
+from backdoor_gym.envs.ahead import core_threads
+from backdoor_gym.envs.generator import InfectedGenerator
+from backdoor_gym.envs.layers import BackdoorPruneLayersEnv, Layers, owners
+from backdoor_gym.envs.observation import ObservationBuilder
+from backdoor_gym.envs.victim import VictimOptions
+from backdoor_gym.errors import DataError
+
+from .encoder import EncoderOptions
+from .onp import ONP
+from .warm_start import Example
+
+#: No agent sees what the others cost in accuracy but through the figures that all share. How many steps are left is not the
+#: same thing in rounds and in single prunes.
+LAYER_ENCODER = EncoderOptions(ignore=("accuracy", "steps_left"))
+#: Preference for stopping beside that for the best neuron of the whole network, which is 1: a layer whose best neuron is
+#: liked less says stop.
+STOP = 0.1
+#: Fact of a saved policy that agents of layers share.
+PER_LAYER = "per_layer"
+_SIMILAR = VictimOptions().similar
+
+
+class LayerPolicy(Policy):
+    """The agents of all layers, as one policy in ``BackdoorPrune-v0`` or as actions for the PettingZoo environment.
+
+    In the single-agent environment a round of the agents is played as single steps: what they want to prune in network
+    order. It stops when all of them have.
+
+    Args:
+        onp: the policy that they share, trained in a ``LayersVecEnv``.
+        env: the environment it is to act in.
+    """
+
+    def __init__(self, onp: ONP, env: Any = None) -> None:
+        self.onp = onp
+        self.env = env
+        self._layers: dict[int, Layers] = {}
+        self._stopped: dict[int, set[str]] = {}
+        self._wanted: dict[int, list[int]] = {}
+
+    def begin(self, environment: int) -> None:
+        for memory in (self._layers, self._stopped, self._wanted):
+            memory.pop(environment, None)
+
+    def act(self, observation: Mapping[str, np.ndarray], environment: int) -> int:
+        if environment not in self._layers:
+            self._layers[environment] = Layers.of(
+                ask(self.env, environment, "consult", owners), observation["edges"], observation["edge_links"]
+            )
+            self._stopped[environment], self._wanted[environment] = set(), []
+        layers, stopped = self._layers[environment], self._stopped[environment]
+        if not self._wanted[environment]:
+            acting = [name for name in layers.units if name not in stopped]
+            actions = self.actions({name: layers.observation(name, observation) for name in acting})
+            stopped.update(name for name in acting if actions[name] == len(layers.units[name]))
+            self._wanted[environment] = [
+                int(layers.units[name][actions[name]]) for name in acting if name not in stopped
+            ]
+        return self._wanted[environment].pop(0) if self._wanted[environment] else stop_action(observation)
+
+    def actions(self, observations: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+        """An action for each agent that observes something, in the actions of its own space."""
+        if not observations:
+            return {}
+        most = max(len(seen["action_mask"]) for seen in observations.values()) - 1
+        graphs = [as_graph(seen, most) for seen in observations.values()]
+        chosen, _ = self.onp.predict(
+            {key: np.stack([graph[key] for graph in graphs]) for key in graphs[0]}, deterministic=True
+        )
+        return {
+            agent: min(int(action), len(seen["action_mask"]) - 1)
+            for (agent, seen), action in zip(observations.items(), chosen, strict=True)
+        }
+
+
+def as_graph(seen: Mapping[str, Any], most: int) -> dict[str, np.ndarray]:
+    """What one agent observes, in the form of the single-agent environment of networks of up to ``most`` neurons."""
+    own, count, edges = seen["observation"], len(seen["action_mask"]) - 1, int(seen["observation"]["num_edges"][0])
+    room = _SIMILAR * most
+    nodes = np.zeros((most, own["nodes"].shape[1]), dtype=np.float32)
+    nodes[:count] = own["nodes"]
+    strengths, links = np.zeros((room, 2), dtype=np.float32), np.zeros((room, 2), dtype=np.int64)
+    strengths[:edges, 0], strengths[:edges, 1] = own["edges"][:edges, 0], 1
+    links[:edges] = own["edge_links"][:edges]
+    mask = np.zeros(most + 1, dtype=np.int8)
+    mask[:count], mask[-1] = seen["action_mask"][:-1], 1
+    return {
+        "nodes": nodes,
+        "edges": strengths,
+        "edge_links": links,
+        "num_nodes": np.array([count], dtype=np.int64),
+        "num_edges": np.array([edges], dtype=np.int64),
+        "action_mask": mask,
+        "globals": own["globals"],
+    }
+
+
+class LayersVecEnv(VecEnv):
+    """The agents of several networks as one Stable-Baselines3 vector environment, for one policy that all of them share.
+
+    Several *seats* play a network each, the next one of theirs after every episode. Sub-environment i of a seat is the
+    agent of the i-th layer; where a network has fewer layers than the deepest one, the others have no neuron and nothing to
+    do but stop.
+
+    Args:
+        infected: names and files; they are divided among the seats.
+        seats: networks played at once.
+        **options: of ``BackdoorPruneLayersEnv``, but ``residual`` and ``similar``.
+
+    Raises:
+        DataError: fewer models than seats.
+    """
+
+    render_mode = None
+
+    def __init__(self, infected: Sequence[str], seats: int = 8, **options: Any) -> None:
+        if len(infected) < seats:
+            raise DataError(f"{len(infected)} models cannot be divided among {seats} seats; lower seats")
+        self._options_of_envs = options
+        self._names = [list(infected[seat::seats]) for seat in range(seats)]
+        owned = [owners(InfectedGenerator(name, VictimOptions()).get(name).defender) for name in infected]
+        sizes = [[len(units) for units in layers.values()] for layers in owned]
+        #: Sub-environments of a seat.
+        self.slots = max(len(layers) for layers in sizes)
+        self.most = max(max(layers) for layers in sizes)
+        self._random = np.random.default_rng()
+        self._envs: list[BackdoorPruneLayersEnv | None] = [None] * seats
+        self._returns, self._rounds = [0.0] * seats, [0] * seats
+        #: Prunes tried so far: evaluations of a network.
+        self.tried = 0
+        self._threads = core_threads()
+        space = ObservationBuilder(self.most, connections=0, similar=_SIMILAR).space
+        super().__init__(seats * self.slots, space, spaces.Discrete(self.most + 1))
+
+    def reset(self) -> dict[str, np.ndarray]:
+        if self._seeds[0] is not None:
+            self._random = np.random.default_rng(self._seeds[0])
+        self._reset_seeds()
+        self._reset_options()
+        return self._stack([self._begin(seat) for seat in range(len(self._envs))])
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions = np.asarray(actions).reshape(len(self._envs), self.slots)
+
+    def step_wait(self) -> Any:
+        legal = np.take_along_axis(self._masks, self._actions.reshape(-1, 1), axis=1)[:, 0]
+        self.tried += int((legal.astype(bool) & (self._actions.ravel() < self.most)).sum())
+        played = list(self._threads.map(self._play, range(len(self._envs))))
+        seen, rewards, dones, infos = [], [], [], []
+        for seat, (observations, reward, terminated, truncated, info) in enumerate(played):
+            done = terminated or truncated
+            infos.extend({**info, "TimeLimit.truncated": truncated} for _ in range(self.slots))
+            rewards.extend(reward)
+            dones.extend([done] * self.slots)
+            if done:
+                for index, observation in enumerate(observations):
+                    infos[seat * self.slots + index]["terminal_observation"] = observation
+                infos[seat * self.slots]["episode"] = {"r": self._returns[seat], "l": self._rounds[seat], "t": 0.0}
+                observations = self._begin(seat)
+            seen.append(observations)
+        return self._stack(seen), np.array(rewards, dtype=np.float32), np.array(dones), infos
+
+    def close(self) -> None:
+        for env in self._envs:
+            if env is not None:
+                env.close()
+        self._threads.shutdown()
+
+    def action_masks(self) -> np.ndarray:
+        """The legal actions of every agent, bool (num_envs, N + 1)."""
+        return self._masks.astype(bool)
+
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        """What a method of this environment says of each agent."""
+        found = getattr(self, method_name)(*method_args, **method_kwargs)
+        return [found[index] for index in self._get_indices(indices)]
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """The same of all agents: an attribute of this environment."""
+        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise AttributeError("the environments of agents of layers change with each episode")
+
+    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
+        return [False for _ in self._get_indices(indices)]
+
+    def _make(self, name: str) -> BackdoorPruneLayersEnv:
+        return BackdoorPruneLayersEnv(name, **self._options_of_envs)
+
+    def _begin(self, seat: int) -> list[dict[str, np.ndarray]]:
+        """A new episode; what each agent sees."""
+        last = self._envs[seat]
+        if last is not None:
+            last.close()
+        env = self._envs[seat] = self._make(str(self._random.choice(self._names[seat])))
+        observations, infos = env.reset()
+        first, *_ = infos.values()
+        for slot in range(self.slots):
+            self.reset_infos[seat * self.slots + slot] = first
+        self._returns[seat], self._rounds[seat] = 0.0, 0
+        return self._seen(observations)
+
+    def _play(self, seat: int) -> tuple[list[dict[str, np.ndarray]], list[float], bool, bool, dict[str, Any]]:
+        env = self._envs[seat]
+        assert env is not None
+        agents = list(env.agents)
+        wanted = self._actions[seat, : len(agents)]
+        observations, rewards, terminated, truncated, infos = env.step(
+            {agent: min(int(action), len(env.units[agent])) for agent, action in zip(agents, wanted, strict=True)}
+        )
+        first = agents[0]
+        self._returns[seat] += rewards[first]
+        self._rounds[seat] += 1
+        earned = [rewards[first]] * len(agents) + [0.0] * (self.slots - len(agents))
+        return self._seen(observations), earned, terminated[first], truncated[first], infos[first]
+
+    def _seen(self, observations: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
+        found = [as_graph(one, self.most) for one in observations.values()]
+        nobody = {key: np.zeros_like(value) for key, value in found[0].items()}
+        nobody["action_mask"][-1] = 1
+        return found + [nobody] * (self.slots - len(found))
+
+    def _stack(self, seen: Sequence[Sequence[dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+        flat = [one for seat in seen for one in seat]
+        stacked = {key: np.stack([one[key] for one in flat]) for key in flat[0]}
+        self._masks = stacked["action_mask"]
+        return stacked
+
+
+def by_layer(example: Example, owned: Mapping[str, np.ndarray]) -> list[Example]:
+    """An example of the warm start as one for each layer's agent.
+
+    Args:
+        example: states of a network and what is to be preferred in them.
+        owned: units of each of its layers.
+    """
+    seen = example.observation
+    layers = Layers.of(owned, seen["edges"], seen["edge_links"])
+    best = example.preference[:, :-1].max(axis=1, keepdims=True)
+    liked = example.preference[:, :-1] / np.maximum(best, 1e-12)
+    found = []
+    for name, units in layers.units.items():
+        strengths, links = layers.links[name]
+        kinds = np.ones_like(strengths)
+        weights = np.column_stack([liked[:, units], np.where(best[:, 0] > 0, STOP, 1.0)])
+        found.append(
+            Example(
+                {
+                    "nodes": seen["nodes"][:, units],
+                    "edges": np.hstack([strengths, kinds]),
+                    "edge_links": links,
+                    "num_nodes": np.full_like(seen["num_nodes"], len(units)),
+                    "globals": seen["globals"],
+                },
+                (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32),
+                example.value,
+            )
+        )
+    return found
