@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +43,10 @@ DataOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where the network runs: cpu, cuda, ...")]
+RayOption = Annotated[
+    str | None,
+    typer.Option("--ray", help='Ray cluster that does the work: HOST:PORT, "auto", or "local". Needs the extra "ray".'),
+]
 
 
 @app.command()
@@ -150,6 +155,7 @@ def benchmark(
     out: Annotated[Path, typer.Option(help="Folder for cells, table and figures.")] = Path("benchmark"),
     data: DataOption = None,
     device: DeviceOption = "cpu",
+    ray: RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare policies on many models. Killed and called again, it goes on after the last finished cell."""
@@ -169,6 +175,7 @@ def benchmark(
         max_steps=max_steps,
         data=data,
         device=device,
+        ray=ray,
         progress=not as_json,
     )
     if as_json:
@@ -276,9 +283,11 @@ def infect(
     force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Save the weights as float16, for half the size.")] = False,
     device: DeviceOption = "cpu",
+    ray: RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a network with a backdoor. Killed and called again, it goes on after the last finished epoch."""
+    from .cluster import cluster
     from .zoo import infecting
     from .zoo.training import Schedule
 
@@ -291,7 +300,8 @@ def infect(
     options = _pairs(arch_option, "--arch-option")
     if width is not None:
         options["width"] = width
-    model = infecting.infect(
+    make = partial(
+        infecting.infect,
         dataset,
         architecture,
         attack,
@@ -305,11 +315,14 @@ def infect(
         attack_options=_pairs(attack_option, "--attack-option"),
         clean_images=clean_images,
         device=device,
-        checkpoint=checkpoint,
-        progress=not as_json,
         half=half,
         name=path.stem,
     )
+    if ray is None:
+        model = make(checkpoint=checkpoint, progress=not as_json)
+    else:  # begun again where its machine dies: its checkpoint would be on that machine
+        with cluster(ray) as machines:
+            model = machines.submit(make).result()
     model.save(path, half)
     checkpoint.unlink(missing_ok=True)
     if as_json:
@@ -407,6 +420,7 @@ def zoo_build(
     ],
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a processor.")] = None,
     most: Annotated[int | None, typer.Option(min=1, help="Make only the first so many of each pattern.")] = None,
+    ray: RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make models of the procedural family in advance. What is in the cache is not made again."""
@@ -422,7 +436,7 @@ def zoo_build(
     failed: dict[str, str] = {}
     with Progress(console=errors, disable=as_json) as progress:
         task = progress.add_task("building", total=len(names))
-        for name, problem in building.build(names, jobs or os.cpu_count() or 1):
+        for name, problem in building.build(names, jobs or os.cpu_count() or 1, ray):
             progress.update(task, advance=1, description=name)
             if problem:
                 failed[name] = problem

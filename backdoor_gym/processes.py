@@ -1,7 +1,10 @@
-"""Work that is spread over processes."""
+"""Work that is spread over processes, of this machine or of a cluster."""
 
 import os
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from threading import Thread
@@ -15,6 +18,31 @@ def one_core_each(jobs: int) -> ProcessPoolExecutor:
     They are spawned: forked ones would inherit torch's threads in an unusable state.
     """
     return ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin)
+
+
+@contextmanager
+def workers(jobs: int, ray: str | None = None) -> Iterator[Executor]:
+    """So many processes of this machine, or the Ray cluster at that address; what has not begun is dropped in the end.
+
+    Raises:
+        DataError: Ray is not installed, or there is no cluster at that address.
+    """
+    if ray is not None:
+        from .cluster import cluster
+
+        with cluster(ray) as machines:
+            yield machines
+        return
+    pool = one_core_each(jobs)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def died(error: Exception) -> bool:
+    """Whether an error says that the process of a task died, rather than what the task did."""
+    return isinstance(error, BrokenProcessPool) or type(error).__module__.startswith("ray.")
 
 
 def _begin() -> None:

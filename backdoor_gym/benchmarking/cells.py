@@ -10,6 +10,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
+from filelock import FileLock
+
 from ..baselines.thresholds import BUDGET, parse_threshold
 from ..errors import DataError
 from ..policies import BUDGETS, POLICIES, SUFFIX, kind_of_policy, make_policy
@@ -142,32 +144,65 @@ class Result:
             raise DataError(f"not a result of a benchmark: {line[:80]!r}") from error
 
 
-def read_results(file: Path) -> list[Result]:
-    """The results of a file, which may be missing.
+@dataclass(frozen=True)
+class CellFile:
+    """The file of results, one line each, that several processes append to.
 
-    Raises:
-        DataError: a line is no result.
+    Attributes:
+        path: of the file; it may be missing.
     """
-    return [Result.from_json(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
+    path: Path
 
-def drop_unfinished(file: Path) -> None:
-    """Take away a last line that was not finished when a process was killed.
+    def append(self, result: Result) -> None:
+        """Add one, at once and whole."""
+        with self.lock(), self.path.open("a") as lines:
+            lines.write(result.as_json() + "\n")
 
-    Raises:
-        DataError: the lines before it are no results, so it is not for us to change the file.
-    """
-    if not file.is_file():
-        return
-    text = file.read_bytes()
-    finished = text.rfind(b"\n") + 1
-    for line in text[:finished].decode(errors="replace").splitlines():
-        Result.from_json(line)
-    if not finished and text and not text.startswith(b'{"model"'):
-        raise DataError(f"{file} is not of a benchmark")
-    if finished < len(text):
-        with file.open("r+b") as lines:
-            lines.truncate(finished)
+    def read(self, conditions: Conditions) -> list[Result]:
+        """The results under these conditions.
+
+        Raises:
+            DataError: a line is no result.
+        """
+        return [result for result in self.read_all() if result.conditions == asdict(conditions)]
+
+    def read_all(self) -> list[Result]:
+        """All results.
+
+        Raises:
+            DataError: a line is no result.
+        """
+        with self.lock():
+            lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        return [Result.from_json(line) for line in lines]
+
+    def done(self, conditions: Conditions) -> set[Cell]:
+        """The cells under these conditions in which nothing went wrong."""
+        return {result.cell for result in self.read(conditions) if not result.error}
+
+    def drop_unfinished(self) -> None:
+        """Take away a last line that was not finished when a process was killed.
+
+        Raises:
+            DataError: the lines before it are no results, so it is not for us to change the file.
+        """
+        with self.lock():
+            if not self.path.is_file():
+                return
+            text = self.path.read_bytes()
+            finished = text.rfind(b"\n") + 1
+            for line in text[:finished].decode(errors="replace").splitlines():
+                Result.from_json(line)
+            if not finished and text and not text.startswith(b'{"model"'):
+                raise DataError(f"{self.path} is not of a benchmark")
+            if finished < len(text):
+                with self.path.open("r+b") as lines:
+                    lines.truncate(finished)
+
+    def lock(self) -> FileLock:
+        """For as long as the file is read or written."""
+        return FileLock(f"{self.path}.lock")
 
 
 def all_cells(

@@ -6,23 +6,22 @@ import pickle
 import time
 from collections.abc import Sequence
 from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import torch
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..cluster import ClusterPool, Kept
 from ..devices import find_device
 from ..envs.prune import BackdoorPruneEnv
 from ..errors import DataError, UnknownNameError
 from ..infected import InfectedModel
 from ..metrics import Metrics
-from ..processes import one_core_each
+from ..processes import died, workers
 from ..pruning.applying import write_mask
 from ..pruning.neurons import RESIDUAL_MODES
 from ..repairing import rating, run_episode
@@ -31,16 +30,15 @@ from . import figures, tables
 from .cells import (
     OWN,
     Cell,
+    CellFile,
     Conditions,
     Factory,
     Policies,
     Result,
     all_cells,
-    drop_unfinished,
     make,
     named,
     own_budget,
-    read_results,
 )
 from .memory import PeakMemory
 
@@ -83,6 +81,7 @@ def benchmark(
     residual: str = "channel",
     data: str | None = None,
     device: str = "cpu",
+    ray: str | None = None,
     progress: bool = False,
 ) -> Benchmark:
     """Run every policy on every model, and write all cells, a table and figures into a folder.
@@ -108,11 +107,14 @@ def benchmark(
         residual: "channel", or "group" to prune neurons that share a residual sum together.
         data: data set to read the images of files from, instead of the one they name.
         device: where networks run.
+        ray: address of a Ray cluster that runs the cells instead of ``jobs`` processes: HOST:PORT, "auto" or "local". Its
+            machines need this package, and the files of ``infected`` and ``policies`` under the same paths; the results come
+            to ``out`` here. What a machine has not finished when it dies, others do.
         progress: whether to show a bar.
 
     Raises:
         UnknownNameError: no such policy or model.
-        DataError: an unusable argument, or a file in ``out`` that is not of a benchmark.
+        DataError: an unusable argument, a file in ``out`` that is not of a benchmark, or no cluster.
     """
     makers = named(policies, budgets)
     for budget in budgets:
@@ -141,18 +143,15 @@ def benchmark(
     conditions = Conditions(clean_samples, test_samples, max_steps, max_failures, residual, data, device)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder / CELLS):
-        drop_unfinished(folder / CELLS)
-    wanted = all_cells(models, makers, budgets, seeds)
-    done = {result.cell for result in _ours(folder / CELLS, conditions) if not result.error}
+    file = CellFile(folder / CELLS)
+    file.drop_unfinished()
+    wanted, done = all_cells(models, makers, budgets, seeds), file.done(conditions)
     by_model = {model: [cell for cell in wanted if cell.model == model and cell not in done] for model in models}
-    work = [(cells, makers, conditions, folder / CELLS) for cells in by_model.values() if cells]
-    _run(work, jobs or os.cpu_count() or 1, progress)
+    work = [(cells, makers, conditions) for cells in by_model.values() if cells]
+    _run(work, file, jobs or os.cpu_count() or 1, ray, progress)
 
     # A failure after a success is that of a process that worked on where another had finished.
-    latest = {
-        result.cell: result for result in sorted(_ours(folder / CELLS, conditions), key=lambda one: not one.error)
-    }
+    latest = {result.cell: result for result in sorted(file.read(conditions), key=lambda one: not one.error)}
     results = [latest[cell] for cell in wanted if cell in latest]
     written = [folder / CELLS, folder / SHEET, folder / TABLE]
     tables.write_csv(results, folder / SHEET)
@@ -161,37 +160,38 @@ def benchmark(
     return Benchmark(results, table, written + figures.draw(results, folder))
 
 
-Work = tuple[list[Cell], dict[str, str | Factory], Conditions, Path]
+Work = tuple[list[Cell], dict[str, str | Factory], Conditions]
 
 
-def _run(work: Sequence[Work], jobs: int, progress: bool) -> None:
+def _run(work: Sequence[Work], file: CellFile, jobs: int, ray: str | None, progress: bool) -> None:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("benchmark", total=sum(len(cells) for cells, *_ in work))
-        if jobs == 1:
+        if jobs == 1 and ray is None:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # as in the processes: seconds of both stand in one table
             try:
                 for one in work:
-                    run_model(*one)
+                    run_model(*one, file)
                     bar.advance(task, len(one[0]))
             finally:
                 torch.set_num_threads(threads)
             return
         _check_importable(work)
-        pool = one_core_each(jobs)
-        try:
-            waiting = {pool.submit(run_model, *one): one for one in work}
-            for done in as_completed(waiting):
-                done.result()
-                bar.advance(task, len(waiting[done][0]))
-        except BrokenProcessPool:
-            raise DataError(
-                'a process died (out of memory, or a script without `if __name__ == "__main__":`?); call again, with fewer '
-                "jobs: finished cells are kept"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with workers(jobs, ray) as pool:
+            store = pool.keeper(file) if isinstance(pool, ClusterPool) else file
+            waiting = {pool.submit(run_model, *one, store): one for one in work}
+            try:
+                for done in as_completed(waiting):
+                    done.result()
+                    bar.advance(task, len(waiting[done][0]))
+            except Exception as error:
+                if not died(error):
+                    raise
+                raise DataError(
+                    'a process died (out of memory, or a script without `if __name__ == "__main__":`?); call again, with '
+                    f"fewer jobs: finished cells are kept ({type(error).__name__})"
+                ) from error
 
 
 @dataclass(frozen=True)
@@ -204,10 +204,12 @@ class _Ready:
     seconds: float
 
 
-def run_model(cells: list[Cell], makers: dict[str, str | Factory], conditions: Conditions, file: Path) -> None:
-    """The cells of one model, each appended to the file as soon as it is done."""
-    ready = None
-    for cell in cells:
+def run_model(
+    cells: list[Cell], makers: dict[str, str | Factory], conditions: Conditions, file: CellFile | Kept
+) -> None:
+    """The cells of one model, each appended to the file as soon as it is done; those that are done already are left out."""
+    ready, done = None, file.done(conditions)
+    for cell in (cell for cell in cells if cell not in done):
         blank = Result(cell.model, cell.policy, cell.budget, cell.seed, cell.source, asdict(conditions))
         try:
             ready = ready or _make_ready(cell.model, conditions)
@@ -216,8 +218,7 @@ def run_model(cells: list[Cell], makers: dict[str, str | Factory], conditions: C
             result = replace(result, peak_memory=memory.bytes())
         except Exception as error:  # whatever went wrong with one, the others go on
             result = replace(blank, error=f"{type(error).__name__}: {error}")
-        with _lock(file), file.open("a") as lines:
-            lines.write(result.as_json() + "\n")
+        file.append(result)
 
 
 def run_cell(blank: Result, made_by: str | Factory, ready: _Ready, conditions: Conditions) -> Result:
@@ -268,16 +269,6 @@ def _make_ready(name: str, conditions: Conditions) -> _Ready:
     env.reset(seed=0)
     seconds = time.perf_counter() - start
     return _Ready(model, env, model.evaluate(copy.deepcopy(model.network).to(conditions.device)), seconds)
-
-
-def _ours(file: Path, conditions: Conditions) -> list[Result]:
-    """Results under these conditions."""
-    with _lock(file):
-        return [result for result in read_results(file) if result.conditions == asdict(conditions)]
-
-
-def _lock(file: Path) -> FileLock:
-    return FileLock(f"{file}.lock")
 
 
 def _check_importable(work: Sequence[Work]) -> None:

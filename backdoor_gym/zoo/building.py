@@ -1,14 +1,13 @@
-"""Making many models of the procedural family at once, over processes."""
+"""Making many models of the procedural family at once, over processes or machines."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 
-from ..processes import one_core_each
+from ..processes import died, workers
 from . import family
 
 
-def build(names: Sequence[str], jobs: int) -> Iterator[tuple[str, str]]:
+def build(names: Sequence[str], jobs: int, ray: str | None = None) -> Iterator[tuple[str, str]]:
     """Put models into the cache; yields each name when it is there, with "" or what went wrong.
 
     One that fails does not stop the others, and what is in the cache already is not made again.
@@ -16,22 +15,32 @@ def build(names: Sequence[str], jobs: int) -> Iterator[tuple[str, str]]:
     Args:
         names: of models of the family.
         jobs: number of processes, each of which computes on one core.
+        ray: address of a Ray cluster that makes them instead; they come to the cache of this machine.
+
+    Raises:
+        DataError: Ray is not installed, or there is no cluster at that address.
     """
-    pool = one_core_each(jobs)
-    try:
-        waiting = {pool.submit(_build_one, name): name for name in names}
+    missing = [name for name in names if not (ray and family.cache_path(name).is_file())]
+    yield from ((name, "") for name in names if name not in missing)
+    with workers(jobs, ray) as pool:
+        waiting = {pool.submit(_make, name, ray is not None): name for name in missing}
         for done in as_completed(waiting):
+            name = waiting[done]
             try:
-                yield waiting[done], done.result()
-            except BrokenProcessPool:
-                yield waiting[done], "its process died (out of memory?); call again with fewer processes"
-    finally:
-        pool.shutdown(cancel_futures=True)
+                problem, content = done.result()
+            except Exception as error:
+                if not died(error):
+                    raise
+                problem, content = "its process died (out of memory?); call again with fewer processes", None
+            if content is not None:
+                family.keep(name, content)
+            yield name, problem
 
 
-def _build_one(name: str) -> str:
+def _make(name: str, send: bool) -> tuple[str, bytes | None]:
+    """What went wrong, and the file if it is to be sent."""
     try:
         family.load(name)
     except Exception as error:  # whatever went wrong with one, the others go on
-        return str(error) or type(error).__name__
-    return ""
+        return str(error) or type(error).__name__, None
+    return "", family.cache_path(name).read_bytes() if send else None

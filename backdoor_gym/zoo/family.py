@@ -112,6 +112,17 @@ def load(name: str, progress: bool = False) -> InfectedModel:
     return corrupted(found, **corruption(name))
 
 
+def keep(name: str, content: bytes) -> None:
+    """Put the file of a model that was made elsewhere into the cache, if it is not there."""
+    path = cache_path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            beside = path.with_suffix(".part")
+            beside.write_bytes(content)
+            beside.replace(path)
+
+
 def corruption(name: str) -> dict[str, Any]:
     """What happened to the clean images of that model: kind and level."""
     split, _, seed = name.partition("/")

@@ -13,7 +13,7 @@ import pytest
 import backdoor_gym
 from backdoor_gym.baselines import BNP, RandomPolicy
 from backdoor_gym.benchmarking import OWN, Result
-from backdoor_gym.benchmarking.cells import drop_unfinished, read_results
+from backdoor_gym.benchmarking.cells import CellFile
 from backdoor_gym.benchmarking.tables import infected_table, markdown
 from backdoor_gym.errors import DataError, UnknownNameError
 
@@ -64,14 +64,14 @@ def test_what_is_done_is_not_done_again(files, tmp_path, monkeypatch):
     second = backdoor_gym.benchmark(files, ["clp", "bnp"], [0.02], out=out, jobs=1)
     assert second.results[0] == first.results[0]
     assert len(second.results) == 4
-    assert len(read_results(out / "cells.jsonl")) == 4
+    assert len(CellFile(out / "cells.jsonl").read_all()) == 4
     monkeypatch.setattr("backdoor_gym.benchmarking.running.run_model", None)
     again = backdoor_gym.benchmark(files, ["clp", "bnp"], [0.02], out=out, jobs=1)
     assert again.results == second.results
     monkeypatch.undo()
     fewer = backdoor_gym.benchmark(files[:1], ["clp"], [0.02], out=out, jobs=1, clean_samples=50)
     assert fewer.results[0].conditions["clean_samples"] == 50  # other conditions are another cell
-    assert len(read_results(out / "cells.jsonl")) == 5
+    assert len(CellFile(out / "cells.jsonl").read_all()) == 5
 
 
 def test_processes_give_the_same_and_users_policies_are_rows(files, tmp_path):
@@ -116,11 +116,11 @@ def test_a_killed_run_loses_no_finished_cell(files, tmp_path):
         time.sleep(0.05)
     running.kill()
     running.wait()
-    drop_unfinished(cells)
-    kept = read_results(cells)
+    CellFile(cells).drop_unfinished()
+    kept = CellFile(cells).read_all()
     assert 3 <= len(kept) < 30
     subprocess.run(command, check=True, capture_output=True)
-    finished = read_results(cells)
+    finished = CellFile(cells).read_all()
     assert finished[: len(kept)] == kept
     assert len(finished) == len({result.cell for result in finished}) == 30
 
