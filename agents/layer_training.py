@@ -80,7 +80,7 @@ def train_layers(
         guide = guide or examples(names, jobs=jobs, score_samples=SCORE_SAMPLES)
         losses = warm_start(
             onp.network,
-            [one for name, whole in zip(names, guide, strict=True) for one in _split(name, whole)],
+            [one for name, whole in zip(names, guide, strict=True) for one in split(name, whole)],
             epochs,
             batch_size=64,
             seed=seed,
@@ -111,5 +111,6 @@ def train_layers(
     return onp
 
 
-def _split(name: str, example: Example) -> list[Example]:
+def split(name: str, example: Example) -> list[Example]:
+    """An example of a network by its name, as examples of its layers."""
     return by_layer(example, owners(InfectedGenerator(name, VictimOptions()).get(name).defender))

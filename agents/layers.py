@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from pettingzoo import ParallelEnv
 from stable_baselines3.common.vec_env import VecEnv
 
 from backdoor_gym.baselines.policy import Policy, ask, stop_action
@@ -110,12 +111,84 @@ def as_graph(seen: Mapping[str, Any], most: int) -> dict[str, np.ndarray]:
     }
 
 
+class PaddedLayersEnv(ParallelEnv[str, dict[str, np.ndarray], int]):
+    """``BackdoorPruneLayersEnv`` with one space for all agents, and another network in each episode.
+
+    The agents are called ``layer_0``, ``layer_1``, ... in network order; those that a network does not have are not there in
+    its episodes. Observations are those of ``BackdoorPrune-v0``, padded; the last action is stop.
+
+    Args:
+        infected: names and files; each episode draws one.
+        most: neurons of a layer at most, and
+        layers: layers of a network at most, as ``largest`` finds them.
+        **options: of ``BackdoorPruneLayersEnv``, but ``residual`` and ``similar``.
+    """
+
+    metadata: dict[str, Any] = {"name": "backdoor_prune_padded_layers_v0", "is_parallelizable": True}  # noqa: RUF012
+    render_mode = None
+
+    def __init__(self, infected: Sequence[str], most: int, layers: int, **options: Any) -> None:
+        self.names, self.most, self._options = list(infected), most, options
+        self.possible_agents = [f"layer_{index}" for index in range(layers)]
+        self.agents: list[str] = []
+        self._space = ObservationBuilder(most, connections=0, similar=_SIMILAR).space
+        self._actions = spaces.Discrete(most + 1)
+        self._random = np.random.default_rng()
+        self._layers: BackdoorPruneLayersEnv | None = None
+
+    def observation_space(self, agent: str) -> spaces.Dict:
+        """The same for all."""
+        return self._space
+
+    def action_space(self, agent: str) -> spaces.Discrete:
+        """The same for all."""
+        return self._actions
+
+    def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """Begin an episode on a network drawn at random; there is no option."""
+        if seed is not None:
+            self._random = np.random.default_rng(seed)
+        self.close()
+        self._layers = BackdoorPruneLayersEnv(str(self._random.choice(self.names)), **self._options)
+        observations, infos = self._layers.reset()
+        self.agents = self.possible_agents[: len(observations)]
+        return self._renamed({name: as_graph(seen, self.most) for name, seen in observations.items()}, infos)
+
+    def step(self, actions: dict[str, int]) -> Any:
+        """A round."""
+        layers = self._layers
+        assert layers is not None
+        own = {
+            name: min(int(actions[agent]), len(layers.units[name]))
+            for agent, name in zip(self.agents, layers.agents, strict=True)
+        }
+        observations, *rest = layers.step(own)
+        found = self._renamed({name: as_graph(seen, self.most) for name, seen in observations.items()}, *rest)
+        if not layers.agents:
+            self.agents = []
+        return found
+
+    def close(self) -> None:
+        """Give back memory."""
+        if self._layers is not None:
+            self._layers.close()
+
+    def _renamed(self, *by_name: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+        return tuple(dict(zip(self.agents, found.values(), strict=True)) for found in by_name)
+
+
+def largest(infected: Sequence[str]) -> tuple[int, int]:
+    """Neurons of the widest layer, and layers of the deepest network, of some models."""
+    owned = [owners(InfectedGenerator(name, VictimOptions()).get(name).defender) for name in infected]
+    return max(len(units) for layers in owned for units in layers.values()), max(map(len, owned))
+
+
 class LayersVecEnv(VecEnv):
     """The agents of several networks as one Stable-Baselines3 vector environment, for one policy that all of them share.
 
-    Several *seats* play a network each, the next one of theirs after every episode. Sub-environment i of a seat is the
-    agent of the i-th layer; where a network has fewer layers than the deepest one, the others have no neuron and nothing to
-    do but stop.
+    Several *seats* play a network each, another of theirs after every episode. Sub-environment i of a seat is the agent of
+    the i-th layer; where a network has fewer layers than the deepest one, the others have no neuron and nothing to do but
+    stop.
 
     Args:
         infected: names and files; they are divided among the seats.
@@ -131,54 +204,51 @@ class LayersVecEnv(VecEnv):
     def __init__(self, infected: Sequence[str], seats: int = 8, **options: Any) -> None:
         if len(infected) < seats:
             raise DataError(f"{len(infected)} models cannot be divided among {seats} seats; lower seats")
-        self._options_of_envs = options
-        self._names = [list(infected[seat::seats]) for seat in range(seats)]
-        owned = [owners(InfectedGenerator(name, VictimOptions()).get(name).defender) for name in infected]
-        sizes = [[len(units) for units in layers.values()] for layers in owned]
+        most, layers = largest(infected)
+        self._seats = [PaddedLayersEnv(infected[seat::seats], most, layers, **options) for seat in range(seats)]
         #: Sub-environments of a seat.
-        self.slots = max(len(layers) for layers in sizes)
-        self.most = max(max(layers) for layers in sizes)
-        self._random = np.random.default_rng()
-        self._envs: list[BackdoorPruneLayersEnv | None] = [None] * seats
+        self.slots = layers
         self._returns, self._rounds = [0.0] * seats, [0] * seats
         #: Prunes tried so far: evaluations of a network.
         self.tried = 0
         self._threads = core_threads()
-        space = ObservationBuilder(self.most, connections=0, similar=_SIMILAR).space
-        super().__init__(seats * self.slots, space, spaces.Discrete(self.most + 1))
+        any_agent = self._seats[0]
+        super().__init__(seats * layers, any_agent.observation_space(""), any_agent.action_space(""))
 
     def reset(self) -> dict[str, np.ndarray]:
-        if self._seeds[0] is not None:
-            self._random = np.random.default_rng(self._seeds[0])
+        seeds = self._seeds[:: self.slots]
         self._reset_seeds()
         self._reset_options()
-        return self._stack([self._begin(seat) for seat in range(len(self._envs))])
+        return self._stack([self._begin(seat, seed) for seat, seed in enumerate(seeds)])
 
     def step_async(self, actions: np.ndarray) -> None:
-        self._actions = np.asarray(actions).reshape(len(self._envs), self.slots)
+        self._actions = np.asarray(actions).reshape(len(self._seats), self.slots)
 
     def step_wait(self) -> Any:
-        legal = np.take_along_axis(self._masks, self._actions.reshape(-1, 1), axis=1)[:, 0]
-        self.tried += int((legal.astype(bool) & (self._actions.ravel() < self.most)).sum())
-        played = list(self._threads.map(self._play, range(len(self._envs))))
-        seen, rewards, dones, infos = [], [], [], []
-        for seat, (observations, reward, terminated, truncated, info) in enumerate(played):
-            done = terminated or truncated
-            infos.extend({**info, "TimeLimit.truncated": truncated} for _ in range(self.slots))
-            rewards.extend(reward)
-            dones.extend([done] * self.slots)
-            if done:
-                for index, observation in enumerate(observations):
-                    infos[seat * self.slots + index]["terminal_observation"] = observation
-                infos[seat * self.slots]["episode"] = {"r": self._returns[seat], "l": self._rounds[seat], "t": 0.0}
+        chosen = self._actions.reshape(-1, 1)
+        legal = np.take_along_axis(self._masks, chosen, axis=1) == 1
+        self.tried += int((legal & (chosen < self._masks.shape[1] - 1)).sum())
+        played = list(self._threads.map(_play, self._seats, self._actions))
+        rewards, dones = np.zeros((len(played), self.slots), dtype=np.float32), np.zeros(len(played), dtype=bool)
+        seen, infos = [], []
+        for seat, (observations, earned, terminated, truncated, info) in enumerate(played):
+            rewards[seat, : len(observations)] = earned
+            dones[seat] = terminated or truncated
+            self._returns[seat] += earned
+            self._rounds[seat] += 1
+            mine: list[dict[str, Any]] = [{**info, "TimeLimit.truncated": truncated} for _ in range(self.slots)]
+            if dones[seat]:
+                for one, observation in zip(mine, self._filled(observations), strict=True):
+                    one["terminal_observation"] = observation
+                mine[0]["episode"] = {"r": self._returns[seat], "l": self._rounds[seat], "t": 0.0}
                 observations = self._begin(seat)
+            infos.extend(mine)
             seen.append(observations)
-        return self._stack(seen), np.array(rewards, dtype=np.float32), np.array(dones), infos
+        return self._stack(seen), rewards.ravel(), np.repeat(dones, self.slots), infos
 
     def close(self) -> None:
-        for env in self._envs:
-            if env is not None:
-                env.close()
+        for seat in self._seats:
+            seat.close()
         self._threads.shutdown()
 
     def action_masks(self) -> np.ndarray:
@@ -200,47 +270,34 @@ class LayersVecEnv(VecEnv):
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
         return [False for _ in self._get_indices(indices)]
 
-    def _make(self, name: str) -> BackdoorPruneLayersEnv:
-        return BackdoorPruneLayersEnv(name, **self._options_of_envs)
-
-    def _begin(self, seat: int) -> list[dict[str, np.ndarray]]:
-        """A new episode; what each agent sees."""
-        last = self._envs[seat]
-        if last is not None:
-            last.close()
-        env = self._envs[seat] = self._make(str(self._random.choice(self._names[seat])))
-        observations, infos = env.reset()
-        first, *_ = infos.values()
+    def _begin(self, seat: int, seed: int | None = None) -> list[dict[str, np.ndarray]]:
+        """A new episode; what each agent that there is sees."""
+        observations, infos = self._seats[seat].reset(seed=seed)
         for slot in range(self.slots):
-            self.reset_infos[seat * self.slots + slot] = first
+            self.reset_infos[seat * self.slots + slot] = infos["layer_0"]
         self._returns[seat], self._rounds[seat] = 0.0, 0
-        return self._seen(observations)
+        return list(observations.values())
 
-    def _play(self, seat: int) -> tuple[list[dict[str, np.ndarray]], list[float], bool, bool, dict[str, Any]]:
-        env = self._envs[seat]
-        assert env is not None
-        agents = list(env.agents)
-        wanted = self._actions[seat, : len(agents)]
-        observations, rewards, terminated, truncated, infos = env.step(
-            {agent: min(int(action), len(env.units[agent])) for agent, action in zip(agents, wanted, strict=True)}
-        )
-        first = agents[0]
-        self._returns[seat] += rewards[first]
-        self._rounds[seat] += 1
-        earned = [rewards[first]] * len(agents) + [0.0] * (self.slots - len(agents))
-        return self._seen(observations), earned, terminated[first], truncated[first], infos[first]
-
-    def _seen(self, observations: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
-        found = [as_graph(one, self.most) for one in observations.values()]
-        nobody = {key: np.zeros_like(value) for key, value in found[0].items()}
+    def _filled(self, observations: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+        """With those of agents that are not there."""
+        nobody = {key: np.zeros_like(value) for key, value in observations[0].items()}
         nobody["action_mask"][-1] = 1
-        return found + [nobody] * (self.slots - len(found))
+        return observations + [nobody] * (self.slots - len(observations))
 
-    def _stack(self, seen: Sequence[Sequence[dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
-        flat = [one for seat in seen for one in seat]
+    def _stack(self, seen: Sequence[list[dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+        flat = [one for observations in seen for one in self._filled(observations)]
         stacked = {key: np.stack([one[key] for one in flat]) for key in flat[0]}
         self._masks = stacked["action_mask"]
         return stacked
+
+
+def _play(
+    seat: PaddedLayersEnv, actions: np.ndarray
+) -> tuple[list[dict[str, np.ndarray]], float, bool, bool, dict[str, Any]]:
+    """A round of a seat: what its agents see, and the reward, the ends and the info that they share."""
+    observations, *rest = seat.step(dict(zip(seat.agents, actions.tolist(), strict=False)))
+    reward, terminated, truncated, info = (found["layer_0"] for found in rest)
+    return list(observations.values()), float(reward), terminated, truncated, info
 
 
 def by_layer(example: Example, owned: Mapping[str, np.ndarray]) -> list[Example]:

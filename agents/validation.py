@@ -137,21 +137,23 @@ class Validation(BaseCallback):
         if self._rollouts % self.every:
             self.validate()
 
-    def validate(self) -> dict[str, float]:
-        """Validate now; the means, as ``summary`` gives them."""
+    def validate(self, timesteps: int | None = None) -> dict[str, float]:
+        """Validate now; the means, as ``summary`` gives them. ``timesteps`` is for use without a learner that counts them."""
+        timesteps = self.num_timesteps if timesteps is None else timesteps
         env, self.onp.env = self.onp.env, self.env
         try:
             figures = summary(run(self.acting, self.env, self.names))
         finally:
             self.onp.env = env
-        for key, value in figures.items():
-            self.logger.record(f"val/{key}", value)
+        if hasattr(self, "model"):
+            for key, value in figures.items():
+                self.logger.record(f"val/{key}", value)
         if self.best is None or figures["return"] > self.best["return"]:
             self.best = figures
-            self.onp.facts["validation"] = {**figures, "timesteps": self.num_timesteps}
+            self.onp.facts["validation"] = {**figures, "timesteps": timesteps}
             self.onp.save(self.path)
         if self.report is not None:
-            self.report({**figures, "timesteps": self.num_timesteps})
+            self.report({**figures, "timesteps": timesteps})
         return figures
 
 

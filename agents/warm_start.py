@@ -24,7 +24,7 @@ from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.victim import Victim
 from backdoor_gym.errors import DataError
 from backdoor_gym.metrics import target_margin
-from backdoor_gym.processes import one_core_each
+from backdoor_gym.processes import workers
 
 from .encoder import GraphActorCritic
 from .graph_policy import OBSERVED
@@ -90,7 +90,13 @@ def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
 
 
 def examples(
-    infected: Sequence[Any], seed: int = 0, *, oracle: bool = True, jobs: int = 1, **options: Any
+    infected: Sequence[Any],
+    seed: int = 0,
+    *,
+    oracle: bool = True,
+    jobs: int = 1,
+    ray: str | None = None,
+    **options: Any,
 ) -> list[Example]:
     """An example of each model: what a repair by first-order benefit meets, true in half the cases, else as it is seen.
 
@@ -100,15 +106,16 @@ def examples(
         oracle: whether the triggers are known. If not, repairs, preferences and values are by what the environment shows.
         jobs: number of processes, each of which computes on one core; with one it is this process. The examples are the
             same.
+        ray: address of a Ray cluster that makes them instead.
         options: of the environment; ``accuracy_budget`` replaces the ``BUDGETS`` that the models take in turn.
     """
     wanted = [
         (name, {"accuracy_budget": BUDGETS[index % len(BUDGETS)], **options}, [seed, index], oracle)
         for index, name in enumerate(infected)
     ]
-    if jobs == 1:
+    if jobs == 1 and ray is None:
         return [_example(*one) for one in wanted]
-    with one_core_each(jobs) as pool:
+    with workers(jobs, ray) as pool:
         return list(pool.map(_example, *zip(*wanted, strict=True)))
 
 

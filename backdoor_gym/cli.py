@@ -207,7 +207,11 @@ def train(
         int, typer.Option(min=0, help="Passes over the models for a first guess from derivatives; 0 for none.")
     ] = 50,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Processes for the examples of that guess; default: one a processor.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes for the examples of that guess, or with --ray for the episodes; default: one a processor.",
+        ),
     ] = None,
     message_passing: Annotated[
         bool, typer.Option(help="Let the policy see the connections, or each neuron alone.")
@@ -222,6 +226,12 @@ def train(
     ] = 120,
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
     out: Annotated[Path, typer.Option(help="File of the policy.")] = Path("policies/onp.safetensors"),
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", help='Train with RLlib on that Ray cluster: HOST:PORT, "auto", or "local". Needs the extra "ray".'
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file where a training has ended in it.")] = False,
 ) -> None:
     """Train a policy on many infected models. Killed and called again, it goes on after the last rollout."""
@@ -240,13 +250,39 @@ def train(
     names = [name for pattern in infected or ["digits-train/*"] for name in resolve(pattern)[:most]]
     known = [resolve(pattern) for pattern in validate or ["digits-val/*"]]
     judges = [name for pattern in known for name in pattern[:validation_models]]
+    report = partial(errors.print, highlight=False, markup=False)
+    if ray is not None:
+        from .cluster import check_ray
+
+        check_ray()
+        from .agents.rllib import train_on_cluster
+
+        shape = replace(LAYER_ENCODER if per_layer else EncoderOptions(), message_passing=message_passing)
+        runners = jobs or os.cpu_count() or 1
+        each = max(1, envs // runners)
+        train_on_cluster(
+            names,
+            judges,
+            steps,
+            out,
+            ray,
+            per_layer=per_layer,
+            runners=runners,
+            envs=each,
+            seed=seed,
+            epochs=warm_epochs,
+            encoder=shape,
+            report=report,
+        )
+        console.print(str(out), highlight=False)
+        return
     shared: dict[str, Any] = {
         "seed": seed,
         "jobs": jobs or os.cpu_count() or 1,
         "epochs": warm_epochs,
         "tensorboard_log": tensorboard,
         "progress_bar": errors.is_terminal,
-        "report": lambda line: errors.print(line, highlight=False, markup=False),
+        "report": report,
     }
     if per_layer:
         encoder = replace(LAYER_ENCODER, message_passing=message_passing)

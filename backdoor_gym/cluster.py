@@ -89,6 +89,15 @@ def cluster(address: str) -> Iterator[ClusterPool]:
             ray.shutdown()
 
 
+def check_ray() -> None:
+    """Find out before the work.
+
+    Raises:
+        DataError: Ray is not installed.
+    """
+    _ray()
+
+
 def _knock(address: str) -> None:
     """Ray itself would go on asking for many minutes.
 

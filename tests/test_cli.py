@@ -231,3 +231,15 @@ def test_help_is_quick_and_complete():
         [sys.executable, "-m", "backdoor_gym.cli", "--help"], capture_output=True, text=True, check=True
     )
     assert all(command in done.stdout for command in ("repair", "train", "infect", "list", "inspect", "zoo"))
+
+
+def test_what_needs_ray_says_so(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for command in (
+        ("train", "--ray", "auto", "--infected", "digits-badnets"),
+        ("benchmark", "--ray", "auto", "--infected", "digits-badnets", "--policies", "random"),
+        ("infect", "--ray", "auto"),
+    ):
+        code, _, err = run(*command)
+        assert code == 2
+        assert "backdoor-gym[ray]" in err

@@ -1,14 +1,26 @@
 """Agents of layers: what they see, how they are trained together, and how they act as one policy."""
 
+import warnings
+
 import gymnasium as gym
 import numpy as np
 import pytest
+from pettingzoo.test import parallel_api_test
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from backdoor_gym import policies
 from backdoor_gym.agents import ONP
 from backdoor_gym.agents.layer_training import train_layers
-from backdoor_gym.agents.layers import LAYER_ENCODER, PER_LAYER, LayerPolicy, LayersVecEnv, as_graph, by_layer
+from backdoor_gym.agents.layers import (
+    LAYER_ENCODER,
+    PER_LAYER,
+    LayerPolicy,
+    LayersVecEnv,
+    PaddedLayersEnv,
+    as_graph,
+    by_layer,
+    largest,
+)
 from backdoor_gym.agents.warm_start import examples
 from backdoor_gym.envs.layers import owners, parallel_env
 from backdoor_gym.envs.prune import BackdoorPruneEnv
@@ -133,6 +145,12 @@ def test_every_agent_is_an_environment(files):
     assert infos[0]["episode"]["l"] == 2
     assert "episode" not in infos[1]
     vector.close()
+
+
+def test_pettingzoo_finds_the_padded_environment_in_order(files):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # observations are dictionaries and no images
+        parallel_api_test(PaddedLayersEnv(files, *largest(files), max_steps=4), num_cycles=30)
 
 
 def test_too_few_models_are_named(files):
