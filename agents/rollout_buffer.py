@@ -1,4 +1,4 @@
-"""Rollouts of graph observations: the edges of a network are kept once an episode, not once a step."""
+"""Rollouts of graph observations: what does not change of a network is kept once an episode, not once a step."""
 
 from typing import Any
 
@@ -6,15 +6,23 @@ import numpy as np
 from gymnasium import spaces
 from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableDictRolloutBufferSamples
 
+from backdoor_gym.envs.observation import NODE_FEATURES
+from backdoor_gym.graph.features import STATIC_FEATURES
+
 EDGES = ("edges", "edge_links")
+#: Columns of ``nodes`` that an episode changes; flags take a byte.
+CHANGING = NODE_FEATURES[len(STATIC_FEATURES) : NODE_FEATURES.index("real")]
+FLAGS = ("pruned", "tried")
+#: Keys that are not stored: they are put together again from the others, or stored by sb3-contrib already.
+_LEFT_OUT = ("nodes", "action_mask", *EDGES)
 _GRAPH = "graph"
 
 
 class GraphRolloutBuffer(MaskableDictRolloutBuffer):
-    """sb3-contrib's buffer of dictionaries, in which steps of one graph share its edges.
+    """sb3-contrib's buffer of dictionaries, in which steps of one graph share its edges and the static features of its nodes.
 
-    In a sample the keys of the edges have one row a graph, cut at the largest one, and ``graph`` says which is whose, as
-    ``GraphActorCritic`` takes them.
+    In a sample ``nodes`` are whole again, the keys of the edges have one row a graph, cut at the largest one, and ``graph``
+    says which is whose, as ``GraphActorCritic`` takes them; ``action_mask`` is not among the observations.
 
     Args:
         buffer_size: steps of each environment.
@@ -24,11 +32,19 @@ class GraphRolloutBuffer(MaskableDictRolloutBuffer):
     """
 
     def __init__(self, buffer_size: int, observation_space: spaces.Dict, *args: Any, **kwargs: Any) -> None:
+        #: Of each graph the edges, their ends, and the static columns of its nodes.
         self.graphs: list[tuple[np.ndarray, ...]] = []
-        changing = {key: space for key, space in observation_space.spaces.items() if key not in EDGES}
-        most = np.iinfo(np.int64).max
-        stored = spaces.Dict({**changing, _GRAPH: spaces.Box(0, most, (1,), np.int64)})
-        super().__init__(buffer_size, stored, *args, **kwargs)
+        nodes = observation_space["nodes"]
+        assert isinstance(nodes, spaces.Box)
+        self._most = nodes.shape[0]
+        stored: dict[str, spaces.Space[Any]] = {
+            key: space for key, space in observation_space.spaces.items() if key not in _LEFT_OUT
+        }
+        for name in CHANGING:
+            flag = name in FLAGS
+            stored[name] = spaces.Box(0, 1, (self._most,), np.int8 if flag else np.float32)  # its bounds are not read
+        stored[_GRAPH] = spaces.Box(0, np.iinfo(np.int64).max, (1,), np.int64)
+        super().__init__(buffer_size, spaces.Dict(stored), *args, **kwargs)
 
     def reset(self) -> None:
         self.graphs = []
@@ -36,28 +52,41 @@ class GraphRolloutBuffer(MaskableDictRolloutBuffer):
         super().reset()
 
     def add(self, obs: dict[str, np.ndarray], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        static = len(STATIC_FEATURES)
         for index in range(self.n_envs):
-            count = int(obs["num_edges"][index, 0])
-            graph = tuple(obs[key][index, :count] for key in EDGES)
+            edges, nodes = int(obs["num_edges"][index, 0]), int(obs["num_nodes"][index, 0])
+            graph = (*(obs[key][index, :edges] for key in EDGES), obs["nodes"][index, :nodes, :static])
             known = self._current[index]
             if known < 0 or not all(map(np.array_equal, graph, self.graphs[known])):
                 self._current[index] = len(self.graphs)
                 self.graphs.append(tuple(array.copy() for array in graph))
-        rest = {key: value for key, value in obs.items() if key not in EDGES}
-        super().add({**rest, _GRAPH: np.array(self._current)[:, None]}, *args, **kwargs)
+        stored = {key: value for key, value in obs.items() if key not in _LEFT_OUT}
+        stored |= {name: obs["nodes"][:, :, NODE_FEATURES.index(name)] for name in CHANGING}
+        super().add({**stored, _GRAPH: np.array(self._current)[:, None]}, *args, **kwargs)
 
     def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> MaskableDictRolloutBufferSamples:  # type: ignore[override]
         samples = super()._get_samples(batch_inds, env)
         observations = dict(samples.observations)
         used, which = np.unique(observations[_GRAPH].cpu().numpy(), return_inverse=True)
+        which = which.reshape(-1)
         graphs = [self.graphs[index] for index in used.astype(int)]
-        counts = np.array([[len(edges)] for edges, _ in graphs])
+        counts = np.array([[len(edges)] for edges, *_ in graphs])
         for position, key in enumerate(EDGES):
-            first = graphs[0][position]
-            padded = np.zeros((len(graphs), int(counts.max()), first.shape[1]), dtype=first.dtype)
-            for row, graph in zip(padded, graphs, strict=True):
-                row[: len(graph[position])] = graph[position]
-            observations[key] = self.to_torch(padded)
+            observations[key] = self.to_torch(_padded([graph[position] for graph in graphs], int(counts.max())))
         observations["num_edges"] = self.to_torch(counts)
-        observations[_GRAPH] = self.to_torch(which.reshape(-1))
+        observations[_GRAPH] = self.to_torch(which)
+        nodes = np.zeros((len(which), self._most, len(NODE_FEATURES)), dtype=np.float32)
+        nodes[:, :, : len(STATIC_FEATURES)] = _padded([graph[-1] for graph in graphs], self._most)[which]
+        for name in CHANGING:
+            nodes[:, :, NODE_FEATURES.index(name)] = observations.pop(name).cpu().numpy()
+        nodes[:, :, -1] = np.arange(self._most) < observations["num_nodes"].cpu().numpy()
+        observations["nodes"] = self.to_torch(nodes)
         return samples._replace(observations=observations)
+
+
+def _padded(arrays: list[np.ndarray], most: int) -> np.ndarray:
+    """Arrays (n, ...) of different n as one, (arrays, most, ...)."""
+    padded = np.zeros((len(arrays), most, arrays[0].shape[1]), dtype=arrays[0].dtype)
+    for row, array in zip(padded, arrays, strict=True):
+        row[: len(array)] = array
+    return padded

@@ -6,6 +6,8 @@ from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer
 
 import backdoor_gym
 from backdoor_gym.agents import EncoderOptions, GraphActorCritic, GraphRolloutBuffer
+from backdoor_gym.envs.observation import ObservationBuilder
+from backdoor_gym.graph.features import STATIC_FEATURES
 
 gym.register_envs(backdoor_gym)
 
@@ -32,10 +34,33 @@ def filled(infected, plain_infected):
     return buffers
 
 
-def test_edges_are_kept_once_a_graph(filled):
+def test_what_does_not_change_is_kept_once_a_graph(filled):
     ours, _ = filled
     assert len(ours.graphs) == 4
-    assert not any(key in ours.observations for key in ("edges", "edge_links"))
+    assert not any(key in ours.observations for key in ("nodes", "edges", "edge_links"))
+
+
+def test_nodes_are_put_together_as_they_were(filled):
+    sampled = []
+    for buffer in filled:
+        np.random.seed(0)
+        sampled.append([sample.observations["nodes"] for sample in buffer.get(7)])
+    assert all(map(torch.equal, *sampled))
+
+
+def test_a_rollout_of_a_network_of_4800_neurons_takes_less_than_300_megabytes():
+    space = ObservationBuilder(4_800, connections=4, similar=4).space
+    buffer = GraphRolloutBuffer(256, space, gym.spaces.Discrete(4_801), "cpu", n_envs=8)
+    stored = [
+        *buffer.observations.values(),
+        *(value for value in vars(buffer).values() if isinstance(value, np.ndarray)),
+    ]
+    edges, nodes = 8 * 4_800, 4_800
+    graphs = 8 * (
+        edges * (8 + 16) + nodes * 4 * len(STATIC_FEATURES)
+    )  # one a sub-environment, and new ones with each episode
+    flattened = max(array.nbytes for array in stored)  # the copy that is made of one after the other
+    assert sum(array.nbytes for array in stored) + graphs + flattened < 300e6
 
 
 def test_the_network_sees_what_it_would_have_seen(filled):
