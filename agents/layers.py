@@ -152,7 +152,7 @@ class PaddedLayersEnv(ParallelEnv[str, dict[str, np.ndarray], int]):
         self._layers = BackdoorPruneLayersEnv(str(self._random.choice(self.names)), **self._options)
         observations, infos = self._layers.reset()
         self.agents = self.possible_agents[: len(observations)]
-        return self._renamed({name: as_graph(seen, self.most) for name, seen in observations.items()}, infos)
+        return self._graphs(observations), self._renamed(infos)
 
     def step(self, actions: dict[str, int]) -> Any:
         """A round."""
@@ -162,19 +162,23 @@ class PaddedLayersEnv(ParallelEnv[str, dict[str, np.ndarray], int]):
             name: min(int(actions[agent]), len(layers.units[name]))
             for agent, name in zip(self.agents, layers.agents, strict=True)
         }
-        observations, *rest = layers.step(own)
-        found = self._renamed({name: as_graph(seen, self.most) for name, seen in observations.items()}, *rest)
+        observations, rewards, terminated, truncated, infos = layers.step(own)
+        found = self._renamed(rewards), self._renamed(terminated), self._renamed(truncated), self._renamed(infos)
+        seen = self._graphs(observations)
         if not layers.agents:
             self.agents = []
-        return found
+        return seen, *found
 
     def close(self) -> None:
         """Give back memory."""
         if self._layers is not None:
             self._layers.close()
 
-    def _renamed(self, *by_name: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-        return tuple(dict(zip(self.agents, found.values(), strict=True)) for found in by_name)
+    def _graphs(self, observations: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
+        return self._renamed({name: as_graph(seen, self.most) for name, seen in observations.items()})
+
+    def _renamed(self, by_name: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(zip(self.agents, by_name.values(), strict=True))
 
 
 def largest(infected: Sequence[str]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from backdoor_gym.envs.ahead import Ahead, core_threads
+from backdoor_gym.envs.ahead import Ahead, core_threads, maker
 
 
 class ThreadedVecEnv(DummyVecEnv):
@@ -19,12 +19,13 @@ class ThreadedVecEnv(DummyVecEnv):
 
     def __init__(self, makers: list[Callable[[], gym.Env[Any, Any]]]) -> None:
         self._threads = core_threads()
-        super().__init__([lambda maker=maker: Ahead(maker(), self._threads) for maker in makers])
+        self._ahead = [Ahead(make(), self._threads) for make in makers]
+        super().__init__([maker(env) for env in self._ahead])
 
     def step_async(self, actions: np.ndarray) -> None:
         """Begin the step of each sub-environment, and the reset of those that it ends."""
         super().step_async(actions)
-        for env, action in zip(self.envs, self.actions, strict=True):
+        for env, action in zip(self._ahead, self.actions, strict=True):
             env.begin_step(action, reset_after=True)
 
     def step_wait(self) -> Any:
@@ -32,7 +33,7 @@ class ThreadedVecEnv(DummyVecEnv):
         try:
             return super().step_wait()
         finally:
-            for env in self.envs:
+            for env in self._ahead:
                 env.abandon()
 
     def close(self) -> None:

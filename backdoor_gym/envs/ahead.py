@@ -1,5 +1,6 @@
 """Environments that begin what they are about to be asked for, all at once, in threads of one core each."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
@@ -69,3 +70,8 @@ class Ahead(gym.Wrapper[Any, Any, Any, Any]):
         if not results:
             self._begun = None
         return found
+
+
+def maker(env: Ahead) -> Callable[[], Ahead]:
+    """What vector environments are made with: gives this environment."""
+    return lambda: env

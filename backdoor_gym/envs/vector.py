@@ -7,7 +7,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import iterate
 
 from ..errors import DataError
-from .ahead import Ahead, core_threads
+from .ahead import Ahead, core_threads, maker
 from .prune import BackdoorPruneEnv
 
 
@@ -48,16 +48,14 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
         envs = [first, *(BackdoorPruneEnv(**options) for _ in range(1, num_envs))]
         for env in envs:
             env.generator = first.generator  # a model that is given as an object is made ready once
-        super().__init__(
-            [lambda env=env: Ahead(env, threads) for env in envs], copy=copy, autoreset_mode=autoreset_mode
-        )
-        self._pool = threads
+        self._pool, self._ahead = threads, [Ahead(env, threads) for env in envs]
+        super().__init__([maker(env) for env in self._ahead], copy=copy, autoreset_mode=autoreset_mode)
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One step of each; of one that has ended, what the autoreset mode says."""
         mode = self.autoreset_mode
         for env, action, ended in zip(
-            self.envs, iterate(self.action_space, actions), self._autoreset_envs, strict=True
+            self._ahead, iterate(self.action_space, actions), self._autoreset_envs, strict=True
         ):
             if not ended or mode is AutoresetMode.SAME_STEP:
                 env.begin_step(action, reset_after=mode is AutoresetMode.SAME_STEP)
@@ -66,7 +64,7 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
         try:
             return super().step(actions)
         finally:
-            for env in self.envs:
+            for env in self._ahead:
                 env.abandon()
 
     def close_extras(self, **kwargs: Any) -> None:

@@ -20,7 +20,7 @@ from backdoor_gym.policies import make_policy
 SMALL = {"runners": 1, "envs": 2, "epochs": 1, "n_steps": 8, "minibatch_size": 16, "num_epochs": 1}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_machine():
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
