@@ -40,7 +40,7 @@ from backdoor_gym.zoo.family import recipe
 
 BUDGETS = (0.02, 0.01, 0.05)
 EVERY_BUDGET = ("CLP u=3", "CLP auto", "rank by KL", "ridge", "ridge, look-ahead", "mlp-0")
-FIRST = 600
+FIRST = 460
 #: Infected models at budgets other than the first.
 OTHER_BUDGETS = 24
 
