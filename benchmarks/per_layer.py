@@ -6,9 +6,10 @@
 
 Both begin with the same examples of the same 60 models and then learn by reinforcement from about as many tried prunes, each
 of which is one evaluation of a network; the best policy on the same 20 models is kept. Then both repair the same
-``digits-test`` models, from 600 on, as they act by themselves, without look-ahead: budget of two points, at most 100 prunes tried. Three
-training seeds. Policies and what the training said go to ``policies/per_layer`` and ``results/train_layers-*.log``,
-one line a repair to ``results/per_layer.jsonl``, the table to ``results/per_layer.md``. Killed and called again it goes on.
+``digits-test`` models, from 600 on, as they act by themselves, without look-ahead: budget of two points, at most 100 prunes
+tried. Three training seeds. Policies and what the training said go to ``policies/per_layer`` and
+``results/train_layers-*.log``, one line a repair to ``results/per_layer.jsonl``, the table to ``results/per_layer.md``. Killed and
+called again it goes on.
 """
 
 import argparse
