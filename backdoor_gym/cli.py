@@ -255,6 +255,8 @@ def train(
         from .cluster import check_ray
 
         check_ray()
+        if tensorboard is not None:
+            raise DataError("--tensorboard is not for --ray: RLlib keeps its own logs (~/ray_results)")
         from .agents.rllib import train_on_cluster
 
         shape = replace(LAYER_ENCODER if per_layer else EncoderOptions(), message_passing=message_passing)

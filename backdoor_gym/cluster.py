@@ -28,11 +28,18 @@ class ClusterPool(Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Begin a task as soon as a core is free."""
-        reference = self._call.remote(fn, args, kwargs)
-        future = reference.future()
+        reference, future = self._call.remote(fn, args, kwargs), Future[Any]()
         self._waiting[future] = reference
-        future.add_done_callback(lambda done: self._waiting.pop(done, None))
+        reference.future().add_done_callback(lambda done: self._settle(future, done))
         return future
+
+    def _settle(self, future: Future[Any], done: Future[Any]) -> None:
+        self._waiting.pop(future, None)
+        error = done.exception()
+        if error is None:
+            future.set_result(done.result())
+        else:  # of what the task itself raised Ray makes an error of its own
+            future.set_exception(getattr(error, "cause", None) or error)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Wait for what was begun, or give it up."""
