@@ -41,6 +41,7 @@ def test_whole_episodes_are_the_same_for_the_same_seed(infected):
 
 def test_the_agents_are_the_layers_and_own_every_neuron_once(infected):
     layers = backdoor_gym.parallel_env(infected=infected)
+    layers.reset(seed=0)
     victim = layers.single.victim
     assert layers.possible_agents == [layer.name for layer in victim.neurons.layers]
     owned = np.concatenate([layers.units[agent] for agent in layers.possible_agents])
@@ -52,6 +53,7 @@ def test_the_agents_are_the_layers_and_own_every_neuron_once(infected):
 
 def test_a_coupled_group_belongs_to_the_first_of_its_layers(infected):
     layers = parallel_env(infected=infected, residual="group")
+    layers.reset(seed=0)
     victim = layers.single.victim
     assert max(len(unit) for unit in victim.units) > 1
     first = victim.neurons.layer_index[[unit.min() for unit in victim.units]]
