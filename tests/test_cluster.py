@@ -1,6 +1,5 @@
 """Benchmarks and model making over a real Ray cluster of two machines, one of which dies."""
 
-import json
 import os
 import sys
 import threading
@@ -62,25 +61,27 @@ def test_a_machine_that_dies_loses_no_finished_cell_and_the_rest_completes(machi
     out = tmp_path / "out"
     before_the_fall = []
 
+    def lines(file):
+        return file.read_text().splitlines() if file.is_file() else []
+
     def kill_one():
-        while not (out / "cells.jsonl").is_file() or len((out / "cells.jsonl").read_text().splitlines()) < 3:
+        while len(lines(out / "cells.jsonl")) < 3 or len(set(lines(tmp_path / "runs"))) < 2:  # both are at work
             time.sleep(0.05)
         machines.remove_node(machines.workers[1], allow_graceful=False)
         before_the_fall.extend((out / "cells.jsonl").read_text().splitlines())
 
-    killer = threading.Thread(target=kill_one)
+    killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     done = backdoor_gym.benchmark(
-        models, ["random", "users_policy:slow"], [0.02], seeds=2, out=out, max_steps=3, ray=machines.address
+        models, ["users_policy:slow"], [0.02], seeds=4, out=out, max_steps=3, ray=machines.address
     )
     killer.join()
-    assert len(set((tmp_path / "runs").read_text().split())) == 2, "one machine did everything"
     assert not done.failed
     assert len(done.results) == 4 * 4
-    lines = (out / "cells.jsonl").read_text().splitlines()
-    assert lines[: len(before_the_fall)] == before_the_fall
-    assert 3 <= len(before_the_fall) < len(lines) == 16, "a finished cell was run again"
-    assert len({json.dumps(line) for line in lines}) == 16
+    found = lines(out / "cells.jsonl")
+    assert found[: len(before_the_fall)] == before_the_fall
+    assert 3 <= len(before_the_fall) < len(found) == 16, "a finished cell was run again"
+    assert len(set(found)) == 16
 
 
 def test_models_made_on_the_cluster_come_to_the_cache_here(machines, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Many ``BackdoorPrune-v0`` environments stepped at once."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
         DataError: fewer than one sub-environment, ``render_mode="human"`` (a window belongs to one thread), or an unusable
             option.
     """
+
+    _pool: ThreadPoolExecutor | None = None
 
     def __init__(
         self,
@@ -70,4 +73,5 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
     def close_extras(self, **kwargs: Any) -> None:
         """Close the sub-environments and end the threads."""
         super().close_extras(**kwargs)
-        self._pool.shutdown()
+        if self._pool is not None:  # None where an option was refused
+            self._pool.shutdown()
