@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-
 from backdoor_gym.envs.generator import InfectedGenerator
 from backdoor_gym.envs.layers import owners
 from backdoor_gym.envs.victim import VictimOptions
@@ -14,9 +12,7 @@ from backdoor_gym.zoo.catalogue import resolve
 from .encoder import EncoderOptions
 from .layers import LAYER_ENCODER, PER_LAYER, LayerPolicy, LayersVecEnv, by_layer
 from .onp import ONP
-from .school import MAX_STEPS
-from .training import PPO_AFTER_WARM_START, SCORE_SAMPLES, VALIDATE_EVERY, Report, checkpoint_of
-from .validation import Validation
+from .training import PPO_AFTER_WARM_START, SCORE_SAMPLES, Report, checkpoint_of, validation_of
 from .warm_start import Example, examples, warm_start
 
 #: Rounds of an episode; in each every layer may prune a neuron.
@@ -87,19 +83,7 @@ def train_layers(
         )
         say(f"warm start: cross-entropy {losses[0]:.2f} -> {losses[-1]:.2f}")
 
-    def acting(env: gym.Env[Any, Any]) -> LayerPolicy:
-        return LayerPolicy(onp, env)
-
-    best = Validation(
-        onp,
-        judges,
-        out,
-        report=lambda figures: say(", ".join(f"{key} {value:.3f}" for key, value in figures.items())),
-        every=VALIDATE_EVERY,
-        acting=acting,
-        score_samples=SCORE_SAMPLES,
-        max_steps=MAX_STEPS,
-    )
+    best = validation_of(onp, judges, out, say, lambda env: LayerPolicy(onp, env))
     onp.learn(total_timesteps, callback=[best], checkpoint=checkpoint, progress_bar=progress_bar)
     say(f"{vector.tried} prunes tried")
     vector.close()

@@ -34,8 +34,15 @@ from .layer_training import MAX_ROUNDS, split
 from .layers import LAYER_ENCODER, PER_LAYER, LayerPolicy, PaddedLayersEnv, largest
 from .onp import ONP, PPO
 from .school import BUDGETS, MAX_STEPS
-from .training import PPO_AFTER_WARM_START, SCORE_SAMPLES, THRESHOLD, VALIDATE_EVERY, Report, checkpoint_of
-from .validation import Validation
+from .training import (
+    PPO_AFTER_WARM_START,
+    SCORE_SAMPLES,
+    THRESHOLD,
+    VALIDATE_EVERY,
+    Report,
+    checkpoint_of,
+    validation_of,
+)
 from .warm_start import GAMMA, examples, warm_start
 
 #: The module that the agents of all layers share.
@@ -136,30 +143,23 @@ def train_on_cluster(
     if per_layer:
         onp.facts[PER_LAYER] = True
     say(f"{len(names)} models to learn from, {len(judges)} to choose by")
-    if epochs and not done:
+    if epochs and not checkpoint.is_file():
         school = examples(names, ray=address, score_samples=SCORE_SAMPLES)
         if per_layer:
             school = [part for name, whole in zip(names, school, strict=True) for part in split(name, whole)]
         losses = warm_start(onp.network, school, epochs, batch_size=64 if per_layer else 8, seed=seed)
         say(f"warm start: cross-entropy {losses[0]:.2f} -> {losses[-1]:.2f}")
 
-    def acting(env: gym.Env[Any, Any]) -> Any:
-        return LayerPolicy(onp, env) if per_layer else onp
-
-    best = Validation(
-        onp,
-        judges,
-        out,
-        report=lambda figures: say(", ".join(f"{key} {value:.3f}" for key, value in figures.items())),
-        acting=acting,
-        score_samples=SCORE_SAMPLES,
-        max_steps=MAX_STEPS,
-    )
+    best = validation_of(onp, judges, out, say, (lambda env: LayerPolicy(onp, env)) if per_layer else None)
     if out.is_file():
         best.best = ONP.load(out).facts.get("validation")
     with cluster(address):
         algorithm = _configuration(onp, names, per_layer, runners, envs, seed, bool(epochs), ppo).build_algo()
         try:
+            onp.facts["timesteps"] = done
+            onp.save(
+                checkpoint
+            )  # before there is an ``out``: with both, an interrupted training is told from one that ended
             best.validate(done)
             iteration = 0
             while done < total_timesteps:

@@ -97,15 +97,7 @@ def train(
         guide = guide or examples(names, jobs=jobs, score_samples=SCORE_SAMPLES)
         losses = warm_start(onp.network, guide, epochs, seed=seed)
         say(f"warm start: cross-entropy {losses[0]:.2f} -> {losses[-1]:.2f}")
-    best = Validation(
-        onp,
-        judges,
-        out,
-        report=lambda figures: say(", ".join(f"{key} {value:.3f}" for key, value in figures.items())),
-        every=VALIDATE_EVERY,
-        score_samples=SCORE_SAMPLES,
-        max_steps=MAX_STEPS,
-    )
+    best = validation_of(onp, judges, out, say)
     onp.learn(
         total_timesteps, callback=[VerdictReplay(seed=seed), best], checkpoint=checkpoint, progress_bar=progress_bar
     )
@@ -140,6 +132,22 @@ def train(
     onp.save(out)
     checkpoint.unlink(missing_ok=True)
     return onp
+
+
+def validation_of(
+    onp: ONP, judges: Sequence[str], out: Path, say: Report, acting: Callable[[gym.Env[Any, Any]], Any] | None = None
+) -> Validation:
+    """The validation of every training: on these models, as an episode of training is, and reported in one line."""
+    return Validation(
+        onp,
+        judges,
+        out,
+        every=VALIDATE_EVERY,
+        report=lambda figures: say(", ".join(f"{key} {value:.3f}" for key, value in figures.items())),
+        acting=acting,
+        score_samples=SCORE_SAMPLES,
+        max_steps=MAX_STEPS,
+    )
 
 
 def checkpoint_of(out: str | Path) -> Path:

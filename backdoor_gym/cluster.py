@@ -1,6 +1,6 @@
 """Work that is spread over the machines of a Ray cluster (https://docs.ray.io), as an ordinary executor.
 
-Ray is an extra, ``pip install 'backdoor-gym[ray]'``; nothing else of this package imports it.
+Ray is an extra, ``pip install 'backdoor-gym[ray]'``; nothing but this file and ``agents/rllib.py`` imports it.
 """
 
 import socket
@@ -35,6 +35,8 @@ class ClusterPool(Executor):
 
     def _settle(self, future: Future[Any], done: Future[Any]) -> None:
         self._waiting.pop(future, None)
+        if not future.set_running_or_notify_cancel():
+            return
         error = done.exception()
         if error is None:
             future.set_result(done.result())

@@ -94,6 +94,15 @@ def plain_infected_file(plain_infected: InfectedModel, tmp_path_factory: pytest.
 
 
 @pytest.fixture
+def two_threads():
+    """Torch computes with two threads, as on most machines; elsewhere in the tests it has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def run(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
     """Runs a command line in an empty folder: exit code, standard output, standard error."""
     monkeypatch.chdir(tmp_path)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from gymnasium.utils.env_checker import data_equivalence
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.monitor import Monitor
@@ -11,13 +10,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from backdoor_gym.agents.vec_env import ThreadedVecEnv
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def steps_of(env, count):
