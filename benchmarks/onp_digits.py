@@ -1,11 +1,11 @@
 """ONP and its rivals on digits networks that nothing was chosen with, at fixed accuracy budgets.
 
     python benchmarks/train_policies.py  # says how its models are built
-    backdoor-gym zoo build 'digits-test/4[6-9][0-9]' 'digits-test/5[0-9][0-9]'
+    backdoor-gym zoo build 'digits-test/6[0-9][0-9]' 'digits-test/7[0-3][0-9]'
     python benchmarks/onp_digits.py --jobs 2
 
-The protocol is that of ``comparison.py``, with the whole test split, on ``digits-test/460`` to ``519`` and the clean ones among
-those that follow, until there are 29: what repairs of 0 to 359 showed changed how a trigger is sought and where a repair
+The protocol is that of ``comparison.py``, with the whole test split, on ``digits-test/600`` to ``659`` and the clean ones among
+those that follow, until there are 29: what repairs of 0 to 519 showed changed how a trigger is sought and where a repair
 begins and ends. "attack left out" is a row of the policy, or ridge, that met no model of the attack it is tested on. All
 policies run at two points, those of ``EVERY_BUDGET`` at one and five too, on the first ``OTHER_BUDGETS`` infected models.
 One line a repair in ``results/onp_digits.jsonl``; the tables go to
@@ -40,7 +40,7 @@ from backdoor_gym.zoo.family import recipe
 
 BUDGETS = (0.02, 0.01, 0.05)
 EVERY_BUDGET = ("CLP u=3", "CLP auto", "rank by KL", "ridge", "ridge, look-ahead", "mlp-0")
-FIRST = 460
+FIRST = 600
 #: Infected models at budgets other than the first.
 OTHER_BUDGETS = 24
 
