@@ -1,9 +1,9 @@
 """ONP as in its paper: learning on each infected network alone, from clean images, against rules and a greedy search.
 
-    backdoor-gym zoo build 'digits-test/4[6-9][0-9]'
+    backdoor-gym zoo build 'digits-test/6[0-9][0-9]'
     python benchmarks/per_model.py --jobs 2
 
-The first 20 infected ``digits-test`` models from 460 on, budget of two points, at most 60 prunes, the reward that needs no trigger,
+The first 20 infected ``digits-test`` models from 600 on, budget of two points, at most 60 prunes, the reward that needs no trigger,
 three seeds of the policies that have any. *ONP alone* begins with a warm start on what the environment shows of that
 network; *ONP, tuned* from the policy that comes with the package. *Greedy* makes the prune of the largest reward while
 there is one, of the 60 candidates whose derivatives promise most. Nothing is chosen by ASR. Killed and called again it goes
