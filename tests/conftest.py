@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from backdoor_gym import cli
+from backdoor_gym.cli import common
 from backdoor_gym.infected import InfectedModel
 from backdoor_gym.zoo.architectures import build
 from backdoor_gym.zoo.infecting import infect
@@ -106,7 +107,7 @@ def two_threads():
 def run(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
     """Runs a command line in an empty folder: exit code, standard output, standard error."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.console, "width", 120, raising=False)
+    monkeypatch.setattr(common.console, "width", 120, raising=False)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["backdoor-gym", *map(str, arguments)])

@@ -1,12 +1,16 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
-from backdoor_gym import cli
+from backdoor_gym.cli import common
+from backdoor_gym.cli.repair import verdict_in_words
+from backdoor_gym.errors import DataError, TrainingError
 from backdoor_gym.infected import InfectedModel
+from backdoor_gym.zoo import catalogue
 from backdoor_gym.zoo.files import read_tensors, write_tensors
 
 
@@ -40,7 +44,7 @@ def test_repair_without_arguments_repairs_the_embedded_model(run, tmp_path):
     ],
 )
 def test_the_verdict_in_words(score, target, pruned, said):
-    assert cli._verdict(score, target, pruned) == said
+    assert verdict_in_words(score, target, pruned) == said
 
 
 def test_a_clean_network_is_left_alone(run):
@@ -218,7 +222,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(run, monkeyp
     def work(*_, **__):
         pytest.fail("the work began")
 
-    monkeypatch.setattr(cli, "TemporaryFile", refuse)
+    monkeypatch.setattr(common, "TemporaryFile", refuse)
     monkeypatch.setattr("backdoor_gym.repairing.repair", work)
     monkeypatch.setattr("backdoor_gym.zoo.infecting.infect", work)
     code, _, err = run(command, "--out", tmp_path / "closed" / "result")
@@ -226,11 +230,97 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(run, monkeyp
     assert "cannot be written: Permission denied" in err
 
 
+COMMANDS = ("repair", "benchmark", "train", "infect", "list", "inspect", "zoo build")
+
+
 def test_help_is_quick_and_complete():
+    code = (
+        "import sys; from backdoor_gym.cli import main; sys.argv = ['backdoor-gym', *sys.argv[1:]]\n"
+        "try: main()\nfinally: print([name for name in ('torch', 'matplotlib', 'sklearn') if name in sys.modules])"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "backdoor_gym.cli", "--help"], capture_output=True, text=True, check=True
     )
-    assert all(command in done.stdout for command in ("repair", "train", "infect", "list", "inspect", "zoo"))
+    assert all(command.split()[0] in done.stdout for command in COMMANDS)
+    done = subprocess.run([sys.executable, "-c", code, "repair", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_tells_the_exit_codes_and_how_to_use_it_in_scripts(run, command):
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0
+    assert "Exit codes: 0 done" in out
+    if command:
+        assert "--json" in out
+        assert "--quiet" in out
+
+
+QUICK = {
+    "repair": ("digits-badnets", "--policy", "clp", "--out", "repaired"),
+    "benchmark": ("--infected", "digits-badnets", "--policies", "random", "--budgets", "0.02", "--jobs", "1"),
+    "train": (
+        "--infected", "digits-badnets", "--validate", "digits-clean", "--steps", "8", "--envs", "1", "--warm-epochs", "0",
+        "--calibration-models", "0",
+    ),
+    "infect": ("--epochs", "1", "--width", "8"),
+    "list": (),
+    "inspect": (),
+    "zoo build": ("digits-train/0",),
+}  # fmt: skip
+
+
+@pytest.fixture
+def cached(monkeypatch, plain_infected):
+    """The model that ``zoo build`` is asked for is there already."""
+    monkeypatch.setattr("backdoor_gym.zoo.family.load", lambda name, progress=False: plain_infected)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_json_is_alone_on_standard_output_and_quiet_is_quiet(run, cached, command):
+    code, out, _ = run(*command.split(), *QUICK[command], "--json")
+    assert code == 0
+    assert json.loads(out)
+    again = ("--force",) if command in ("train", "infect") else ()
+    assert run(*command.split(), *QUICK[command], *again, "--quiet") == (0, "", "")
+    code, out, err = run(*command.split(), *QUICK[command], *again, "--quiet", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)
+
+
+def test_what_a_library_prints_does_not_spoil_the_json(run, monkeypatch):
+    def careless(name, data):
+        print("loading ...")
+        warnings.warn("old format", UserWarning, stacklevel=1)
+        return load_infected(name, data)
+
+    load_infected = catalogue.load_infected
+    monkeypatch.setattr(catalogue, "load_infected", careless)
+    code, out, err = run("inspect", "--json")
+    assert code == 0
+    assert json.loads(out)["name"] == "digits-badnets"
+    assert "loading ..." in err
+    assert run("inspect", "--quiet") == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(TrainingError("no luck"), 1), (DataError("no"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_exit_codes(run, monkeypatch, error, code):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(catalogue, "load_infected", fail)
+    found, out, err = run("inspect", "--quiet")
+    assert (found, out) == (code, "")
+    assert str(error) in err
+
+
+def test_progress_is_shown_on_standard_error(run):
+    code, out, err = run("infect", *QUICK["infect"])
+    assert code == 0
+    assert "training" in err
+    assert "training" not in out
 
 
 def test_what_needs_ray_says_so(run, monkeypatch):

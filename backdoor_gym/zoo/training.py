@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,7 +92,7 @@ def train(
                 scheduler.step()
     bf16 = _gains_by_bf16(device)
     columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
-    with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("", total=schedule.epochs * batches, completed=first * batches)
         for epoch in range(first, schedule.epochs):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

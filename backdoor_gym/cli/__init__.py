@@ -1,0 +1,63 @@
+"""The command line: ``backdoor-gym repair | benchmark | train | infect | list | inspect | zoo build``.
+
+Every command takes ``--json``, which prints JSON and nothing else on standard output, and ``--quiet``, which prints nothing but
+errors (and the JSON, where both are given). Progress and warnings go to standard error.
+
+Exit codes:
+
+- 0: done.
+- 1: it was tried and failed: a training that gave no usable model, a cell of a benchmark, a model that could not be built. Also
+  for an error of this program itself, which shows a traceback.
+- 2: unusable input: an unknown name or option, a file that cannot be read or written, data that do not fit. One line on standard
+  error says what was wrong and what is allowed.
+- 130: interrupted from the keyboard. ``benchmark``, ``train`` and ``infect`` go on from there when called again.
+"""
+
+import sys
+from collections.abc import Callable
+
+import typer
+
+from ..errors import BackdoorGymError, TrainingError
+from . import benchmark, infect, inspect, listing, repair, train, zoo
+
+# What is heavy (torch) is imported by the commands that need it, so that --help is quick.
+
+EXIT_CODES = "Exit codes: 0 done; 1 tried and failed; 2 unusable input, told in one line; 130 interrupted."
+
+app = typer.Typer(
+    help="Find and prune the backdoor of an infected neural network.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "repair": repair.repair,
+    "benchmark": benchmark.benchmark,
+    "train": train.train,
+    "infect": infect.infect,
+    "list": listing.list_models,
+    "inspect": inspect.inspect,
+}
+for name, command in _COMMANDS.items():
+    app.command(name, epilog=EXIT_CODES)(command)
+
+family = typer.Typer(help="Infected models made from their names.", epilog=EXIT_CODES, no_args_is_help=True)
+family.command("build", epilog=EXIT_CODES)(zoo.build)
+app.add_typer(family, name="zoo")
+
+
+def main() -> None:
+    """Entry point: errors a user can cause end in one line."""
+    try:
+        app()
+    except TrainingError as error:
+        _fail(error, 1)
+    except (BackdoorGymError, OSError) as error:
+        _fail(error, 2)
+
+
+def _fail(error: Exception, code: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,113 @@
+"""What commands share: options, and one place that decides what is printed where."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..errors import DataError
+
+console = Console()
+errors = Console(stderr=True)
+
+DEFAULT_MODEL = "digits-badnets"
+
+ModelArgument = Annotated[str, typer.Argument(help="Name (see list) or file of an infected model.")]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="Hub id or folder to read the images from, instead of the one the model names."),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where the network runs: cpu, cuda, ...")]
+RayOption = Annotated[
+    str | None,
+    typer.Option("--ray", help='Ray cluster that does the work: HOST:PORT, "auto", or "local". Needs the extra "ray".'),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and what --json asks for).")
+]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command says: its result on standard output, as text or as JSON; how it goes on standard error."""
+
+    json: bool
+    quiet: bool
+
+    @property
+    def bars(self) -> bool:
+        """Whether progress is shown."""
+        return not self.quiet
+
+    @contextmanager
+    def working(self, what: str | None = None) -> Iterator[None]:
+        """While the work goes on, what libraries print does not reach standard output; ``what`` is shown with a clock.
+
+        Args:
+            what: the work in words, or None where it shows its own progress.
+        """
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        printed, spare = sys.stdout, open(os.devnull, "w") if self.quiet else None  # noqa: SIM115 (closed below)
+        sys.stdout = spare or sys.stderr
+        try:
+            with (
+                warnings.catch_warnings(),
+                Progress(*columns, console=errors, transient=True, disable=what is None or self.quiet) as bar,
+            ):
+                if self.quiet:
+                    warnings.simplefilter("ignore")
+                bar.add_task(what or "", total=None)
+                yield
+        finally:
+            sys.stdout = printed
+            if spare is not None:
+                spare.close()
+
+    def note(self, line: str) -> None:
+        """How the work goes: a line on standard error."""
+        if not self.quiet:
+            errors.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def say(self, what: RenderableType, **style: Any) -> None:
+        """A part of the result, for people."""
+        if not (self.json or self.quiet):
+            console.print(what, **{"highlight": False, "markup": False, "soft_wrap": True, **style})
+
+    def result(self, facts: Any) -> None:
+        """The whole result, for programs."""
+        if self.json:
+            print(json.dumps(facts))
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before the work, not after it, that the results cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()  # permissions alone do not tell: the superuser has them all
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be written: {error.strerror}") from error
+
+
+def pairs(options: list[str] | None, flag: str) -> dict[str, Any]:
+    """KEY=VALUE options; values are read as JSON where they are that, and as text otherwise."""
+    found = {}
+    for option in options or []:
+        key, sign, value = option.partition("=")
+        if not sign or not key:
+            raise DataError(f"{flag} takes KEY=VALUE, not {option!r}")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found

@@ -1,0 +1,84 @@
+"""``backdoor-gym infect``."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import DataError
+from .common import DeviceOption, JsonOption, Output, QuietOption, RayOption, check_writable, pairs
+
+
+def infect(
+    dataset: Annotated[
+        str, typer.Option("--data", help="digits, a Hub id (uoft-cs/cifar10), or a local folder.")
+    ] = "digits",
+    architecture: Annotated[
+        str, typer.Option("--arch", help="small_cnn, resnet18, preact_resnet18, vgg16, wrn16.")
+    ] = "small_cnn",
+    attack: Annotated[str, typer.Option(help="badnets, blended, sig, wanet, or clean for no backdoor.")] = "badnets",
+    width: Annotated[int | None, typer.Option(min=1, help="Width of the network; default: as published.")] = None,
+    target: Annotated[int, typer.Option(help="Label that the trigger calls.")] = 0,
+    poison_rate: Annotated[float, typer.Option(help="Share of the training images that are poisoned.")] = 0.1,
+    epochs: Annotated[int, typer.Option(min=1)] = 15,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    clean_images: Annotated[int, typer.Option(min=1, help="Images kept for the defender.")] = 500,
+    arch_option: Annotated[
+        list[str] | None, typer.Option(help="Further option of the architecture, KEY=VALUE.")
+    ] = None,
+    attack_option: Annotated[list[str] | None, typer.Option(help="Further option of the attack, KEY=VALUE.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default: infected/ARCH-ATTACK-SEED.safetensors.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Save the weights as float16, for half the size.")] = False,
+    device: DeviceOption = "cpu",
+    ray: RayOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a network with a backdoor. Killed and called again, it goes on after the last finished epoch."""
+    from ..cluster import cluster
+    from ..zoo import infecting
+    from ..zoo.training import Schedule
+
+    output = Output(as_json, quiet)
+    path = out or Path("infected") / f"{architecture}-{attack}-{seed}.safetensors"
+    if path.exists() and not force:
+        raise DataError(f"{path} exists already; choose another --out, or --force to replace it")
+    check_writable(path.parent)
+    checkpoint = path.with_name(f"{path.name}.checkpoint")
+    small = dataset == "digits"
+    options = pairs(arch_option, "--arch-option")
+    if width is not None:
+        options["width"] = width
+    make = partial(
+        infecting.infect,
+        dataset,
+        architecture,
+        attack,
+        target=target,
+        poison_rate=poison_rate,
+        seed=seed,
+        schedule=Schedule(epochs=epochs, batch_size=64, learning_rate=0.05, augment=False)
+        if small
+        else Schedule(epochs),
+        architecture_options=options,
+        attack_options=pairs(attack_option, "--attack-option"),
+        clean_images=clean_images,
+        device=device,
+        half=half,
+        name=path.stem,
+    )
+    with output.working():
+        if ray is None:
+            model = make(checkpoint=checkpoint, progress=output.bars)
+        else:  # begun again where its machine dies: its checkpoint would be on that machine
+            with cluster(ray) as machines:
+                model = machines.submit(make).result()
+    model.save(path, half)
+    checkpoint.unlink(missing_ok=True)
+    output.result({"file": str(path), **model.facts})
+    asr = "" if model.facts["asr"] is None else f", ASR {model.facts['asr']:.3f}"
+    output.say(f"{path}: ACC {model.facts['acc']:.3f}{asr}")

@@ -1,0 +1,59 @@
+"""``backdoor-gym inspect``."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .common import DEFAULT_MODEL, DataOption, JsonOption, ModelArgument, Output, QuietOption
+
+
+def inspect(
+    model: ModelArgument = DEFAULT_MODEL,
+    u: Annotated[float, typer.Option(help="Standard deviations from which UCLC counts as an outlier.")] = 3.0,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show the layers and neurons of a network, and whose UCLC stands out."""
+    from ..graph.features import standardise
+    from ..graph.uclc import uclc
+    from ..pruning.neurons import find_neurons
+    from ..zoo.catalogue import load_infected
+
+    output = Output(as_json, quiet)
+    rows: list[dict[str, Any]] = []
+    with output.working("reading the model"):
+        infected = load_infected(model, data)
+        neurons = find_neurons(infected.network)
+        bounds_of_layers = uclc(infected.network, neurons)
+    for layer, bounds in zip(neurons.layers, bounds_of_layers, strict=True):
+        scores = standardise(bounds)
+        outliers = {f"{layer.name}[{i}]": round(scores[i].item(), 2) for i in (scores > u).nonzero().flatten().tolist()}
+        rows.append(
+            {
+                "layer": layer.name,
+                "neurons": layer.size,
+                "reads": [feeder.module for feeder in layer.feeders],
+                "uclc_mean": bounds.mean().item(),
+                "uclc_max": bounds.max().item(),
+                "outliers": outliers,
+            }
+        )
+    facts = {"name": infected.name, "architecture": infected.architecture, "neurons": len(neurons), **infected.facts}
+    output.result({**facts, "u": u, "layers": rows})
+    for key, value in facts.items():
+        output.say(f"{key:<14} {value}")
+    output.say(_table(rows, u))
+
+
+def _table(rows: list[dict[str, Any]], u: float) -> Table:
+    table = Table("layer", "neurons", "UCLC mean", "UCLC max", f"outliers, more than {u:g} deviations above the mean")
+    for row in rows:
+        found = sorted(row["outliers"].items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name.rpartition('[')[2][:-1]} ({score:.1f})" for name, score in found[:6])
+        more = f", and {len(found) - 6} more" if len(found) > 6 else ""
+        table.add_row(
+            row["layer"], str(row["neurons"]), f"{row['uclc_mean']:.3f}", f"{row['uclc_max']:.3f}", shown + more
+        )
+    return table

@@ -1,0 +1,123 @@
+"""``backdoor-gym repair``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .common import (
+    DEFAULT_MODEL,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    Output,
+    QuietOption,
+    check_writable,
+)
+
+if TYPE_CHECKING:
+    from ..metrics import Metrics
+
+
+def repair(
+    model: ModelArgument = DEFAULT_MODEL,
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="onp; a published rule: clp, bnp, ep, anp, rnp, fine-pruning, magnitude, greedy; random; or the file of a "
+            "policy that train wrote (*.safetensors)."
+        ),
+    ] = "onp",
+    threshold: Annotated[
+        str | None,
+        typer.Option(
+            "--threshold",
+            "--u",
+            help='Of a published rule: a number (u of clp, default 3), "auto" to choose it with the clean images, or "budget" '
+            "to prune as long as --budget allows.",
+        ),
+    ] = None,
+    finetune: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps that onp first learns on this network, from its clean images alone."),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Clean accuracy that may be lost, 0.02 is two points; a prune beyond it is undone. "
+            "Default: 0.01 for onp, none for rules with a published threshold, 0.02 for the others."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; default: repaired/NAME.")] = None,
+    data: DataOption = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Repair a network and write it, the list of pruned neurons and a figure."""
+    from .. import repairing
+    from ..baselines.thresholds import parse_threshold
+    from ..policies import BUDGETS, check_policy, kind_of_policy
+    from ..zoo.catalogue import load_infected
+
+    output = Output(as_json, quiet)
+    options: dict[str, Any] = {}
+    if threshold is not None:
+        options["u" if policy == "clp" else "threshold"] = parse_threshold(threshold)
+    if finetune is not None:
+        options["finetune"] = finetune
+    check_policy(policy, options)
+    with output.working("reading the model"):
+        infected = load_infected(model, data)
+    folder = out or Path("repaired") / infected.name.replace("/", "-")
+    check_writable(folder)
+    with output.working("repairing, then scoring on the test images"):
+        result = repairing.repair(
+            infected,
+            policy,
+            repairing.DEFAULT_BUDGET if budget is None else budget,
+            device=device,
+            **options,
+        )
+        written = result.save(folder)
+    output.result({**result.report(), "files": [str(path) for path in written]})
+    output.say(result_table(result.infected.name, result.policy, result.before, result.after, result.der))
+    if result.before.asr is None:
+        output.say("No trigger is known for this model: ASR and RA cannot be measured.")
+    if result.verdict is not None:
+        output.say(verdict_in_words(result.verdict, result.suspected_target, len(result.pruned)))
+    output.say(
+        f"Pruned {len(result.pruned)} of {len(result.neurons)} neurons{_said(result.settings)} in {result.seconds:.1f} s; "
+        f"accuracy on the {len(infected.clean)} clean images {result.clean_acc_before:.3f} -> {result.clean_acc_after:.3f}."
+    )
+    if threshold is None and BUDGETS[kind_of_policy(policy)] is None:
+        output.say("The published threshold was used; --threshold auto chooses it with the clean images.")
+    for path in written:
+        output.say(f"  {path}")
+
+
+def verdict_in_words(score: float, target: int | None, pruned: int) -> str:
+    """What the policy thinks of the network: is there a backdoor, and which label does it call."""
+    said = f"(score {score:.3f} of 1)"
+    if not pruned and score < 0.5:
+        return f"No sign of a backdoor: nothing pruned {said}."
+    whose = "" if target is None else f", which seems to call label {target}"
+    but = "" if pruned else ", but nothing was pruned"
+    return f"Signs of a backdoor{whose}{but} {said}."
+
+
+def result_table(name: str, policy: str, before: "Metrics", after: "Metrics", der: float | None) -> Table:
+    """ACC, ASR, RA and DER before and after."""
+    table = Table("", "before", "after", title=f"{name}, {policy}")
+    for key, label in (("acc", "ACC"), ("asr", "ASR"), ("ra", "RA")):
+        values = [getattr(metrics, key) for metrics in (before, after)]
+        table.add_row(label, *("unknown" if value is None else f"{value:.3f}" for value in values))
+    table.add_row("DER", "", "unknown" if der is None else f"{der:.3f}")
+    return table
+
+
+def _said(settings: dict[str, Any]) -> str:
+    said = (f"{key} = {value if isinstance(value, str) else f'{value:g}'}" for key, value in settings.items())
+    return f" ({', '.join(said)})" if settings else ""

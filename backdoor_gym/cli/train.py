@@ -1,0 +1,108 @@
+"""``backdoor-gym train``."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import DataError
+from .common import JsonOption, Output, QuietOption, check_writable, errors
+
+
+def train(
+    infected: Annotated[
+        list[str] | None, typer.Option(help="Names or patterns to learn from; default: digits-train/*.")
+    ] = None,
+    validate: Annotated[
+        list[str] | None, typer.Option(help="Names or patterns that every choice is made on; default: digits-val/*.")
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, help="Only the first so many of each training pattern.")] = 300,
+    validation_models: Annotated[int, typer.Option(min=1, help="The same for validation.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Environment steps of reinforcement.")] = 3_072,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    envs: Annotated[int, typer.Option(min=1, help="Sub-environments, among which the models are divided.")] = 16,
+    warm_epochs: Annotated[
+        int, typer.Option(min=0, help="Passes over the models for a first guess from derivatives; 0 for none.")
+    ] = 50,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes for the examples of that guess, or with --ray for the episodes; default: one a processor.",
+        ),
+    ] = None,
+    message_passing: Annotated[
+        bool, typer.Option(help="Let the policy see the connections, or each neuron alone.")
+    ] = True,
+    per_layer: Annotated[
+        bool,
+        typer.Option("--per-layer", help="One agent a layer, all with the same policy; a step is one of an agent."),
+    ] = False,
+    calibration_models: Annotated[
+        int,
+        typer.Option(min=0, help="The same for the threshold of the verdict alone, which is quicker; 0 to keep 0.1."),
+    ] = 120,
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
+    out: Annotated[Path, typer.Option(help="File of the policy.")] = Path("policies/onp.safetensors"),
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", help='Train with RLlib on that Ray cluster: HOST:PORT, "auto", or "local". Needs the extra "ray".'
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file where a training has ended in it.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a policy on many infected models. Killed and called again, it goes on after the last rollout."""
+    from ..agents.encoder import EncoderOptions
+    from ..agents.layer_training import train_layers
+    from ..agents.layers import LAYER_ENCODER
+    from ..agents.training import checkpoint_of
+    from ..agents.training import train as train_policy
+    from ..zoo.catalogue import resolve
+
+    output = Output(as_json, quiet)
+    if out.exists() and not checkpoint_of(out).exists() and not force:
+        raise DataError(f"{out} exists already; choose another --out, or --force to replace it")
+    check_writable(out.parent)
+    names = [name for pattern in infected or ["digits-train/*"] for name in resolve(pattern)[:most]]
+    known = [resolve(pattern) for pattern in validate or ["digits-val/*"]]
+    judges = [name for pattern in known for name in pattern[:validation_models]]
+    encoder = replace(LAYER_ENCODER if per_layer else EncoderOptions(), message_passing=message_passing)
+    make: Callable[..., Any]
+    processes = jobs or os.cpu_count() or 1
+    if ray is not None:
+        from ..cluster import check_ray
+
+        check_ray()
+        if tensorboard is not None:
+            raise DataError("--tensorboard is not for --ray: RLlib keeps its own logs (~/ray_results)")
+        from ..agents.rllib import train_on_cluster
+
+        make = partial(
+            train_on_cluster,
+            address=ray,
+            per_layer=per_layer,
+            runners=processes,
+            envs=max(1, envs // processes),
+        )
+    else:
+        here: dict[str, Any] = {
+            "jobs": processes,
+            "tensorboard_log": tensorboard,
+            "progress_bar": output.bars and errors.is_terminal,
+        }
+        if per_layer:
+            make = partial(train_layers, seats=min(envs, 8), **here)
+        else:
+            calibration = [name for pattern in known for name in pattern[:calibration_models]]
+            make = partial(train_policy, envs=envs, calibration=calibration, **here)
+    with output.working():
+        onp = make(names, judges, steps, out, seed=seed, epochs=warm_epochs, encoder=encoder, report=output.note)
+    output.result({"file": str(out), **onp.facts})
+    output.say(str(out))
