@@ -26,7 +26,11 @@ class GraphPolicy(MaskableActorCriticPolicy):
         observation_space: of ``BackdoorPrune-v0``.
         action_space: of it.
         lr_schedule: step size from the share of training that is left.
-        hidden, hops, heads, message_passing, ignore: see ``EncoderOptions``.
+        hidden: as in ``EncoderOptions``, and so are the next four.
+        hops: rounds of message passing.
+        heads: attention heads.
+        message_passing: whether edges are used.
+        ignore: features that it is not to see.
         kwargs: other arguments of ``MaskableActorCriticPolicy``, such as ``optimizer_kwargs``.
 
     Raises:

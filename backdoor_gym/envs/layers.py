@@ -96,6 +96,10 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
 
     Shared: every agent gets the sum of what the prunes of the round earned and cost.
 
+    ## Starting state
+
+    The whole network, nothing pruned, all agents acting.
+
     ## Episode end
 
     All agents end together. *Terminated*: all have stopped, ``max_failures`` prunes were undone, or no neuron is left.
@@ -105,6 +109,8 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
 
     Of each agent ``neuron`` (name of what it pruned in this round, "" if nothing), ``undone``, and ``stopped``; and of the network
     what the single-agent environment tells.
+
+    ## Arguments
 
     Args:
         infected: one name, file or ``InfectedModel``; the agents depend on it.
@@ -116,6 +122,10 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
 
     Raises:
         DataError: several models, or an unusable option.
+
+    ## Version history
+
+    - v0: first version.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by pettingzoo)

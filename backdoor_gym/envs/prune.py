@@ -53,7 +53,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     ## Action space
 
     ``Discrete(N + 1)``: prune neuron i in network order, or stop (the last action). N is the number of neurons of the
-    network, or the largest of any network where several may be met. An action that is not legal (a neuron already
+    network, or of the largest one where several may be met. An action that is not legal (a neuron already
     pruned, tried and undone, or padding) changes nothing, costs the step penalty and counts as a step.
     ``env.unwrapped.action_masks()`` gives the legal actions, bool (N + 1,).
 
@@ -82,7 +82,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     is undone, its neuron is flagged as tried, and ``failure_cost`` is charged. With ``accuracy_budget=None`` nothing is
     undone: published rules run as published.
 
-    ## Reward
+    ## Rewards
 
     - ``"acc"`` (default): fall of the suspected danger, minus twice the accuracy that the prune cost. The suspected
       danger is the smoothed share of clean images that get the suspected target when they bear the inverted trigger, a
@@ -94,6 +94,11 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     - a callable from ``reward.Transition`` to float.
 
     Each step but stop also costs ``step_cost``. Stopping at once scores 0.
+
+    ## Starting state
+
+    The whole network, nothing pruned: of several models one is drawn, or ``reset(options={"infected": NAME})`` picks it.
+    Where a model is met for the first time, its graph is made and its trigger sought, which takes some seconds.
 
     ## Episode end
 
@@ -111,7 +116,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     Args:
         infected: name, pattern (``digits-train/*``), file, ``InfectedModel``, or a list of them; one is drawn at each
-            reset. ``reset(options={"infected": NAME})`` picks one.
+            reset.
         reward: "acc", "oracle" or a callable.
         accuracy_budget: tolerated loss of clean accuracy, or None.
         max_steps: steps until truncation, or None for the number of neurons.

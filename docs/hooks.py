@@ -1,0 +1,55 @@
+"""What MkDocs needs to know of the repository: where the package lies, and which pages lie outside ``docs``.
+
+The site is the repository with ``docs`` as its root: ``README.md`` is the front page, ``benchmarks/README.md`` a page of its
+own, and links between them are written as they work in the repository.
+"""
+
+import posixpath
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+#: Where ``mkdocs.yml`` tells mkdocstrings to look for the package.
+DOCUMENTED = ROOT / "build" / "documented" / "backdoor_gym"
+#: Pages and pictures outside ``docs``.
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/results/*.png")
+LINK = re.compile(r"(\]\()([^)\s:#]+)((?:#[^)\s]*)?\))")
+
+
+def on_config(config: Any) -> None:
+    """Put the sources together under their import names: ``agents`` and ``baselines`` are mapped when they are installed."""
+    shutil.rmtree(DOCUMENTED, ignore_errors=True)
+    for source, name in (("backdoor_gym", ""), ("agents", "agents"), ("baselines", "baselines")):
+        shutil.copytree(
+            ROOT / source, DOCUMENTED / name, ignore=lambda _, names: _but_python(names), dirs_exist_ok=True
+        )
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages outside ``docs``."""
+    for pattern in OUTSIDE:
+        for path in sorted(ROOT.glob(pattern)):
+            name = path.relative_to(ROOT).as_posix()
+            files.append(File(name, str(ROOT), config["site_dir"], config["use_directory_urls"]))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Turn the links of the repository into those of the site."""
+    site = page.file.src_uri
+    folder = posixpath.dirname(site if (ROOT / site).is_file() else f"docs/{site}")
+
+    def in_site(link: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(folder, link[2]))
+        target = re.sub(r"^tutorials/(.*)\.py$", r"tutorials/\1.md", target.removeprefix("docs/"))
+        return link[1] + posixpath.relpath(target, posixpath.dirname(site) or ".") + link[3]
+
+    return LINK.sub(in_site, markdown)
+
+
+def _but_python(names: list[str]) -> list[str]:
+    return [name for name in names if ("." in name and not name.endswith(".py")) or name == "__pycache__"]

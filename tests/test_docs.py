@@ -1,0 +1,42 @@
+"""What is written stands where it is said to stand."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from backdoor_gym.envs.layers import BackdoorPruneLayersEnv
+from backdoor_gym.envs.prune import BackdoorPruneEnv
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tutorials/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_of_the_repository(page):
+    links = re.findall(r"\]\(([^)\s:#]+)(?:#[^)\s]*)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("environment", [BackdoorPruneEnv, BackdoorPruneLayersEnv])
+def test_the_class_docstring_is_the_whole_specification(environment):
+    text = inspect.getdoc(environment)
+    headings = re.findall(r"^## (.*)", text, re.MULTILINE)
+    for words in ("Description", "Action", "Observation", "Reward", "Starting state", "Episode end", "Arguments"):
+        assert [heading for heading in headings if heading.startswith(words)], words
+    assert headings[-1] == "Version history"
+    described = re.findall(r"^    \*{0,2}(\w+): ", text.partition("Args:\n")[2].partition("## ")[0], re.MULTILINE)
+    wanted = list(inspect.signature(environment).parameters)
+    assert described[: len(wanted)] == wanted
+
+
+def test_arrays_have_the_sizes_that_the_docstring_gives():
+    single = BackdoorPruneEnv()
+    for key, (columns,) in {
+        "nodes": single.observation_space["nodes"].shape[1:],
+        "edges": single.observation_space["edges"].shape[1:],
+        "globals": single.observation_space["globals"].shape,
+    }.items():
+        row = next(line for line in inspect.getdoc(BackdoorPruneEnv).splitlines() if line.startswith(f"| ``{key}``"))
+        assert re.search(rf"\((?:[NE], )?{columns},?\)", row), row
