@@ -12,8 +12,8 @@ import gymnasium as gym
 import numpy as np
 from torch import nn
 
+from .envs.drawing import Snapshot, frame
 from .envs.prune import BackdoorPruneEnv
-from .envs.viewer import draw, to_rgb
 from .errors import UnknownNameError
 from .infected import InfectedModel
 from .metrics import Metrics, der
@@ -42,6 +42,9 @@ class RepairResult:
         policy: name of the policy.
         settings: what the policy chose by itself, such as the threshold of CLP.
         infected: the model as it was.
+        neurons: of the network.
+        mask: bool (neurons,), False where pruned.
+        snapshot: the network as it is drawn, with the accuracy and the suspected danger after each prune.
         verdict: probability that the network has a backdoor, as the policy judges it before it prunes; None where the
             policy gives none.
         suspected_target: the label that the BN statistics call; None where they cannot tell.
@@ -60,7 +63,7 @@ class RepairResult:
     infected: InfectedModel
     neurons: Neurons
     mask: np.ndarray
-    drawing: np.ndarray
+    snapshot: Snapshot
     verdict: float | None = None
     suspected_target: int | None = None
 
@@ -120,7 +123,7 @@ class RepairResult:
         else:
             write_tensors(weights, self.network.state_dict(), {"format": "state-dict"})
         report.write_text(json.dumps(self.report(), indent=2) + "\n")
-        imsave(picture, self.drawing)
+        imsave(picture, frame(self.snapshot))
         return [weights, report, picture]
 
 
@@ -191,7 +194,7 @@ def repair(
     before = model.evaluate(copy.deepcopy(model.network).to(device))
     after = model.evaluate(network.to(device))
     network.cpu()
-    drawing = to_rgb(draw(env.snapshot()))
+    snapshot = env.snapshot()
     env.close()
     return RepairResult(
         network,
@@ -207,7 +210,7 @@ def repair(
         model,
         victim.neurons,
         mask,
-        drawing,
+        snapshot,
         verdict,
         None if victim.suspected is None else victim.suspected.target,
     )

@@ -12,12 +12,13 @@ from gymnasium.utils import EzPickle
 from ..errors import DataError, UnknownNameError
 from ..pruning.neurons import RESIDUAL_MODES
 from .defender import Defender
+from .drawing import Snapshot
 from .generator import Infected, InfectedGenerator
 from .masked_victim import SCORE_SAMPLES, Figures, MaskedVictim
 from .observation import ObservationBuilder, Progress
 from .reward import Reward, Transition, make_reward
 from .victim import Slopes, Victim, VictimOptions
-from .viewer import Snapshot, Viewer
+from .viewer import Viewer
 
 DEFAULT_INFECTED = "digits-badnets"
 #: Slack in comparing accuracies, which are shares of a few hundred images.
@@ -240,6 +241,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._steps = 0
         self._failures = 0
         self._history = [self._current]
+        self._latest: int | None = None
         self._given_back = 0
         self._slopes, self._slopes_taken = victim.first_slopes, 0
         if self.render_mode == "human":
@@ -277,6 +279,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         figures = self.masked_victim.figures(self._with([unit]))
         reward += float(self._reward(Transition(victim, unit, self._current, figures)))
         self._pruned[unit] = True
+        self._latest = unit
         self._current = figures
         self._history.append(figures)
         self.masked_victim.keep()
@@ -395,6 +398,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             raise DataError(f"unit {unit} of {self.victim.name} cannot be given back: it is not pruned")
         pruned = self._current
         self._pruned[unit] = False
+        self._latest = None
         self._current = self.masked_victim.figures(self._pruned)
         self.masked_victim.keep()
         self._history.append(self._current)
@@ -460,14 +464,22 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     def snapshot(self) -> Snapshot:
         """What a drawing of the network needs."""
         victim = self.victim
+        history, latest = self._history, np.zeros_like(self._pruned)
+        if self._latest is not None:
+            latest[self._latest] = True
         return Snapshot(
-            victim.name,
-            tuple((layer.name, layer.size) for layer in victim.neurons.layers),
-            victim.uclc_scores,
-            ~victim.neuron_mask(self._pruned),
-            tuple(figures.acc for figures in self._history),
-            tuple(figures.asr for figures in self._history if figures.asr is not None),
-            self._given_back,
+            name=victim.name,
+            layers=tuple((layer.name, layer.size) for layer in victim.neurons.layers),
+            suspicion=victim.suspicion,
+            strengths=victim.strengths,
+            pruned=~victim.neuron_mask(self._pruned),
+            undone=~victim.neuron_mask(self._tried),
+            latest=~victim.neuron_mask(latest),
+            acc=tuple(figures.acc for figures in history),
+            danger=() if victim.inverted is None else tuple(figures.suspected_danger for figures in history),
+            asr=tuple(figures.asr for figures in history if figures.asr is not None),
+            least_acc=None if self.accuracy_budget is None else self.least_acc,
+            given_back=self._given_back,
         )
 
 

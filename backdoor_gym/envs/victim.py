@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..devices import find_device
-from ..graph.features import neuron_features, standardise
+from ..graph.features import STATIC_FEATURES, neuron_features, standardise
 from ..graph.mask_gradient import mask_gradient
-from ..graph.neuron_graph import NeuronGraph, max_edges, neuron_graph
+from ..graph.neuron_graph import NeuronGraph, input_strengths, max_edges, neuron_graph
 from ..graph.reading import Reading, read_statistics
 from ..graph.suspected_target import SuspectedTarget
 from ..graph.trigger_inversion import InvertedTrigger
@@ -47,6 +47,8 @@ class VictimOptions:
 SLOPE_IMAGES = 200
 #: Share of the clean images that are fragile beside those that the whole network gets wrong.
 UNSURE = 0.2
+#: Static features by which a neuron stands out where it serves a backdoor, as drawings show it.
+SUSPICIOUS = ("uclc", "kl", "pull")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,20 @@ class Victim:
     def uclc_scores(self) -> np.ndarray:
         """UCLC of each neuron, standardised within its layer, float64 (neurons,)."""
         return torch.cat([standardise(bounds) for bounds in uclc(self.model.network, self.neurons)]).numpy()
+
+    @cached_property
+    def suspicion(self) -> np.ndarray:
+        """How far each neuron stands out in its layer: the largest of its ``SUSPICIOUS`` features, float32 (neurons,)."""
+        columns = [STATIC_FEATURES.index(name) for name in SUSPICIOUS]
+        suspicion = np.empty(len(self.neurons), dtype=np.float32)
+        for unit, found in zip(self.units, self.features[:, columns].max(axis=1), strict=True):
+            suspicion[unit] = found
+        return suspicion
+
+    @cached_property
+    def strengths(self) -> np.ndarray:
+        """Connection strength of each neuron over the largest of its layer, float64 in [0, 1] (neurons,)."""
+        return input_strengths(self.model.network, self.neurons)
 
     @cached_property
     def fragile(self) -> np.ndarray:

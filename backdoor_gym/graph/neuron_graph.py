@@ -64,6 +64,17 @@ def neuron_graph(
     return NeuronGraph(np.concatenate(edges).astype(np.float32), np.concatenate(links).astype(np.int64))
 
 
+def input_strengths(network: nn.Module, neurons: Neurons) -> np.ndarray:
+    """L1 norm of all that each neuron is connected by, over the largest of its layer, float64 in [0, 1] (neurons,)."""
+    found = []
+    for layer in neurons.layers:
+        total = sum(
+            (connection_strengths(network, feeder).sum(axis=1) for feeder in layer.feeders), np.zeros(layer.size)
+        )
+        found.append(total / total.max() if total.any() else np.ones(layer.size))
+    return np.concatenate(found)
+
+
 @torch.no_grad()
 def connection_strengths(network: nn.Module, feeder: Feeder) -> np.ndarray:
     """L1 norm of the kernel between each output and input channel, float64 (C_out, C_in).
