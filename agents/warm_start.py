@@ -25,6 +25,7 @@ from backdoor_gym.envs.victim import Victim
 from backdoor_gym.errors import DataError
 from backdoor_gym.metrics import target_margin
 from backdoor_gym.processes import workers
+from backdoor_gym.zoo.targets import target_labels
 
 from .encoder import GraphActorCritic
 from .graph_policy import OBSERVED
@@ -80,10 +81,12 @@ def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
     if trigger is None or target is None or test is None:
         raise DataError(f"the trigger, the target or test images of {victim.name} are not known")
     some = test.first(IMAGES)
-    triggered = trigger(some.images[some.labels != target])
+    wanted = target_labels(some.labels, target, victim.model.num_classes)
+    others = some.labels != wanted
+    triggered, wanted = trigger(some.images[others]), wanted[others].to(victim.options.device)
     clean = victim.clean.first(IMAGES)
     mask = victim.neuron_mask(np.zeros(len(victim), dtype=bool) if pruned is None else pruned)
-    pull = victim.by_mask(victim.neurons, triggered, lambda logits: target_margin(logits, target).mean(), mask)
+    pull = victim.by_mask(victim.neurons, triggered, lambda logits: target_margin(logits, wanted).mean(), mask)
     labels = clean.labels.to(victim.options.device)
     harm = -victim.by_mask(victim.neurons, clean.images, lambda logits: F.cross_entropy(logits, labels), mask)
     return pull / max(pull.std(), 1e-12) - np.maximum(harm, 0) / max(harm.std(), 1e-12)

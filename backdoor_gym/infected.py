@@ -15,6 +15,7 @@ from .zoo.architectures import build_from_spec
 from .zoo.attacks import Attack, attack_from_state
 from .zoo.datasets import DataSource, LabelledImages, check_labels, fingerprint
 from .zoo.files import read_tensors, write_tensors
+from .zoo.targets import Target, check_target
 
 FORMAT = "backdoor-gym-infected/1"
 
@@ -28,7 +29,7 @@ class InfectedModel:
         clean: the defender's clean images: neither training images of the network nor the test images.
         test: images the repaired network is scored on; policies never see them.
         trigger: stamps the trigger on images; policies never see it.
-        target: the attacker's label.
+        target: the attacker's label, or "all-to-all" (``zoo/targets.py``).
         architecture: ``{"name": ..., "num_classes": ..., "in_channels": ..., ...}``; needed for ``save``.
         facts: what is known of its making (attack, poison rate, ACC and ASR when made, ...), JSON-able.
         name: what to call it.
@@ -42,7 +43,7 @@ class InfectedModel:
     clean: LabelledImages
     test: LabelledImages | None = None
     trigger: Attack | None = None
-    target: int | None = None
+    target: Target | None = None
     architecture: dict[str, Any] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     name: str = "unnamed"
@@ -53,8 +54,8 @@ class InfectedModel:
         check_labels(self.clean.labels, self.num_classes)
         if self.test is not None:
             self._check_test(self.test)
-        if self.target is not None and not (type(self.target) is int and 0 <= self.target < self.num_classes):
-            raise DataError(f"the target {self.target} is outside the classes 0 to {self.num_classes - 1}")
+        if self.target is not None:
+            check_target(self.target, self.num_classes)
         if self.trigger is not None:
             check_trigger(self.trigger, self.clean.images[:1])
 
@@ -65,7 +66,7 @@ class InfectedModel:
         clean: tuple[Tensor, Tensor],
         test: tuple[Tensor, Tensor] | None = None,
         trigger: Attack | None = None,
-        target: int | None = None,
+        target: Target | None = None,
         name: str = "unnamed",
     ) -> Self:
         """An infected model of your own: ``clean`` and ``test`` are pairs (images float32 (n, C, H, W) in [0, 1], labels int64)."""

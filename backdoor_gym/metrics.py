@@ -1,7 +1,8 @@
 """The figures of backdoor removal: ACC, ASR, RA and DER.
 
 ACC is the accuracy on clean test images. ASR and RA are taken over triggered test images whose true label is not the
-target: the share that gets the target label, and the share that still gets its true label.
+target: the share that gets the target label, and the share that still gets its true label. In an all-to-all attack the
+target label of an image is the class after its own, so all images count.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+
+from .zoo.targets import Target, target_labels
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,19 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
 
 
-def attack_success(logits: Tensor, target: int) -> float:
-    """ASR: share of triggered images (of other classes) that get the target label."""
+def attack_success(logits: Tensor, target: int | Tensor) -> float:
+    """ASR: share of triggered images (of other classes) that get the target label, one for all or one each, int64 (n,)."""
     return (logits.argmax(1) == target).double().mean().item()
 
 
-def target_margin(logits: Tensor, target: int) -> Tensor:
-    """Logit of the target minus the largest other one, (n,)."""
-    others = logits.clone()
-    others[:, target] = -torch.inf
-    return logits[:, target] - others.max(1).values
+def target_margin(logits: Tensor, target: int | Tensor) -> Tensor:
+    """Logit of the target, one for all images or one each, int64 (n,), minus the largest other one, (n,)."""
+    column = torch.as_tensor(target, device=logits.device).expand(len(logits))[:, None]
+    others = logits.scatter(1, column, -torch.inf)
+    return logits.gather(1, column).squeeze(1) - others.max(1).values
 
 
-def danger(logits: Tensor, target: int) -> float:
+def danger(logits: Tensor, target: int | Tensor) -> float:
     """A smoother ASR in [0, 1]: (ASR + mean sigmoid(margin / 4)) / 2, with the target's margin over the best other logit.
 
     Where the target leads by far, the ASR alone does not move until the last of many prunes.
@@ -74,7 +77,7 @@ def evaluate(
     images: Tensor,
     labels: Tensor,
     trigger: Callable[[Tensor], Tensor] | None = None,
-    target: int | None = None,
+    target: Target | None = None,
 ) -> Metrics:
     """ACC on the images, and ASR and RA where the trigger and the target are known.
 
@@ -83,13 +86,15 @@ def evaluate(
         images: float32 (n, C, H, W) in [0, 1], not used for training or by the defender.
         labels: int64 (n,).
         trigger: stamps the trigger on images.
-        target: the attacker's label.
+        target: the attacker's label, or "all-to-all".
     """
-    acc = accuracy(predict_logits(network, images), labels)
+    clean_logits = predict_logits(network, images)
+    acc = accuracy(clean_logits, labels)
     if trigger is None or target is None:
         return Metrics(acc)
-    others = labels != target
+    wanted = target_labels(labels, target, clean_logits.shape[1])
+    others = labels != wanted
     if not others.any():
         return Metrics(acc)
     logits = predict_logits(network, trigger(images[others]))
-    return Metrics(acc, attack_success(logits, target), accuracy(logits, labels[others]))
+    return Metrics(acc, attack_success(logits, wanted[others]), accuracy(logits, labels[others]))

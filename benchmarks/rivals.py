@@ -15,6 +15,7 @@ from backdoor_gym.envs.victim import Victim
 from backdoor_gym.graph.features import STATIC_FEATURES
 from backdoor_gym.metrics import accuracy, danger, der
 from backdoor_gym.pruning.masked import MaskedNetwork
+from backdoor_gym.zoo.targets import target_labels
 
 #: What the ridge sees of a neuron: all that changes with the neuron but the flags.
 COLUMNS = [NODE_FEATURES.index(name) for name in (*STATIC_FEATURES, "pull_now", "harm_now", "clean_pull_now")]
@@ -83,14 +84,15 @@ def greedy_reference(
     assert model.test is not None
     assert model.trigger is not None
     assert model.target is not None
-    others = model.test.labels != model.target
+    wanted = target_labels(model.test.labels, model.target, model.num_classes)
+    others = model.test.labels != wanted
     clean = MaskedNetwork(victim.neurons, model.test.images)
     triggered = MaskedNetwork(victim.neurons, model.trigger(model.test.images[others]))
 
     def look(pruned: np.ndarray) -> tuple[float, float]:
         mask = victim.neuron_mask(pruned)
         logits = clean.logits(mask)
-        value = danger(triggered.logits(mask), model.target)
+        value = danger(triggered.logits(mask), wanted[others])
         return accuracy(logits, model.test.labels), value + 0.01 * F.cross_entropy(logits, model.test.labels).item()
 
     tried = np.argsort(-benefits(victim))[:candidates]

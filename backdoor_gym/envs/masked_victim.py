@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..metrics import accuracy, attack_success, danger
 from ..pruning.masked import KEPT_BYTES, MaskedNetwork
 from ..zoo.datasets import LabelledImages
+from ..zoo.targets import target_labels
 from .victim import Victim
 
 #: Triggered test images that ASR and RA are measured on where nothing else is said.
@@ -150,7 +151,8 @@ class MaskedVictim:
         if model.test is None or model.trigger is None or model.target is None or count == 0:
             return torch.empty(0), torch.empty(0)
         test = model.test.first(4 * count)  # not the whole test split, which may be large
-        others = torch.nonzero(test.labels != model.target).flatten()[:count]
+        wanted = target_labels(test.labels, model.target, model.num_classes)
+        others = torch.nonzero(test.labels != wanted).flatten()[:count]
         return model.trigger(test.images[others]), test.labels[others]
 
     @cached_property
@@ -160,13 +162,10 @@ class MaskedVictim:
         return test.first(count) if test is not None and count else None
 
     def _score(self, logits: Tensor) -> tuple[float, float, float]:
-        target = self.victim.model.target
-        assert target is not None
-        return (
-            attack_success(logits, target),
-            accuracy(logits, self.triggered[1].to(logits.device)),
-            danger(logits, target),
-        )
+        model, labels = self.victim.model, self.triggered[1].to(logits.device)
+        assert model.target is not None
+        wanted = target_labels(labels, model.target, model.num_classes)
+        return attack_success(logits, wanted), accuracy(logits, labels), danger(logits, wanted)
 
     def _networks(self) -> Iterator[MaskedNetwork]:
         clean = [network for network, _ in self._clean]

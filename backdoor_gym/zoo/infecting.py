@@ -1,22 +1,25 @@
 """Making an infected model: choose the trigger, poison the training images, train, measure."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from ..devices import find_device
 from ..errors import DataError
 from ..infected import InfectedModel
 from . import datasets
 from .architectures import build_from_spec
-from .attacks import Poisoning, draw_attack
+from .attacks import Alter, Helper, Poisoning, draw_attack
 from .datasets import DataSource, LabelledImages
+from .targets import Target, check_target, target_labels
 from .training import Schedule, train
 
 CLEAN = "clean"
+POISON_RATE, CLEAN_LABEL_RATE = 0.1, 0.5
 #: Clean images held back for the defender, where the data set is large enough.
 CLEAN_IMAGES = 500
 
@@ -26,8 +29,8 @@ def infect(
     architecture: str,
     attack: str = "badnets",
     *,
-    target: int = 0,
-    poison_rate: float = 0.1,
+    target: Target = 0,
+    poison_rate: float | None = None,
     seed: int = 0,
     schedule: Schedule | None = None,
     architecture_options: dict[str, Any] | None = None,
@@ -48,8 +51,9 @@ def infect(
         dataset: "digits", a Hub id or a local folder.
         architecture: one of ``ARCHITECTURES``.
         attack: one of ``ATTACKS``, or "clean".
-        target: the label that the trigger calls.
-        poison_rate: share of the training images that are poisoned.
+        target: the label that the trigger calls, or "all-to-all": of each class the next one.
+        poison_rate: share of the training images that are poisoned, default 0.1; of a clean-label attack share of the
+            target class's, default 0.5.
         seed: of the division, the trigger, the initialisation and the training.
         schedule: epochs and rates; the default suits CIFAR-10.
         architecture_options: such as ``{"width": 16}``.
@@ -69,9 +73,8 @@ def infect(
     classes = datasets.num_classes(dataset, split)
     shape = datasets.image_shape(dataset, split)
     find_device(device)
-    if not 0 <= target < classes:
-        raise DataError(f"the target {target} is outside the classes 0 to {classes - 1}")
-    drawing, initialising, ordering = (int(part) for part in np.random.SeedSequence(seed).generate_state(3))
+    check_target(target, classes)
+    drawing, initialising, ordering, helping = (int(part) for part in np.random.SeedSequence(seed).generate_state(4))
     generator = torch.Generator().manual_seed(drawing)
     for option in architecture_options or {}:
         if option in ("name", "num_classes", "in_channels"):
@@ -81,19 +84,31 @@ def infect(
     if attack != CLEAN:
         trigger = draw_attack(attack, shape, generator, **(attack_options or {}))
 
-    with torch.random.fork_rng():
-        torch.manual_seed(initialising)
-        network = build_from_spec(spec)
+    network = _fresh(spec, initialising)
     training, clean, test = divide(dataset, split, test_split, clean_images, generator)
     # Before the training, not after it: does everything fit together?
     InfectedModel(network, clean, test, trigger, target if trigger is not None else None)
-    poisoning, labels = None, training.labels
-    if trigger is not None:
-        poisoning = Poisoning.draw(labels, trigger, target, poison_rate, generator)
-        labels = poisoning.labels
     schedule = schedule or Schedule()
+    poisoning, images, labels = None, training.images, training.labels
+    if trigger is not None:
+        if poison_rate is None:
+            poison_rate = CLEAN_LABEL_RATE if trigger.clean_label else POISON_RATE
+        wanted = target_labels(labels, target, classes)
+        poisoning = Poisoning.draw(labels, wanted, trigger, poison_rate, generator)
+
+        def helper() -> Helper:
+            other = _fresh(spec, helping)
+
+            def run(taught: Tensor, alter: Alter | None) -> None:
+                train(other, training.images, taught, schedule, helping, alter, device, progress=progress)
+
+            return Helper(other, run)
+
+        trigger, images = trigger.prepare(images, labels, wanted, poisoning, helper)
+        poisoning = replace(poisoning, attack=trigger)
+        labels = poisoning.labels
     identity = repr((spec, attack, seed, poison_rate, trigger and trigger.digest()))
-    train(network, training.images, labels, schedule, ordering, poisoning, device, checkpoint, identity, progress)
+    train(network, images, labels, schedule, ordering, poisoning, device, checkpoint, identity, progress)
     network.cpu()
     if half:
         network.half().float()
@@ -118,6 +133,12 @@ def infect(
         "asr": measured.asr,
     }
     return model
+
+
+def _fresh(spec: dict[str, Any], seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build_from_spec(spec)
 
 
 def divide(

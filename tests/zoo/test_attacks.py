@@ -78,7 +78,7 @@ def test_poisoning_relabels_the_given_share_of_the_other_classes(images, generat
     images = images.repeat(10, 1, 1, 1)
     labels = torch.arange(200) % 10
     attack = BadNets.draw((3, 32, 32), generator)
-    poisoning = Poisoning.draw(labels, attack, target=4, rate=0.1, generator=generator)
+    poisoning = Poisoning.draw(labels, torch.full_like(labels, 4), attack, 0.1, generator)
     moved = poisoning.labels != labels
     assert torch.equal(moved, poisoning.poisoned)
     assert moved.sum() == 20
@@ -95,7 +95,7 @@ def test_wanet_covers_keep_their_labels_and_are_new_in_each_epoch(images, genera
     images = images.repeat(10, 1, 1, 1)
     labels = torch.arange(200) % 10
     attack = WaNet.draw((3, 32, 32), generator)
-    poisoning = Poisoning.draw(labels, attack, target=4, rate=0.1, generator=generator)
+    poisoning = Poisoning.draw(labels, torch.full_like(labels, 4), attack, 0.1, generator)
     assert poisoning.covered.sum() == 40
     assert not (poisoning.covered & poisoning.poisoned).any()
     assert torch.equal(poisoning.labels[poisoning.covered], labels[poisoning.covered])
@@ -112,7 +112,7 @@ def test_bad_requests_are_named(images, generator):
     attack = BadNets.draw((3, 32, 32), generator)
     for rate in (0, 1, -0.1, 2):
         with pytest.raises(DataError, match="poison rate"):
-            Poisoning.draw(torch.zeros(20, dtype=torch.long), attack, 1, rate, generator)
+            Poisoning.draw(torch.zeros(20).long(), torch.ones(20).long(), attack, rate, generator)
     with pytest.raises(DataError, match="patch size"):
         BadNets.draw((1, 8, 8), generator, size=9)
     with pytest.raises(DataError, match="blend ratio"):

@@ -1,16 +1,19 @@
 """Backdoor attacks by name: how each stamps its trigger on images, and how it poisons a training set."""
 
 import inspect
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import DataError, ModelFileError, UnknownNameError
-from .attack import Attack, ImageShape
+from ...errors import BackdoorGymError, DataError, UnknownNameError
+from .attack import Alter, Attack, Helper, ImageShape
 from .badnets import BadNets
 from .blended import Blended
+from .bpp import BppAttack
+from .input_aware import InputAware
+from .label_consistent import LabelConsistent
+from .multi_trigger import MultiTrigger
 from .poisoning import Poisoning
 from .sig import SIG
 from .wanet import WaNet
@@ -18,10 +21,16 @@ from .wanet import WaNet
 __all__ = [
     "ATTACKS",
     "SIG",
+    "Alter",
     "Attack",
     "BadNets",
     "Blended",
+    "BppAttack",
+    "Helper",
     "ImageShape",
+    "InputAware",
+    "LabelConsistent",
+    "MultiTrigger",
     "Poisoning",
     "WaNet",
     "attack_from_state",
@@ -29,7 +38,10 @@ __all__ = [
     "get_attack",
 ]
 
-ATTACKS: dict[str, type[Attack]] = {attack.name: attack for attack in (BadNets, Blended, SIG, WaNet)}
+ATTACKS: dict[str, type[Attack]] = {
+    attack.name: attack
+    for attack in (BadNets, Blended, SIG, WaNet, LabelConsistent, InputAware, BppAttack, MultiTrigger)
+}
 
 
 def get_attack(name: str) -> type[Attack]:
@@ -58,7 +70,7 @@ def draw_attack(name: str, shape: ImageShape, generator: torch.Generator, **para
     try:
         return attack.draw(shape, generator, **parameters)
     except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, BackdoorGymError):
             raise
         raise DataError(f"the options {parameters} of {name} cannot be used: {error}") from error
 
@@ -69,8 +81,4 @@ def attack_from_state(name: str, parameters: dict[str, Any], tensors: dict[str, 
     Raises:
         ModelFileError: parameters or tensors do not fit the attack.
     """
-    attack = get_attack(name)
-    given, needed = {*parameters, *tensors}, {field.name for field in fields(attack)}  # type: ignore[arg-type]
-    if given != needed:
-        raise ModelFileError(f"the trigger of {name} needs {sorted(needed)}, the file has {sorted(given)}")
-    return attack(**parameters, **tensors)
+    return get_attack(name).from_state(parameters, tensors)
