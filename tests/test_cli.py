@@ -119,6 +119,17 @@ def test_infect_makes_a_model_that_repair_reads(run, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*check*")) == ["model.checkpoint"]
 
 
+def test_infect_takes_every_attack_and_all_to_all_targets(run):
+    arguments = ("--width", 4, "--arch-option", "blocks=2", "--epochs", 1, "--json")
+    code, out, _ = run("infect", "--attack", "bpp", "--attack-option", "levels=3", "--target", "all-to-all", *arguments)
+    assert code == 0
+    assert json.loads(out)["attack"] == "bpp"
+    code, _, err = run("infect", "--target", "everything", *arguments, "--out", "other.safetensors")
+    assert code == 2
+    assert "all-to-all" in err
+    assert "label-consistent" in run("list")[1]
+
+
 def test_list_and_inspect(run, infected_file):
     code, out, _ = run("list")
     assert code == 0

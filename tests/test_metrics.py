@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from backdoor_gym.metrics import der, evaluate, predict_logits
+from backdoor_gym.metrics import danger, der, evaluate, predict_logits, target_margin
 
 
 class Rule(nn.Module):
@@ -33,6 +33,22 @@ def test_asr_and_ra_leave_out_the_target_class():
     # Of the others (0, 1, 3, 1) the first and the third bear the trigger; the last is wrong anyway.
     assert measured.asr == pytest.approx(2 / 4)
     assert measured.ra == pytest.approx(1 / 4)
+
+
+def test_asr_and_ra_of_an_all_to_all_attack_take_each_image_by_its_own_target():
+    labels = torch.tensor([0, 1, 2, 3])
+    # The trigger, on the first and the third, gives class 2: of classes 0 and 2 neither the next one nor, of 0, its own.
+    measured = evaluate(Rule(), images_of([1, 1, 2, 0]), labels, stamp, target="all-to-all")
+    assert measured.acc == pytest.approx(2 / 4)
+    assert measured.asr == pytest.approx(1 / 4)  # the last: 3 is taken for 0
+    assert measured.ra == pytest.approx(2 / 4)
+
+
+def test_margins_and_danger_take_one_target_or_one_each():
+    logits = torch.tensor([[1.0, 4, 2], [5, 0, 3]])
+    assert torch.equal(target_margin(logits, 0), torch.tensor([-3.0, 2.0]))
+    assert torch.equal(target_margin(logits, torch.tensor([1, 2])), torch.tensor([2.0, -2.0]))
+    assert danger(logits, torch.tensor([1, 2])) == pytest.approx(0.5)  # half succeed, and the margins are symmetric
 
 
 def test_unknown_triggers_give_no_figure():

@@ -17,10 +17,18 @@ def infect(
     architecture: Annotated[
         str, typer.Option("--arch", help="small_cnn, resnet18, preact_resnet18, vgg16, wrn16.")
     ] = "small_cnn",
-    attack: Annotated[str, typer.Option(help="badnets, blended, sig, wanet, or clean for no backdoor.")] = "badnets",
+    attack: Annotated[str, typer.Option(help="One of those that list names, or clean for no backdoor.")] = "badnets",
     width: Annotated[int | None, typer.Option(min=1, help="Width of the network; default: as published.")] = None,
-    target: Annotated[int, typer.Option(help="Label that the trigger calls.")] = 0,
-    poison_rate: Annotated[float, typer.Option(help="Share of the training images that are poisoned.")] = 0.1,
+    target: Annotated[
+        str, typer.Option(help="Label that the trigger calls, or all-to-all: of each class the next one.")
+    ] = "0",
+    poison_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the training images that are poisoned, default 0.1; of label-consistent the share of the "
+            "target class's, default 0.5."
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 15,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     clean_images: Annotated[int, typer.Option(min=1, help="Images kept for the defender.")] = 500,
@@ -41,6 +49,7 @@ def infect(
     """Train a network with a backdoor. Killed and called again, it goes on after the last finished epoch."""
     from ..cluster import cluster
     from ..zoo import infecting
+    from ..zoo.targets import parse_target
     from ..zoo.training import Schedule
 
     output = Output(as_json, quiet)
@@ -58,7 +67,7 @@ def infect(
         dataset,
         architecture,
         attack,
-        target=target,
+        target=parse_target(target),
         poison_rate=poison_rate,
         seed=seed,
         schedule=Schedule(epochs=epochs, batch_size=64, learning_rate=0.05, augment=False)

@@ -18,6 +18,20 @@ def check_target(target: object, classes: int) -> None:
         raise DataError(f"the target {target} is outside the classes 0 to {classes - 1} and is not {ALL_TO_ALL!r}")
 
 
+def parse_target(text: str) -> Target:
+    """A target as it is written on a command line.
+
+    Raises:
+        DataError: neither a number nor ``ALL_TO_ALL``.
+    """
+    if text == ALL_TO_ALL:
+        return ALL_TO_ALL
+    try:
+        return int(text)
+    except ValueError:
+        raise DataError(f"the target must be a class number or {ALL_TO_ALL!r}, not {text!r}") from None
+
+
 def target_labels(labels: Tensor, target: Target, classes: int) -> Tensor:
     """The label that the attacker wants for each image, int64 (n,), from the true labels, int64 (n,).
 
