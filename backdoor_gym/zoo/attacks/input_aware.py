@@ -102,7 +102,8 @@ class InputAware(Attack):
 
     def triggers(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The trigger of each image, (n, C, H, W) in [0, 1], and how much of it shows where, (n, 1, H, W) in [0, 1]."""
-        return tuple(network.to(images.device)(images) for network in self._networks)  # type: ignore[return-value]
+        patterns, places = (network.to(images.device)(images) for network in self._networks)
+        return patterns, places
 
     @cached_property
     def _networks(self) -> tuple[nn.Module, nn.Module]:

@@ -49,7 +49,8 @@ class MultiTrigger(Attack):
         return (images * 255).round().long().flatten(1).sum(1) % len(self.triggers)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        kinds, tensors = [], {}
+        kinds: list[dict[str, Any]] = []
+        tensors: dict[str, Tensor] = {}
         for index, trigger in enumerate(self.triggers):
             parameters, own = trigger.state()
             kinds.append({"attack": trigger.name, "parameters": parameters})
