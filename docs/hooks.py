@@ -16,7 +16,14 @@ ROOT = Path(__file__).parent.parent
 #: Where ``mkdocs.yml`` tells mkdocstrings to look for the package.
 DOCUMENTED = ROOT / "build" / "documented" / "backdoor_gym"
 #: Pages and pictures outside ``docs``.
-OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/results/*.png")
+OUTSIDE = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "benchmarks/README.md",
+    "benchmarks/results/*.png",
+    "tutorials/README.md",
+)
 LINK = re.compile(r"(\]\()([^)\s:#]+)((?:#[^)\s]*)?\))")
 
 
