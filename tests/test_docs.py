@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from backdoor_gym import baselines
 from backdoor_gym.envs.layers import BackdoorPruneLayersEnv
 from backdoor_gym.envs.prune import BackdoorPruneEnv
+from backdoor_gym.zoo.attacks import ATTACKS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tutorials/*.md")]
@@ -40,3 +42,16 @@ def test_arrays_have_the_sizes_that_the_docstring_gives():
     }.items():
         row = next(line for line in inspect.getdoc(BackdoorPruneEnv).splitlines() if line.startswith(f"| ``{key}``"))
         assert re.search(rf"\((?:[NE], )?{columns},?\)", row), row
+
+
+def test_every_attack_and_rule_is_described():
+    described = set(
+        re.findall(r"^::: (backdoor_gym\.[\w.]+)", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
+    )
+    attacks = {f"{attack.__module__}.{attack.__name__}" for attack in ATTACKS.values()}
+    rules = {
+        f"backdoor_gym.baselines.{module}"
+        for module in baselines.__all__
+        if inspect.ismodule(getattr(baselines, module))
+    }
+    assert attacks | rules <= described
