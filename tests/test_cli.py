@@ -130,6 +130,17 @@ def test_infect_takes_every_attack_and_all_to_all_targets(run):
     assert "label-consistent" in run("list")[1]
 
 
+def test_infect_adapts_to_defences(run):
+    arguments = ("--width", 4, "--arch-option", "blocks=2", "--epochs", 1, "--json")
+    code, out, _ = run("infect", "--adaptive", "clp", "--adaptive", "bn", *arguments)
+    assert code == 0
+    assert json.loads(out)["recalibrated"]
+    assert "UCLCPenalty" in json.loads(out)["penalty"]
+    code, _, err = run("infect", "--adaptive", "clap", *arguments, "--out", "other.safetensors")
+    assert code == 2
+    assert "did you mean 'clp'" in err
+
+
 def test_list_and_inspect(run, infected_file):
     code, out, _ = run("list")
     assert code == 0

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import DataError
+from ..errors import DataError, UnknownNameError
 from .common import DeviceOption, JsonOption, Output, QuietOption, RayOption, check_writable, pairs
 
 
@@ -36,6 +36,13 @@ def infect(
         list[str] | None, typer.Option(help="Further option of the architecture, KEY=VALUE.")
     ] = None,
     attack_option: Annotated[list[str] | None, typer.Option(help="Further option of the attack, KEY=VALUE.")] = None,
+    adaptive: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the attacker knows of defences: clp (outliers of UCLC cost in training), bn (BN statistics are those "
+            "of clean images in the end); repeat for both."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write; default: infected/ARCH-ATTACK-SEED.safetensors.")
     ] = None,
@@ -48,11 +55,15 @@ def infect(
 ) -> None:
     """Train a network with a backdoor. Killed and called again, it goes on after the last finished epoch."""
     from ..cluster import cluster
+    from ..graph.uclc_penalty import UCLCPenalty
     from ..zoo import infecting
     from ..zoo.targets import parse_target
     from ..zoo.training import Schedule
 
     output = Output(as_json, quiet)
+    known = set(adaptive or ())
+    for unknown in known - {"clp", "bn"}:
+        raise UnknownNameError("defence of --adaptive", unknown, ("clp", "bn"))
     path = out or Path("infected") / f"{architecture}-{attack}-{seed}.safetensors"
     if path.exists() and not force:
         raise DataError(f"{path} exists already; choose another --out, or --force to replace it")
@@ -76,6 +87,8 @@ def infect(
         architecture_options=options,
         attack_options=pairs(attack_option, "--attack-option"),
         clean_images=clean_images,
+        penalty=UCLCPenalty() if "clp" in known else None,
+        recalibrated="bn" in known,
         device=device,
         half=half,
         name=path.stem,

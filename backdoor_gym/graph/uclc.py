@@ -18,19 +18,24 @@ from torch import Tensor, nn
 from ..pruning.neurons import NeuronLayer, Neurons
 
 
+@torch.no_grad()
 def uclc(network: nn.Module, neurons: Neurons) -> list[Tensor]:
     """UCLC of each neuron, one float64 tensor (size,) a layer."""
+    return bounds(network, neurons)
+
+
+def bounds(network: nn.Module, neurons: Neurons) -> list[Tensor]:
+    """The same with their derivatives by the weights (not by the running variances, which are no parameters)."""
     return [_layer_uclc(network, layer) for layer in neurons.layers]
 
 
-@torch.no_grad()
 def spectral_norms(weight: Tensor) -> Tensor:
     """Largest singular value of each output channel's kernel, float64 (C_out,).
 
     It is the root of the largest eigenvalue of the smaller Gram matrix, for all channels in one batch. The matrix is
     computed in the weights' own precision, which costs the largest eigenvalue no more than rounding, unlike the smaller ones.
     """
-    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if weight.ndim == 2 or weight[0, 0].numel() == 1:
         return weight.double().flatten(1).norm(dim=1)
     kernels = weight.flatten(2)
@@ -39,7 +44,6 @@ def spectral_norms(weight: Tensor) -> Tensor:
     return torch.linalg.eigvalsh((kernels @ kernels.transpose(1, 2)).double())[:, -1].clamp(min=0).sqrt()
 
 
-@torch.no_grad()
 def norm_gain(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Tensor:
     """|gamma / sigma| of a batch normalisation, float64 (C,)."""
     assert norm.running_var is not None

@@ -1,5 +1,6 @@
 """Making an infected model: choose the trigger, poison the training images, train, measure."""
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from . import datasets
 from .architectures import build_from_spec
 from .attacks import Alter, Helper, Poisoning, draw_attack
 from .datasets import DataSource, LabelledImages
+from .recalibrating import recalibrate
 from .targets import Target, check_target, target_labels
 from .training import Schedule, train
 
+#: Given the network that is trained, the function whose value is added to its loss at each step.
+Penalty = Callable[[nn.Module], Callable[[], Tensor]]
 CLEAN = "clean"
 POISON_RATE, CLEAN_LABEL_RATE = 0.1, 0.5
 #: Clean images held back for the defender, where the data set is large enough.
@@ -36,6 +40,8 @@ def infect(
     architecture_options: dict[str, Any] | None = None,
     attack_options: dict[str, Any] | None = None,
     clean_images: int = CLEAN_IMAGES,
+    penalty: Penalty | None = None,
+    recalibrated: bool = False,
     half: bool = False,
     device: str = "cpu",
     checkpoint: Path | None = None,
@@ -59,6 +65,10 @@ def infect(
         architecture_options: such as ``{"width": 16}``.
         attack_options: parameters of the attack.
         clean_images: how many images the defender gets.
+        penalty: what an attacker who knows a defence adds to the loss, such as ``graph.uclc_penalty.UCLCPenalty()`` against
+            CLP: it is given the network, and gives the function that says what to add at each step.
+        recalibrated: whether the attacker replaces the BN statistics by those of clean images in the end, so that they
+            tell nothing of the poisoned training.
         half: whether to round the weights to float16 in the end, so that a file of half the size loses nothing.
         device: where to train.
         checkpoint: file that training is resumed from when it was interrupted; remove it once the model is saved.
@@ -107,8 +117,11 @@ def infect(
         trigger, images = trigger.prepare(images, labels, wanted, poisoning, helper)
         poisoning = replace(poisoning, attack=trigger)
         labels = poisoning.labels
-    identity = repr((spec, attack, seed, poison_rate, trigger and trigger.digest()))
-    train(network, images, labels, schedule, ordering, poisoning, device, checkpoint, identity, progress)
+    identity = repr((spec, attack, seed, poison_rate, trigger and trigger.digest(), *([penalty] if penalty else [])))
+    cost = penalty and penalty(network)
+    train(network, images, labels, schedule, ordering, poisoning, device, checkpoint, identity, progress, cost)
+    if recalibrated:
+        recalibrate(network, training.images)
     network.cpu()
     if half:
         network.half().float()
@@ -122,6 +135,7 @@ def infect(
         spec,
         name=name or f"{architecture}-{attack}-{seed}",
     )
+    known = {"penalty": repr(penalty) if penalty else None, "recalibrated": recalibrated or None}
     measured = model.evaluate()
     model.facts = {
         "dataset": dataset,
@@ -129,6 +143,7 @@ def infect(
         "poison_rate": poison_rate if trigger is not None else 0.0,
         "seed": seed,
         "schedule": asdict(schedule),
+        **{key: value for key, value in known.items() if value is not None},
         "acc": measured.acc,
         "asr": measured.asr,
     }

@@ -47,6 +47,7 @@ def train(
     checkpoint: Path | None = None,
     identity: str = "",
     progress: bool = False,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> None:
     """Train the network in place; it ends in eval mode on ``device``.
 
@@ -62,6 +63,7 @@ def train(
             it is for is safe.
         identity: what else tells this run from others, beside shapes, images, labels, seed and schedule.
         progress: whether to draw a progress bar.
+        penalty: added to the loss of every step, a scalar.
 
     Raises:
         ModelFileError: the checkpoint belongs to another run or cannot be read.
@@ -107,6 +109,8 @@ def train(
                     loss = F.cross_entropy(
                         network(batch.contiguous(memory_format=torch.channels_last)), labels[chosen.to(device)]
                     )
+                if penalty is not None:
+                    loss = loss + penalty()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
