@@ -81,11 +81,12 @@ class CLP(Rule):
         check_threshold(u)
         rule = cls(accuracy_budget=accuracy_budget)
         rule.threshold = u
+        traced_with = None if clean is None else clean[0]
         if clean is None:
             if u == AUTO:
                 raise DataError('u="auto" needs clean images: clean=(images, labels)')
             clean = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64)  # a number looks at none
-        return prune_by(rule, network, clean, inplace)
+        return prune_by(rule, network, clean, inplace, traced_with)
 
 
 prune = CLP.prune

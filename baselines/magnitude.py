@@ -23,7 +23,9 @@ class Magnitude(Rule):
             for feeder in layer.feeders:
                 weight = defender.network.get_submodule(feeder.module).weight
                 assert isinstance(weight, torch.Tensor)
-                norms += weight.detach().double().cpu().abs().flatten(1).sum(1)
+                norms[feeder.start : feeder.start + len(weight)] += (
+                    weight.detach().double().cpu().abs().flatten(1).sum(1)
+                )
             scores[layer.neurons] = -(norms / norms.mean().clamp(min=1e-12)).numpy()
         return scores
 

@@ -145,7 +145,7 @@ class Rule(Policy):
             UntraceableError: the network's neurons cannot be found.
             DataError: an unusable threshold or unusable images.
         """
-        return prune_by(cls(None, threshold, accuracy_budget, **options), network, clean, inplace)
+        return prune_by(cls(None, threshold, accuracy_budget, **options), network, clean, inplace, clean[0])
 
     @classmethod
     def _or_published(cls, threshold: Threshold | None) -> Threshold:
@@ -157,13 +157,15 @@ class Rule(Policy):
         return cls.published
 
 
-def prune_by(rule: Rule, network: nn.Module, clean: tuple[Tensor, Tensor], inplace: bool) -> nn.Module:
-    """The network with what a rule finds set to zero; see ``Rule.prune``."""
+def prune_by(
+    rule: Rule, network: nn.Module, clean: tuple[Tensor, Tensor], inplace: bool, traced_with: Tensor | None
+) -> nn.Module:
+    """The network with what a rule finds set to zero; see ``Rule.prune``, and ``find_neurons`` for ``traced_with``."""
     if rule.threshold == BUDGET:
         raise DataError('the threshold "budget" is for an environment; use "auto"')
     check_finite(network)
     check_images(*clean)
-    neurons = find_neurons(network)
+    neurons = find_neurons(network, traced_with)
     defender = Defender(network, neurons, neurons.units(), *clean)
     scores, threshold = rule.scores(defender), rule.threshold
     if threshold == AUTO:

@@ -58,7 +58,7 @@ class InfectedGenerator:
                 most = len(self.get(entry))
             else:
                 model = entry if isinstance(entry, InfectedModel) else load_infected(entry, self.data)
-                most = max(most, len(find_neurons(model.network)))
+                most = max(most, len(find_neurons(model.network, model.clean.first(2).images)))
         return most
 
     def draw(self, random: np.random.Generator) -> Victim:

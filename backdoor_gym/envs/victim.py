@@ -76,7 +76,7 @@ class Victim:
     def __init__(self, model: InfectedModel, options: VictimOptions) -> None:
         self.model = model
         self.options = options
-        self.neurons: Neurons = find_neurons(model.network)
+        self.neurons: Neurons = find_neurons(model.network, model.clean.first(2).images)
         self.neurons.graph.to(find_device(options.device))
         self.units = self.neurons.units(options.residual)
         self.clean = model.clean.first(options.clean_samples)

@@ -7,8 +7,8 @@
 | ``log_variance_ratio`` | log of clean over running variance of the BN input |
 | ``mean_shift`` | absolute difference of clean and running mean, in running standard deviations |
 | ``activation`` | mean of the positive part of the neuron's output on clean images |
-| ``weight`` | gamma of the BN |
-| ``bias`` | beta of the BN |
+| ``weight`` | gamma of the normalisation |
+| ``bias`` | beta of the normalisation |
 | ``saliency`` | absolute derivative of the clean cross-entropy with respect to the neuron's mask |
 | ``pull`` | derivative of the suspected target's margin by the mask under the inverted trigger (``trigger_inversion.py``) |
 | ``depth`` | index of the layer over that of the last, in [0, 1], not standardised |
@@ -16,7 +16,7 @@
 Standardised is (x - mean) / unbiased standard deviation over the layer; zero where that deviation is zero or the layer
 has one neuron. All but ``uclc`` are clamped to +-6. ``uclc`` is not, so that a threshold on it is the published CLP; a
 score of n values is at most (n - 1) / sqrt(n) by itself. In mean and variance on clean images all classes weigh alike.
-Layers without batch normalisation have zeros in the columns that need one.
+What is not there is zero: running statistics are of a batch normalisation alone, gamma and beta of any normalisation.
 """
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..metrics import target_margin
+from ..pruning.channels import WEIGHTED
 from ..pruning.neurons import Neurons
 from .batch_norms import class_weights
 from .mask_gradient import mask_gradient
@@ -79,10 +80,12 @@ def neuron_features(
         columns = {"uclc": bounds[index], **observed[index]}
         if pulls is not None:
             columns["pull"] = pulls[layer.neurons]
+        module = network.get_submodule(layer.module)
         if layer.normalised:
-            columns |= _statistics_gap(
-                network.get_submodule(layer.module), columns.pop("mean"), columns.pop("variance")
-            )
+            columns |= _statistics_gap(module, columns.pop("mean"), columns.pop("variance"))
+        if not isinstance(module, WEIGHTED):
+            affine = {"weight": module.weight, "bias": module.bias}
+            columns |= {name: value.detach() for name, value in affine.items() if isinstance(value, Tensor)}
         features = torch.zeros(layer.size, len(STATIC_FEATURES), dtype=torch.float64)
         for column, name in enumerate(STATIC_FEATURES[:-1]):
             if name in columns:
@@ -112,8 +115,6 @@ def _statistics_gap(norm: nn.Module, mean: Tensor, variance: Tensor) -> dict[str
         "kl": torch.log1p(divergence.clamp(min=0)),
         "log_variance_ratio": torch.log(clean / running),
         "mean_shift": shift / running.sqrt(),
-        "weight": norm.weight.detach(),
-        "bias": norm.bias.detach(),
     }
 
 
@@ -156,6 +157,7 @@ class _Observer(fx.Interpreter):
         self.weights = weights
         self.layer_of = {layer.node: index for index, layer in enumerate(neurons.layers)}
         self.normalised = [layer.normalised for layer in neurons.layers]
+        self.axes = [layer.axis for layer in neurons.layers]
         self.found: list[dict[str, Tensor]] = [{} for _ in neurons.layers]
 
     def run_node(self, n: fx.Node) -> Tensor:
@@ -167,9 +169,7 @@ class _Observer(fx.Interpreter):
                 read = self.env[n.all_input_nodes[0]].detach()
                 values = read.double().flatten(2) if read.ndim > 2 else read.double().unsqueeze(2)
                 found["mean"], found["square"] = self.weights @ values.mean(2), self.weights @ values.square().mean(2)
-            found["activation"] = value.detach().clamp(min=0).mean(dim=_all_but_channels(value))
+            channels = self.axes[index] % value.ndim
+            positions = [axis for axis in range(value.ndim) if axis != channels]
+            found["activation"] = value.detach().clamp(min=0).mean(dim=positions)
         return value
-
-
-def _all_but_channels(values: Tensor) -> list[int]:
-    return [axis for axis in range(values.ndim) if axis != 1]

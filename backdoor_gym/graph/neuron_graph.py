@@ -2,7 +2,8 @@
 
 - *Connection* (kind 0): from a neuron of an earlier layer to one that reads it. Its strength is the L1 norm of the
   kernel between the two channels; each neuron keeps its strongest ``connections`` inputs. Where the layer reads a
-  residual sum, the neurons whose channels were added are its inputs alike, the nearest first.
+  residual sum, the neurons whose channels were added are its inputs alike, the nearest first; where it reads a
+  concatenation, each of them for its own channels.
 - *Similarity* (kind 1): between neurons of one layer whose vectors of connection strengths have a cosine of at least
   ``threshold`` (ONP, 2024: neurons linked by connectivity); each neuron keeps its ``similar`` most similar ones.
 
@@ -99,19 +100,33 @@ _NONE: Found = (np.zeros(0), np.zeros((0, 2), dtype=np.int64))
 def _connections(layer: NeuronLayer, strengths: list[np.ndarray], neurons: Neurons, most: int) -> Found:
     blocks, senders = [], []
     for feeder, strength in zip(layer.feeders, strengths, strict=True):
-        for index in feeder.upstream:
+        if strength.shape[1] % feeder.reads:  # not whole channels
+            continue
+        by_channel = strength.reshape(len(strength), feeder.reads, -1).sum(2)
+        for index, offset in zip(feeder.upstream, feeder.offsets, strict=True):
             upstream = neurons.layers[index]
-            blocks.append(strength.reshape(layer.size, upstream.size, -1).sum(2))
-            senders.append(np.arange(upstream.start, upstream.start + upstream.size))
+            blocks.append(_rows(layer, feeder, by_channel[:, offset : offset + upstream.size]))
+            senders.append(np.arange(upstream.start, upstream.start + blocks[-1].shape[1]))
     if not blocks or most < 1:
         return _NONE
     return _strongest(np.concatenate(blocks, axis=1), np.concatenate(senders), layer, most)
 
 
+def _rows(layer: NeuronLayer, feeder: Feeder, strength: np.ndarray) -> np.ndarray:
+    """Strengths of a feeder's channels as those of the layer's neurons, zeros where others feed them."""
+    if len(strength) == layer.size:
+        return strength
+    rows = np.zeros((layer.size, strength.shape[1]))
+    rows[feeder.start : feeder.start + len(strength)] = strength
+    return rows
+
+
 def _similarities(layer: NeuronLayer, strengths: list[np.ndarray], most: int, threshold: float) -> Found:
     if layer.size < 2 or most < 1:
         return _NONE
-    vectors = np.concatenate(strengths, axis=1)
+    vectors = np.concatenate(
+        [_rows(layer, feeder, one) for feeder, one in zip(layer.feeders, strengths, strict=True)], axis=1
+    )
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
     cosine = unit @ unit.T

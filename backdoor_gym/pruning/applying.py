@@ -2,14 +2,16 @@
 
 import copy
 import warnings
+from collections import Counter
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from ..errors import CompactionError
-from .channels import Kind, kind_of, tensor_inputs
+from .channels import CHANNELWISE, Channels, Kind, module_of
 from .neurons import Neurons
+from .sources import Spaces, is_depthwise
 
 
 def write_mask(network: nn.Module, neurons: Neurons, mask: np.ndarray, inplace: bool = False) -> nn.Module:
@@ -58,7 +60,7 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
     for parameter in compact.parameters():  # the dependency graph is traced through autograd
         parameter.requires_grad_(True)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             dependencies = torch_pruning.DependencyGraph().build_dependency(compact, example_inputs=images[:1].clone())
             for writer, dead in _dead_channels(neurons, mask):
@@ -79,57 +81,88 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
 
 
 def _dead_channels(neurons: Neurons, mask: np.ndarray) -> list[tuple[str, list[int]]]:
-    """For each channel space: a layer that writes it, and the channels that only zeros are read from."""
-    graph_module = neurons.graph
-    zeros: dict[fx.Node, np.ndarray] = {}
-    readers: dict[fx.Node, list[np.ndarray]] = {}
-    writers: dict[fx.Node, fx.Node] = {}
-    masked = iter(neurons.layers)
-    space: dict[fx.Node, fx.Node] = {}
+    """For each layer that writes channels: its name, and those of its channels that nothing needs.
 
-    def top(node: fx.Node) -> fx.Node:
-        while space[node] is not node:
-            node = space[node]
-        return node
+    A channel is needed where what reads it does not read zeros; and all values of one space (``Spaces``) have the same
+    channels, so that what is needed of one of them stays in all.
+    """
+    channels = Channels(neurons.graph)
+    zeros = _zeros(channels, neurons, mask)
+    spaces = Spaces(channels, depthwise=True)
+    needed = _needed(channels, zeros, spaces)
+    found: dict[str, list[int]] = {}
+    gone: dict[fx.Node, set[int]] = {top: set() for top in needed}
+    for node in channels.nodes:
+        if channels.kinds[node] is not Kind.WEIGHTED:
+            continue
+        top, shift = spaces.of(node)
+        # Of a space, those that an earlier layer left.
+        left = [channel for channel in range(shift, shift + len(zeros[node])) if channel not in gone[top]]
+        dead = [place for place, channel in enumerate(left) if channel not in needed[top]]
+        if dead:
+            found[str(node.target)] = dead
+            gone[top].update(left[place] for place in dead)
+    return list(found.items())
 
-    for node in graph_module.graph.nodes:
-        kind = kind_of(graph_module, node)
-        read = [source for source in tensor_inputs(node) if source in zeros]
+
+def _needed(channels: Channels, zeros: dict[fx.Node, np.ndarray], spaces: Spaces) -> dict[fx.Node, set[int]]:
+    """The channels of each space that must stay."""
+    needed: dict[fx.Node, set[int]] = {top: set() for top in channels.nodes}
+    calls = Counter(node.target for node in channels.nodes if node.op == "call_module")
+
+    def need(node: fx.Node, wanted: np.ndarray | bool = True) -> None:
+        if node in zeros:
+            top, shift = spaces.of(node)
+            needed[top].update((shift + np.flatnonzero(np.broadcast_to(wanted, zeros[node].shape))).tolist())
+
+    for node in channels.nodes:
+        kind, inputs = channels.kinds[node], channels.inputs(node)
+        known = all(source in zeros for source in inputs)
         if kind is Kind.WEIGHTED:
-            module = graph_module.get_submodule(str(node.target))
-            grouped = getattr(module, "groups", 1) > 1  # its inputs cannot be cut one by one
-            for source in read:
-                readers.setdefault(top(source), []).append(zeros[source] & ~np.bool_(grouped))
-            assert isinstance(module.weight, Tensor)
-            zeros[node] = np.zeros(module.weight.shape[0], dtype=bool)
-            space[node] = node
-            writers[node] = node
-        elif kind is Kind.OPAQUE or not read:
-            for source in read:  # the output, or an operation that mixes channels: nothing it reads may go
-                readers.setdefault(top(source), []).append(np.zeros_like(zeros[source]))
-        else:
-            zero = np.logical_and.reduce([zeros[source] for source in read])
-            if kind is Kind.MASK:
-                zero = zero | ~mask[next(masked).neurons]
-            zeros[node] = zero if kind in (Kind.MASK, Kind.ZERO_PRESERVING, Kind.SUM) else np.zeros_like(zero)
-            space[node] = node
-            for source in read:
-                _join(top(source), node, space, readers, writers)
-    found = []
-    for node, writer in writers.items():
-        dead = np.logical_and.reduce(readers.get(node) or [np.zeros_like(zeros[writer])])
-        if dead.all():
-            dead[0] = False
-        if dead.any():
-            found.append((str(writer.target), np.flatnonzero(dead).tolist()))
-    return found
+            grouped = getattr(module_of(channels.graph_module, node), "groups", 1) > 1
+            if calls[node.target] > 1 or (grouped and not (is_depthwise(channels, node) and known)):
+                need(node)  # other uses, or the images, would have to change too, or groups would differ in size
+                for source in inputs:
+                    need(source)
+            elif not grouped:
+                need(inputs[0], ~zeros[inputs[0]] if known else True)
+        elif kind not in CHANNELWISE | {Kind.CONCATENATION} or kind is Kind.LIVE_NORM or node not in zeros:
+            for source in inputs:  # all of them count there, if only for the statistics
+                need(source)
+            need(node)
+        elif not known or spaces.of(node)[0] in spaces.twisted:
+            need(node)
+    for node in channels.nodes:
+        if channels.kinds[node] is Kind.WEIGHTED:
+            top, shift = spaces.of(node)
+            if not needed[top] & set(range(shift, shift + len(zeros[node]))):
+                needed[top].add(shift)  # a layer keeps one channel at least
+    return needed
 
 
-def _join(old: fx.Node, new: fx.Node, space: dict, readers: dict, writers: dict) -> None:
-    """Let the space ``old`` become a part of ``new``."""
-    if old is new:
-        return
-    space[old] = new
-    readers.setdefault(new, []).extend(readers.pop(old, []))
-    if old in writers:
-        writers[new] = writers.pop(old)
+def _zeros(channels: Channels, neurons: Neurons, mask: np.ndarray) -> dict[fx.Node, np.ndarray]:
+    """Of each value whose channels are known: which of them are zero, bool (channels,)."""
+    zeros: dict[fx.Node, np.ndarray] = {}
+    layer_of = {node: int(str(node.args[1]).removeprefix("neuron_mask_")) for node in _masks(channels)}
+    for node in channels.nodes:
+        kind, layout = channels.kinds[node], channels.layouts[node]
+        if layout is None or layout.size is None or kind in (Kind.CONSTANT, Kind.IMAGES):
+            continue
+        zero = np.zeros(layout.size, dtype=bool)
+        read = [zeros.get(source, zero) for source in channels.inputs(node)]
+        if kind is Kind.MASK:
+            zero = read[0] | ~mask[neurons.layers[layer_of[node]].neurons]
+        elif kind in (Kind.ZERO_PRESERVING, Kind.SUM):
+            zero = np.logical_and.reduce(read)
+        elif kind is Kind.PRODUCT:
+            zero = np.logical_or.reduce(read)
+        elif kind is Kind.CONCATENATION:
+            for piece, begin in channels.pieces(node):
+                if begin is not None and piece in zeros:
+                    zero[begin : begin + len(zeros[piece])] = zeros[piece]
+        zeros[node] = zero
+    return zeros
+
+
+def _masks(channels: Channels) -> list[fx.Node]:
+    return [node for node in channels.nodes if channels.kinds[node] is Kind.MASK]

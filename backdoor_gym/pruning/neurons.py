@@ -1,29 +1,33 @@
 """The prunable neurons of any network that torch.fx can trace.
 
-A neuron is an output channel of a convolution with its normalisation, or a hidden unit of a linear layer. Where a batch
-normalisation reads exactly one convolution that nothing else reads, the neuron is named after the convolution
-(``layer3.0.conv1[57]``). Where it reads a residual sum (pre-activation networks), the neuron is that channel of the
-batch normalisation (``layer3.1.bn1[57]``). A convolution or hidden linear layer that no batch normalisation reads has
-neurons of its own. Pruning a neuron makes that channel zero.
+A neuron is an output channel of a convolution with its normalisation, or a hidden unit of a linear layer. Pruning it
+makes that channel zero. Which layers have neurons:
+
+- *Batch normalisation* (group and instance normalisation alike): where it reads exactly one convolution that nothing else
+  reads, the neuron is named after the convolution (``layer3.0.conv1[57]``); where it reads a residual sum or a
+  concatenation, the neuron is that channel of the normalisation (``layer3.1.bn1[57]``).
+- *Layer normalisation* that reads exactly one layer which nothing else reads: likewise, as its weight and bias are of one
+  channel each. What writes into a sum that a layer normalisation reads (the residual stream of a transformer) is no neuron:
+  its channels are coordinates that all later blocks share, and zeros there change the statistics of all others.
+- Any other convolution or linear layer has neurons of its own, but those that the logits come from, those whose values
+  attention compares or averages as they are (queries, keys, values), and those that only gate other channels.
+
+A layer that is used several times in one pass is one layer of neurons, masked at each use.
 """
 
-import copy
-import inspect
-import operator
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from threading import Lock, get_ident
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import UnknownNameError, UntraceableError
-from .channels import Kind, kind_of, mask_channels, module_of, sources, tensor_inputs
+from .channels import WEIGHTED, Channels, Kind, mask_channels, module_of
+from .sources import Source, Spaces, gates, last_layers, projections, sources
+from .tracing import trace
 
 RESIDUAL_MODES = ("channel", "group")
 
@@ -33,10 +37,18 @@ class Feeder:
     """A convolution or linear layer that writes into what a neuron layer reads."""
 
     module: str
-    #: Batch normalisations between it and the neuron layer's own.
+    #: Normalisations between it and the neuron layer's own.
     norms: tuple[str, ...]
     #: Indices of the neuron layers whose (masked) channels it reads, nearest first.
     upstream: tuple[int, ...]
+    #: For each of these, the channel read that its first one is: not 0 where channels were concatenated.
+    offsets: tuple[int, ...]
+    #: How many channels it reads; a linear layer behind a flattened image has several inputs for each.
+    reads: int
+    #: The neuron of the layer that its first channel is: not 0 where channels were concatenated.
+    start: int = 0
+    #: Normalisation that it reads directly and that has no neurons itself, None for none.
+    scale: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,18 +56,22 @@ class NeuronLayer:
     """The neurons of one layer."""
 
     name: str
-    #: Module whose weights hold the mask: a batch normalisation, or the convolution or linear layer itself.
+    #: Module whose weights hold the mask: a normalisation, or the convolution or linear layer itself.
     module: str
     #: Whether that module is a batch normalisation.
     normalised: bool
-    #: Name of the node of the traced graph whose value is masked.
+    #: Name of the node of the traced graph whose value is masked; of a layer that is used several times the first one.
     node: str
     size: int
     #: Index of the first neuron of the layer.
     start: int
     feeders: tuple[Feeder, ...]
-    #: Layers of the same number share channels through residual sums.
+    #: Layers of the same number share channels through residual sums,
     space: int
+    #: of which the first one of this layer is that of this number.
+    shift: int = 0
+    #: Where the channels are in the node's value: 1, or -1 for the last axis.
+    axis: int = 1
 
     @property
     def neurons(self) -> slice:
@@ -113,7 +129,7 @@ class Neurons:
         units: dict[tuple[int, int], list[int]] = {}
         for layer in self.layers:
             for channel in range(layer.size):
-                units.setdefault((layer.space, channel), []).append(layer.start + channel)
+                units.setdefault((layer.space, layer.shift + channel), []).append(layer.start + channel)
         return [np.array(members) for members in units.values()]
 
     def layer_masks(self, mask: np.ndarray, device: torch.device | str = "cpu") -> list[Tensor | None]:
@@ -122,220 +138,198 @@ class Neurons:
         return [None if part.all() else torch.from_numpy(part.astype(np.float32)).to(device) for part in parts]
 
 
-def find_neurons(network: nn.Module) -> Neurons:
+def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
     """Trace a network and find its neurons; the network itself is left as it is.
+
+    Args:
+        network: module from images (n, C, H, W) to logits.
+        images: some that it takes, float32 (n, C, H, W); only needed where its forward branches on the shapes of tensors.
 
     Raises:
         UntraceableError: the network cannot be traced, or a layer of it cannot be handled; the message names it.
     """
-    graph_module = _trace(network)
-    nodes = list(graph_module.graph.nodes)
-    kinds = {node: kind_of(graph_module, node) for node in nodes}
-    _refuse_shared(nodes, kinds)
-
-    output = next(node for node in nodes if node.op == "output")
-    classifiers = {found for node in output.all_input_nodes for found, _ in sources(graph_module, node, set())}
-    feeders: dict[fx.Node, list[tuple[fx.Node, list[fx.Node]]]] = {}
-    for node in nodes:
-        if kinds[node] is Kind.NORM:
-            found = list(sources(graph_module, tensor_inputs(node)[0], set()))
-            if any(conv not in classifiers for conv, _ in found):
-                _check_norm(graph_module, node)
-                feeders[node] = found
-    normalised = [conv for found in feeders.values() for conv, _ in found]
-    for node in nodes:
-        if kinds[node] is Kind.WEIGHTED and node not in normalised and node not in classifiers:
-            feeders[node] = [(node, [])]
-
-    sites = [node for node in nodes if node in feeders]
+    graph_module = trace(network, images)
+    inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder" and node.users]
+    if len(inputs) != 1:
+        raise UntraceableError(f"{type(network).__name__}.forward must take images alone, not {len(inputs)} arguments")
+    channels = Channels(graph_module)
+    feeders = _find_sites(channels)
+    sites = [node for node in channels.nodes if node in feeders]
     if not sites:
         raise UntraceableError(
             f"{type(network).__name__} has no prunable neuron: no convolution or linear layer before its last one"
         )
-    inputs = [node for node in nodes if node.op == "placeholder" and node.users]
-    if len(inputs) != 1:
-        raise UntraceableError(f"{type(network).__name__}.forward must take images alone, not {len(inputs)} arguments")
-    spaces = _spaces(nodes, kinds)
+    uses = _gather_uses(channels, sites)
+    _refuse_tied(network, [str(nodes[0].target) for nodes in uses])
+    index_of = {node: index for index, nodes in enumerate(uses) for node in nodes}
+    spaces, numbers = Spaces(channels), dict[fx.Node, int]()
+    called = Counter(node.target for node in channels.nodes if node.op == "call_module")
     layers: list[NeuronLayer] = []
-    for site in sites:
-        found = feeders[site]
-        alone = len(found) == 1 and not found[0][1] and (found[0][0] is site or len(found[0][0].users) == 1)
+    for index, nodes in enumerate(uses):
+        site, found = nodes[0], feeders[nodes[0]]
+        space, shift = spaces.of(site)
         layers.append(
             NeuronLayer(
-                name=str(found[0][0].target if alone else site.target),
+                name=str((found[0].node if _is_alone(site, found, called) else site).target),
                 module=str(site.target),
-                normalised=kinds[site] is Kind.NORM,
+                normalised=channels.kinds[site] is Kind.NORM,
                 node=site.name,
-                size=_channels(graph_module, site),
+                size=_size(channels, site),
                 start=layers[-1].start + layers[-1].size if layers else 0,
-                feeders=tuple(_feeder(graph_module, conv, norms, sites) for conv, norms in found),
-                space=spaces[site],
+                feeders=tuple(_feeder(channels, one, index_of, index) for one in found),
+                space=numbers.setdefault(space, len(numbers)),
+                shift=shift,
+                axis=_axis(channels, site),
             )
         )
-    _insert_masks(graph_module, sites)
+    _insert_masks(channels, uses, layers)
     return Neurons(layers, graph_module)
 
 
-#: torch.fx patches ``nn.Module`` of the whole process while it traces.
-_TRACING = Lock()
+def _find_sites(channels: Channels) -> dict[fx.Node, list[Source]]:
+    """The nodes whose values are masked, with the layers that write into what each of them reads."""
+    last = last_layers(channels)
+    feeders: dict[fx.Node, list[Source]] = {}
+    written: set[fx.Node] = set()
+    for node in channels.nodes:
+        if channels.kinds[node] not in (Kind.NORM, Kind.LIVE_NORM):
+            continue
+        found = list(sources(channels, channels.inputs(node)[0]))
+        if all(one.node in last for one in found):
+            continue
+        norm = module_of(channels.graph_module, node)
+        assert norm is not None
+        if channels.kinds[node] is Kind.NORM:
+            _check_norm(node, norm)
+        elif norm.weight is None:  # nothing to write zeros into
+            continue
+        if isinstance(norm, nn.LayerNorm) and not _reads_alone(node, found):
+            written |= {one.node for one in found}
+            continue
+        feeders[node] = found
+        written |= {one.node for one in found}
+    left_out = last | written | projections(channels) | gates(channels)
+    for node in channels.nodes:
+        if channels.kinds[node] is Kind.WEIGHTED and node not in left_out:
+            feeders[node] = [Source(node, (), 0)]
+    return feeders
 
 
-class _Tracer(fx.Tracer):
-    """Remembers which module's forward is being traced, to name it where tracing fails; other threads go on as they would."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.path: list[str] = []
-        self._thread = get_ident()
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if get_ident() != self._thread:
-            return forward(*args, **kwargs)
-        self.path.append(self.path_of_module(m))
-        result = super().call_module(m, forward, args, kwargs)
-        self.path.pop()
-        return result
+def _reads_alone(norm: fx.Node, found: Sequence[Source]) -> bool:
+    """Whether a normalisation reads one layer, and alone."""
+    if len(found) != 1 or found[0].norms:
+        return False
+    node = found[0].node
+    while node is not norm:
+        if len(node.users) != 1:
+            return False
+        node = next(iter(node.users))
+    return True
 
 
-def _trace(network: nn.Module) -> fx.GraphModule:
-    _refuse_computed_weights(network)
-    network = copy.deepcopy(network).eval()
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-    tracer = _Tracer()
-    try:
-        with _TRACING:
-            graph = tracer.trace(network, concrete_args=_defaults(network))
-    except Exception as error:  # tracing runs the user's code, which can raise anything on symbolic values
-        where = f"layer {tracer.path[-1]}" if tracer.path else "the network's own forward"
-        raise UntraceableError(
-            f"torch.fx cannot trace {where} ({str(error).splitlines()[0]}); its forward must not branch or loop on the "
-            "values or shapes of tensors: move such code out of the network"
-        ) from error
-    graph_module = fx.GraphModule(network, graph)
-    _without_inplace(graph_module)
-    # Assertions, tracing's own among them, and what only they read.
-    for node in reversed(list(graph_module.graph.nodes)):
-        if node.target is torch._assert or (node.op == "call_function" and not node.users):
-            graph_module.graph.erase_node(node)
-    return graph_module
+def _is_alone(site: fx.Node, found: Sequence[Source], called: Counter) -> bool:
+    """Whether the neurons of a site are those of one convolution or linear layer, whose name they bear."""
+    if len(found) != 1 or found[0].norms:
+        return False
+    node = found[0].node
+    return node is site or (len(node.users) == 1 and called[node.target] == 1)
 
 
-def _refuse_computed_weights(network: nn.Module) -> None:
-    """Zeros written into a weight that is computed from other parameters would be lost."""
+def _gather_uses(channels: Channels, sites: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """The sites by layer, in network order: a layer without normalisation may be used several times."""
+    by_layer: dict[str, list[fx.Node]] = {}
+    for node in sites:
+        by_layer.setdefault(str(node.target), []).append(node)
+    for name, nodes in by_layer.items():
+        calls = sum(node.op == "call_module" and node.target == name for node in channels.nodes)
+        weighted = channels.kinds[nodes[0]] is Kind.WEIGHTED
+        if calls > 1 and not (weighted and len(nodes) == calls):
+            raise UntraceableError(f"layer {name} is used twice in one pass; give each use a layer of its own")
+    return list(by_layer.values())
+
+
+def _refuse_tied(network: nn.Module, names: Sequence[str]) -> None:
+    """Zeros written into a weight that two layers share would prune the other one too."""
+    owners: dict[int, list[str]] = {}
     for name, module in network.named_modules():
-        hooks = module._forward_pre_hooks.values()
-        if is_parametrized(module) or any(type(hook).__name__ in ("WeightNorm", "SpectralNorm") for hook in hooks):
-            raise UntraceableError(
-                f"the weights of layer {name} are computed from others (weight or spectral normalisation); make them "
-                "plain first (torch.nn.utils.parametrize.remove_parametrizations, or remove_weight_norm)"
-            )
-
-
-def _defaults(network: nn.Module) -> dict[str, Any]:
-    """The defaults of all arguments of ``forward`` but the first: it is traced as it is called with images alone."""
-    arguments = list(inspect.signature(network.forward).parameters.values())[1:]
-    return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
-
-
-def _without_inplace(graph_module: fx.GraphModule) -> None:
-    """Replace in-place operations, which would overwrite activations that are kept, and ``view``, which needs one layout.
-
-    What reads the overwritten value later reads the result instead, also where the code drops the returned value.
-    """
-    plain = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, F.relu_: F.relu}
-    modules = {name: module for name, module in graph_module.named_modules() if getattr(module, "inplace", False)}
-    for module in modules.values():
-        module.inplace = False
-    order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
-    for node in order:
-        in_place = node.op == "call_module" and node.target in modules
-        if node.op == "call_function":
-            in_place = node.target in plain or bool(node.kwargs.get("inplace"))
-            node.target = plain.get(node.target, node.target)
-            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-        elif node.op == "call_method" and isinstance(node.target, str):
-            if node.target.endswith("_") and hasattr(Tensor, node.target[:-1]):
-                in_place, node.target = True, node.target[:-1]
-            if node.target == "view":
-                node.target = "reshape"
-        if in_place and isinstance(node.args[0], fx.Node):
-            overwritten = node.args[0]
-            for reader in list(overwritten.users):
-                if order[reader] > order[node]:
-                    reader.replace_input_with(overwritten, node)
-
-
-def _refuse_shared(nodes: Sequence[fx.Node], kinds: Mapping[fx.Node, Kind]) -> None:
-    seen = set()
-    for node in nodes:
-        if kinds[node] in (Kind.WEIGHTED, Kind.NORM):
-            if node.target in seen:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    for name in names:
+        for parameter in network.get_submodule(name)._parameters.values():
+            others = [other for other in owners.get(id(parameter), ()) if other != name]
+            if parameter is not None and others:
                 raise UntraceableError(
-                    f"layer {node.target} is used twice in one pass; give each use a layer of its own"
+                    f"layer {name} shares its weights with layer {others[0]}; give each of them weights of its own (a copy)"
                 )
-            seen.add(node.target)
 
 
-def _check_norm(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    norm = module_of(graph_module, node)
-    if norm is None or norm.weight is None or norm.running_var is None:
+def _check_norm(node: fx.Node, norm: nn.Module) -> None:
+    if norm.weight is None or norm.running_var is None:
         raise UntraceableError(
             f"the batch normalisation {node.target} needs affine=True and track_running_stats=True to be pruned"
         )
 
 
-def _channels(graph_module: fx.GraphModule, node: fx.Node) -> int:
-    weight = graph_module.get_submodule(str(node.target)).weight
+def _size(channels: Channels, node: fx.Node) -> int:
+    weight = channels.graph_module.get_submodule(str(node.target)).weight
     assert isinstance(weight, Tensor)
     return weight.shape[0]
 
 
-def _feeder(graph_module: fx.GraphModule, conv: fx.Node, norms: Sequence[fx.Node], sites: list[fx.Node]) -> Feeder:
-    upstream = [found for found, _ in sources(graph_module, tensor_inputs(conv)[0], set(sites))]
+def _axis(channels: Channels, node: fx.Node) -> int:
+    module = module_of(channels.graph_module, node)
+    layout = channels.layouts[node]
+    last = isinstance(module, nn.Linear) or (isinstance(module, nn.LayerNorm) and (layout is None or layout.is_last))
+    return -1 if last else 1
+
+
+def _feeder(channels: Channels, one: Source, index_of: dict[fx.Node, int], own: int) -> Feeder:
+    """A layer that feeds a site, with the neurons it reads at any of its uses."""
+    name = str(one.node.target)
+    uses = [node for node in channels.nodes if node.op == "call_module" and node.target == one.node.target]
+    upstream: dict[int, int] = {}
+    for use in uses:
+        for source in sources(channels, channels.inputs(use)[0], set(index_of)):
+            index = index_of.get(source.node)
+            if index is not None and index != own:
+                upstream.setdefault(index, source.offset)
+    read = channels.layouts[channels.inputs(one.node)[0]]
+    module = channels.graph_module.get_submodule(name)
+    assert isinstance(module, WEIGHTED)
+    inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels
     return Feeder(
-        module=str(conv.target),
-        norms=tuple(str(norm.target) for norm in norms),
-        upstream=tuple(sites.index(node) for node in upstream if node in sites),
+        module=name,
+        norms=tuple(str(norm.target) for norm in one.norms),
+        upstream=tuple(upstream),
+        offsets=tuple(upstream.values()),
+        reads=inputs if read is None or read.size is None else read.size,
+        start=one.offset,
+        scale=_scale(channels, one.node, index_of),
     )
 
 
-def _spaces(nodes: Sequence[fx.Node], kinds: Mapping[fx.Node, Kind]) -> dict[fx.Node, int]:
-    """Number the channel spaces: nodes joined by channelwise operations and sums have the same channels."""
-    parent = {node: node for node in nodes}
-
-    def root(node: fx.Node) -> fx.Node:
-        while parent[node] is not node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for node in nodes:
-        if kinds[node] in (Kind.NORM, Kind.ZERO_PRESERVING, Kind.CHANNELWISE, Kind.SUM):
-            for source in tensor_inputs(node):
-                if kinds[source] is not Kind.INPUT:
-                    parent[root(source)] = root(node)
-    numbers = {top: number for number, top in enumerate(dict.fromkeys(root(node) for node in nodes))}
-    return {node: numbers[root(node)] for node in nodes}
+def _scale(channels: Channels, node: fx.Node, index_of: dict[fx.Node, int]) -> str | None:
+    """The normalisation without neurons that a layer reads directly."""
+    node = channels.inputs(node)[0]
+    while channels.kinds[node] is Kind.ZERO_PRESERVING:
+        node = channels.inputs(node)[0]
+    return str(node.target) if channels.kinds[node] is Kind.LIVE_NORM and node not in index_of else None
 
 
-def _insert_masks(graph_module: fx.GraphModule, sites: Sequence[fx.Node]) -> None:
-    """Give the graph one more input a layer, and multiply the layer's value by it."""
-    graph = graph_module.graph
+def _insert_masks(channels: Channels, uses: Sequence[Sequence[fx.Node]], layers: Sequence[NeuronLayer]) -> None:
+    """Give the graph one more input a layer, and multiply the layer's value by it wherever it is used."""
+    graph = channels.graph_module.graph
     for unused in [node for node in graph.nodes if node.op == "placeholder" and not node.users]:
         graph.erase_node(unused)
     last_input = next(node for node in graph.nodes if node.op == "placeholder")
-    for index, site in enumerate(sites):
+    for index, (sites, layer) in enumerate(zip(uses, layers, strict=True)):
         with graph.inserting_after(last_input):
             last_input = graph.placeholder(f"neuron_mask_{index}", default_value=None)
-        with graph.inserting_after(site):
-            masked = graph.call_function(mask_channels, (site, last_input))
-        for reader in list(site.users):
-            if reader is not masked:
-                reader.replace_input_with(site, masked)
-    graph_module.recompile()
+        for site in sites:
+            with graph.inserting_after(site):
+                masked = graph.call_function(mask_channels, (site, last_input, layer.axis))
+            for reader in list(site.users):
+                if reader is not masked:
+                    reader.replace_input_with(site, masked)
+    channels.graph_module.recompile()

@@ -11,19 +11,29 @@ from typing import Any
 from torch import nn
 
 from ...errors import BackdoorGymError, DataError, UnknownNameError, WeightsError
+from .convnext import convnext, convnext_tiny
+from .densenet import densenet, densenet121, densenet161
+from .efficientnet import efficientnet_b0, efficientnet_b3
+from .imagenet_resnet import resnet18_imagenet, resnet34_imagenet, resnet50_imagenet
+from .lenet import lenet
+from .mlp import mlp
+from .mobilenet_v2 import mobilenet_v2
+from .mobilenet_v3 import mobilenet_v3_large, mobilenet_v3_small
 from .preact import preact_resnet18
-from .resnet import resnet18
+from .resnet import resnet18, resnet34, resnet50
 from .small import small_cnn
-from .vgg import vgg16
+from .vgg import vgg11, vgg13, vgg16, vgg19, vgg19_bn
+from .vit import vit, vit_b_16
 from .wide_resnet import wrn16
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
-    "small_cnn": small_cnn,
-    "resnet18": resnet18,
-    "preact_resnet18": preact_resnet18,
-    "vgg16": vgg16,
-    "wrn16": wrn16,
-}
+    factory.__name__: factory
+    for factory in (
+        small_cnn, mlp, lenet, resnet18, resnet34, resnet50, resnet18_imagenet, resnet34_imagenet, resnet50_imagenet,
+        preact_resnet18, wrn16, vgg11, vgg13, vgg16, vgg19, vgg19_bn, densenet, densenet121, densenet161, mobilenet_v2,
+        mobilenet_v3_large, mobilenet_v3_small, efficientnet_b0, efficientnet_b3, convnext, convnext_tiny, vit, vit_b_16,
+    )
+}  # fmt: skip
 
 
 def build(name: str, num_classes: int, in_channels: int, **options: Any) -> nn.Module:
