@@ -1,6 +1,6 @@
 """ONP: a graph policy, learned by reinforcement, that prunes the backdoor out of networks.
 
-After "Optimized Neuron Pruning: Rethinking Pruning for Backdoor Mitigation, an Optimization Perspective" (2024): the
+After "Rethinking Pruning for Backdoor Mitigation: An Optimization Perspective" (Li, Yu and Yi, 2024, arXiv:2405.17746): the
 network as a graph of neurons, a GNN that embeds them, and a pruning policy learned with PPO from a little clean data.
 """
 

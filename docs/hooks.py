@@ -1,4 +1,4 @@
-"""What MkDocs needs to know of the repository: where the package lies, and which pages lie outside ``docs``.
+"""What MkDocs needs to know of the repository: where the package lies, its commands, and which pages lie outside ``docs``.
 
 The site is the repository with ``docs`` as its root: ``README.md`` is the front page, ``benchmarks/README.md`` a page of its
 own, and links between them are written as they work in the repository.
@@ -7,6 +7,8 @@ own, and links between them are written as they work in the repository.
 import posixpath
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ OUTSIDE = (
     "benchmarks/results/*.png",
     "tutorials/README.md",
 )
+COMMANDS = re.compile(r"<!-- commands.*?-->")
 LINK = re.compile(r"(\]\()([^)\s:#]+)((?:#[^)\s]*)?\))")
 
 
@@ -55,7 +58,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         target = re.sub(r"^tutorials/(.*)\.py$", r"tutorials/\1.md", target.removeprefix("docs/"))
         return link[1] + posixpath.relpath(target, posixpath.dirname(site) or ".") + link[3]
 
-    return LINK.sub(in_site, markdown)
+    return LINK.sub(in_site, COMMANDS.sub(lambda _: commands(), markdown))
+
+
+def commands() -> str:
+    """What ``--help`` says of each command, as Typer writes it in Markdown."""
+    typer = [sys.executable, "-m", "typer", "backdoor_gym.cli", "utils", "docs", "--name", "backdoor-gym"]
+    text = subprocess.run(typer, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    text = re.sub(r"^Exit codes:.*\n", "", text, flags=re.MULTILINE)  # they stand at the top of the page
+    return text[text.index("## ") :].replace("\n## ", "\n### ").replace("## ", "### ", 1)
 
 
 def _but_python(names: list[str]) -> list[str]:
