@@ -4,7 +4,7 @@ import copy
 import inspect
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,36 @@ from torch import nn
 from .envs.drawing import Snapshot, frame
 from .envs.prune import BackdoorPruneEnv
 from .errors import UnknownNameError
+from .graph.reading import Reading
 from .infected import InfectedModel
 from .metrics import Metrics, der
 from .policies import BUDGETS, PredictingPolicy, check_policy, finish, kind_of_policy, make_policy
 from .pruning.applying import cut_channels, write_mask
 from .pruning.neurons import Neurons
+from .reporting import write_report
 from .zoo.catalogue import load_infected
 from .zoo.files import write_tensors
 
 DEFAULT_BUDGET: Any = object()
+#: File of a repaired network in the folder that ``RepairResult.save`` writes.
+WEIGHTS = "repaired.safetensors"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One step of a repair.
+
+    Attributes:
+        neurons: their names; several where coupled ones go together.
+        given_back: whether they came back, after the last prune; False where they were pruned.
+        acc: accuracy on the defender's clean images after it.
+        suspected_danger: after it (see ``metrics.danger``), None where no trigger could be inverted.
+    """
+
+    neurons: tuple[str, ...]
+    given_back: bool
+    acc: float
+    suspected_danger: float | None
 
 
 @dataclass(frozen=True)
@@ -44,7 +65,11 @@ class RepairResult:
         infected: the model as it was.
         neurons: of the network.
         mask: bool (neurons,), False where pruned.
-        snapshot: the network as it is drawn, with the accuracy and the suspected danger after each prune.
+        snapshot: the network as it is drawn.
+        features: static features of each neuron, standardised within its layer (``graph.features``), float32 (neurons, F).
+        course: what was pruned and given back, step by step.
+        reading: what the BN statistics say, the inverted trigger among it; None where there is no batch normalisation.
+        arguments: what ``repair`` was called with, for doing it again; None for a model or a policy that is no name.
         verdict: probability that the network has a backdoor, as the policy judges it before it prunes; None where the
             policy gives none.
         suspected_target: the label that the BN statistics call; None where they cannot tell.
@@ -64,6 +89,10 @@ class RepairResult:
     neurons: Neurons
     mask: np.ndarray
     snapshot: Snapshot
+    features: np.ndarray
+    course: tuple[Change, ...]
+    reading: Reading | None
+    arguments: dict[str, Any]
     verdict: float | None = None
     suspected_target: int | None = None
 
@@ -92,10 +121,12 @@ class RepairResult:
             "seconds": round(self.seconds, 3),
             "verdict": self.verdict,
             "suspected_target": self.suspected_target,
+            "arguments": self.arguments,
+            "course": [asdict(change) for change in self.course],
         }
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write the repaired network, ``pruned.json`` and ``repair.png`` into a folder, which is made if needed.
+        """Write the repaired network, ``report.html``, ``pruned.json`` and ``repair.png`` into a folder, made if needed.
 
         A network of a known architecture is saved as an infected model, ready for another ``repair``; any other one as
         its state dict.
@@ -107,7 +138,7 @@ class RepairResult:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights, report, picture = (folder / name for name in ("repaired.safetensors", "pruned.json", "repair.png"))
+        weights, report, picture = (folder / name for name in (WEIGHTS, "pruned.json", "repair.png"))
         original = self.infected
         if original.architecture is not None:
             InfectedModel(
@@ -124,7 +155,7 @@ class RepairResult:
             write_tensors(weights, self.network.state_dict(), {"format": "state-dict"})
         report.write_text(json.dumps(self.report(), indent=2) + "\n")
         imsave(picture, frame(self.snapshot))
-        return [weights, report, picture]
+        return [weights, report, picture, write_report(self, folder / "report.html")]
 
 
 def repair(
@@ -168,6 +199,16 @@ def repair(
         raise UnknownNameError(f"option of a {type(policy).__name__} that is made already", next(iter(options)), ())
     if accuracy_budget is DEFAULT_BUDGET:
         accuracy_budget = BUDGETS[kind_of_policy(policy)] if isinstance(policy, str) else 0.02
+    arguments = {
+        "infected": str(infected) if isinstance(infected, str | Path) else None,
+        "policy": policy if isinstance(policy, str) else None,
+        "accuracy_budget": accuracy_budget,
+        "max_steps": max_steps,
+        "residual": residual,
+        "data": data,
+        "device": device,
+        **options,
+    }
     start = time.perf_counter()
     env = gym.make(
         "backdoor_gym:BackdoorPrune-v0",
@@ -185,11 +226,10 @@ def repair(
     clean_before = info["acc"]
     judge = getattr(acting, "verdict", None)
     verdict = None if judge is None else float(judge(observation))
-    pruned = run_episode(acting, env, observation)
+    run_episode(acting, env, observation)
     seconds = time.perf_counter() - start
     victim = env.victim
     mask = victim.neuron_mask(env.pruned)
-    gone = {victim.neurons.names[index] for index in np.flatnonzero(~mask)}
     network = write_mask(model.network, victim.neurons, mask)
     before = model.evaluate(copy.deepcopy(model.network).to(device))
     after = model.evaluate(network.to(device))
@@ -198,7 +238,12 @@ def repair(
     env.close()
     return RepairResult(
         network,
-        [neuron for neuron in pruned if neuron in gone],
+        [
+            victim.neurons.names[neuron]
+            for unit, given_back in env.changes
+            if not given_back and env.pruned[unit]
+            for neuron in victim.units[unit]
+        ],
         before,
         after,
         clean_before,
@@ -211,28 +256,36 @@ def repair(
         victim.neurons,
         mask,
         snapshot,
+        victim.neuron_features,
+        _course(env, snapshot),
+        victim.reading,
+        arguments,
         verdict,
         None if victim.suspected is None else victim.suspected.target,
     )
 
 
-def run_episode(policy: PredictingPolicy, env: BackdoorPruneEnv, observation: dict[str, np.ndarray]) -> list[str]:
-    """Let a policy act until the episode that has just begun is over, and finish.
-
-    Returns:
-        Names of the neurons that it pruned, in that order, those that it gave back in the end among them.
-    """
+def run_episode(policy: PredictingPolicy, env: BackdoorPruneEnv, observation: dict[str, np.ndarray]) -> None:
+    """Let a policy act until the episode that has just begun is over, and finish."""
     takes_masks = "action_masks" in inspect.signature(policy.predict).parameters  # MaskablePPO's does
-    pruned: list[str] = []
     state, first, done = None, np.array([True]), False
     while not done:
         masks = {"action_masks": env.action_masks()} if takes_masks else {}
         action, state = policy.predict(observation, state=state, episode_start=first, deterministic=True, **masks)
-        observation, _, terminated, truncated, info = env.step(int(np.asarray(action).item()))
-        pruned.extend(info["neuron"].split("+") if info["neuron"] else [])
+        observation, _, terminated, truncated, _ = env.step(int(np.asarray(action).item()))
         first, done = np.array([False]), terminated or truncated
     finish(policy, env)
-    return pruned
+
+
+def _course(env: BackdoorPruneEnv, snapshot: Snapshot) -> tuple[Change, ...]:
+    """What the environment did to its network."""
+    names = [tuple(env.victim.neurons.names[neuron] for neuron in env.victim.units[unit]) for unit, _ in env.changes]
+    return tuple(
+        Change(neurons, given_back, acc, danger)
+        for neurons, (_, given_back), acc, danger in zip(
+            names, env.changes, snapshot.acc[1:], snapshot.danger[1:] or [None] * len(names), strict=True
+        )
+    )
 
 
 def rating(before: Metrics, after: Metrics) -> float | None:

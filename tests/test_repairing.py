@@ -97,12 +97,14 @@ def test_a_module_that_is_not_ours(tmp_path):
     result = repair(model, "clp")
     assert result.pruned == ["0[4]"]
     assert result.compact()[0].out_channels == 19
-    weights, report, picture = result.save(tmp_path / "deep" / "out")
+    weights, report, picture, page = result.save(tmp_path / "deep" / "out")
     tensors, _ = read_tensors(weights)
     module.load_state_dict(tensors)
     assert not module[0].weight[4].any()
     assert json.loads(report.read_text())["pruned"] == ["0[4]"]
     assert picture.stat().st_size > 10_000
+    assert page.name == "report.html"
+    assert page.read_text().endswith("</html>")
 
 
 def test_the_saved_network_is_an_infected_model_again(infected, tmp_path):

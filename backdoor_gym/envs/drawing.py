@@ -135,7 +135,7 @@ def draw_network(axes: Axes, snapshot: Snapshot) -> Places:
     x, y, cell = places.x + margin, places.y, places.cell
     _draw_names(axes, snapshot, labels, places, margin)
     colours = COLOURS(Normalize(0, SUSPICION_LIMIT)(snapshot.suspicion))
-    levels = np.ceil(np.clip(snapshot.strengths, 0.1, 1) * SIZES).astype(int)
+    levels = size_levels(snapshot.strengths)
     for level in range(1, SIZES + 1):
         mine = levels == level
         diameter = 0.94 * cell * (level / SIZES) ** 0.5
@@ -153,6 +153,11 @@ def draw_network(axes: Axes, snapshot: Snapshot) -> Places:
         zorder=5, clip_on=False,
     )  # fmt: skip
     return places
+
+
+def size_levels(strengths: np.ndarray) -> np.ndarray:
+    """Strengths in [0, 1] as sizes from 1 to ``SIZES``, int (neurons,); all of a size are drawn at once."""
+    return np.ceil(np.clip(strengths, 0.1, 1) * SIZES).astype(int)
 
 
 def _draw_names(axes: Axes, snapshot: Snapshot, labels: list[str], places: Places, margin: float) -> None:
@@ -288,5 +293,10 @@ def _write(figure: Figure, x: float, y: float, said: str, *, size: float, **styl
 
 def _shortened(name: str, most: int) -> str:
     """The end of a name tells it apart."""
-    name = " ".join(name.split())
+    name = " ".join(printable(name).split())
     return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
+def printable(said: str) -> str:
+    """Text as it was, without what would be no picture of a character, in files that may say anything."""
+    return "".join(one if one.isprintable() or one == "\n" else "\ufffd" for one in said)

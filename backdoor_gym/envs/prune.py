@@ -241,7 +241,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._steps = 0
         self._failures = 0
         self._history = [self._current]
-        self._latest: int | None = None
+        self._changes: list[int] = []
         self._given_back = 0
         self._slopes, self._slopes_taken = victim.first_slopes, 0
         if self.render_mode == "human":
@@ -279,7 +279,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         figures = self.masked_victim.figures(self._with([unit]))
         reward += float(self._reward(Transition(victim, unit, self._current, figures)))
         self._pruned[unit] = True
-        self._latest = unit
+        self._changes.append(unit)
         self._current = figures
         self._history.append(figures)
         self.masked_victim.keep()
@@ -335,6 +335,12 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     def pruned(self) -> np.ndarray:
         """Units pruned so far, bool (units,), a copy."""
         return self._pruned.copy()
+
+    @property
+    def changes(self) -> list[tuple[int, bool]]:
+        """What was done to the network, in order: the unit, and whether it was given back instead of pruned."""
+        prunes = len(self._changes) - self._given_back
+        return [(unit, index >= prunes) for index, unit in enumerate(self._changes)]
 
     def action_masks(self) -> np.ndarray:
         """The legal actions, bool (N + 1,), as MaskablePPO asks for them."""
@@ -398,7 +404,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             raise DataError(f"unit {unit} of {self.victim.name} cannot be given back: it is not pruned")
         pruned = self._current
         self._pruned[unit] = False
-        self._latest = None
+        self._changes.append(unit)
         self._current = self.masked_victim.figures(self._pruned)
         self.masked_victim.keep()
         self._history.append(self._current)
@@ -465,8 +471,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         """What a drawing of the network needs."""
         victim = self.victim
         history, latest = self._history, np.zeros_like(self._pruned)
-        if self._latest is not None:
-            latest[self._latest] = True
+        if self._changes and not self._given_back:
+            latest[self._changes[-1]] = True
         return Snapshot(
             name=victim.name,
             layers=tuple((layer.name, layer.size) for layer in victim.neurons.layers),

@@ -130,13 +130,17 @@ class Victim:
         return torch.cat([standardise(bounds) for bounds in uclc(self.model.network, self.neurons)]).numpy()
 
     @cached_property
+    def neuron_features(self) -> np.ndarray:
+        """Static features of each neuron, float32 (neurons, F); a neuron of a group has those of the group."""
+        features = np.empty((len(self.neurons), self.features.shape[1]), dtype=np.float32)
+        for unit, found in zip(self.units, self.features, strict=True):
+            features[unit] = found
+        return features
+
+    @property
     def suspicion(self) -> np.ndarray:
         """How far each neuron stands out in its layer: the largest of its ``SUSPICIOUS`` features, float32 (neurons,)."""
-        columns = [STATIC_FEATURES.index(name) for name in SUSPICIOUS]
-        suspicion = np.empty(len(self.neurons), dtype=np.float32)
-        for unit, found in zip(self.units, self.features[:, columns].max(axis=1), strict=True):
-            suspicion[unit] = found
-        return suspicion
+        return self.neuron_features[:, [STATIC_FEATURES.index(name) for name in SUSPICIOUS]].max(axis=1)
 
     @cached_property
     def strengths(self) -> np.ndarray:

@@ -1,0 +1,84 @@
+"""Why a neuron was pruned, in words: its features against those of its layer."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..graph.features import STATIC_FEATURES
+
+#: From so many standard deviations on a feature is named.
+NOTICED, TOLD = 1.0, 1.5
+MOST_CHIPS, MOST_TOLD = 5, 3
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What it means that a feature stands out.
+
+    Attributes:
+        label: short name.
+        high: where it is far above the layer's mean; "" where that speaks for nothing.
+        low: the same below the mean.
+    """
+
+    label: str
+    high: str = ""
+    low: str = ""
+
+
+MEANINGS = {
+    "uclc": Meaning("UCLC", "weights that amplify unusually"),
+    "kl": Meaning("KL", "other inputs in training than from clean images"),
+    "log_variance_ratio": Meaning("variance", low="quieter on clean images than in training"),
+    "mean_shift": Meaning("mean shift", "another mean in training than on clean images"),
+    "activation": Meaning("activation", low="hardly used by clean images"),
+    "weight": Meaning("BN weight"),
+    "bias": Meaning("BN bias"),
+    "saliency": Meaning("saliency", low="hardly needed for clean answers"),
+    "pull": Meaning("pull", "pushes towards the suspected label under the trigger that was found"),
+}
+UNREMARKABLE = "Nothing stands out by itself; it is all of it together that the policy chose it for."
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One feature of one neuron.
+
+    Attributes:
+        label: short name of the feature.
+        score: how far the neuron lies from its layer's mean, in standard deviations.
+        suspicious: whether that speaks for a backdoor.
+    """
+
+    label: str
+    score: float
+    suspicious: bool
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """Of one neuron.
+
+    Attributes:
+        chips: its most outstanding features, the farthest first.
+        words: what the suspicious ones among them mean, a sentence.
+    """
+
+    chips: list[Chip]
+    words: str
+
+
+def reasons(features: np.ndarray) -> Reasons:
+    """Of the static features of one neuron, float (len(STATIC_FEATURES),)."""
+    chips, said = [], []
+    scores = {name: float(score) for name, score in zip(STATIC_FEATURES, features, strict=True) if name != "depth"}
+    for name, score in sorted(scores.items(), key=lambda one: -abs(one[1])):
+        if abs(score) < NOTICED:
+            break
+        meaning = MEANINGS.get(name, Meaning(name.replace("_", " ")))
+        words = meaning.high if score > 0 else meaning.low
+        chips.append(Chip(meaning.label, score, bool(words)))
+        if words and abs(score) >= TOLD:
+            said.append(words)
+    sentence = "; ".join(said[:MOST_TOLD])
+    return Reasons(chips[:MOST_CHIPS], f"{sentence[0].upper()}{sentence[1:]}." if sentence else UNREMARKABLE)
