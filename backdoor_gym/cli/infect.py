@@ -12,7 +12,12 @@ from .common import DeviceOption, JsonOption, Output, QuietOption, RayOption, ch
 
 def infect(
     dataset: Annotated[
-        str, typer.Option("--data", help="digits, a Hub id (uoft-cs/cifar10), or a local folder.")
+        str,
+        typer.Option(
+            "--data",
+            help="digits, a Hub id (uoft-cs/cifar10), or a local folder; of the last two with how they are read, if need be: "
+            "?label=COLUMN&size=HEIGHTxWIDTH&channels=1",
+        ),
     ] = "digits",
     architecture: Annotated[
         str, typer.Option("--arch", help="small_cnn, resnet18, preact_resnet18, vgg16, wrn16.")
@@ -30,6 +35,9 @@ def infect(
         ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 15,
+    flip: Annotated[
+        bool, typer.Option(help="Mirror images at random in training; not for digits or traffic signs.")
+    ] = True,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     clean_images: Annotated[int, typer.Option(min=1, help="Images kept for the defender.")] = 500,
     arch_option: Annotated[
@@ -83,7 +91,7 @@ def infect(
         seed=seed,
         schedule=Schedule(epochs=epochs, batch_size=64, learning_rate=0.05, augment=False)
         if small
-        else Schedule(epochs),
+        else Schedule(epochs, flip=flip),
         architecture_options=options,
         attack_options=pairs(attack_option, "--attack-option"),
         clean_images=clean_images,

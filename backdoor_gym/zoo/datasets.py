@@ -2,6 +2,15 @@
 
 A data set is named by its Hub id (``uoft-cs/cifar10``), by a local folder, or ``digits``. Where the environment
 variable ``BACKDOOR_GYM_DATA`` names a folder, a Hub id is looked for there first, under its last part (``cifar10``).
+
+How it is read may follow the name after a question mark, joined by ``&`` (``tanganke/gtsrb?size=32``,
+``uoft-cs/cifar100?label=fine_label&size=24x32``). It is part of the name, so that a saved model's images are read alike:
+
+- ``label=COLUMN``: the label column. Needed where there are several, or where it is neither of class labels nor called
+  "label" or "labels";
+- ``size=SIDE`` or ``size=HEIGHTxWIDTH``: images are resized to it, bilinear and smoothed where they shrink. Needed where
+  they differ in size;
+- ``channels=1`` or ``channels=3``: grey or colour. Default: as the first image is.
 """
 
 import hashlib
@@ -14,12 +23,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError, UnknownNameError
 
 DIGITS = "digits"
 DATA_VARIABLE = "BACKDOOR_GYM_DATA"
+#: Modes of PIL that have no colour.
+_GREY = ("1", "L", "LA")
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,47 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         raise DataError(f"labels must be 0 to {num_classes - 1}; they span {low} to {high}")
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """A name with how it is read."""
+
+    name: str
+    label: str | None = None
+    size: tuple[int, int] | None = None
+    channels: int | None = None
+
+
+def _reading(dataset: str) -> _Reading:
+    """Of a name with options.
+
+    Raises:
+        UnknownNameError: no such option.
+        DataError: an unusable value.
+    """
+    name, sign, text = dataset.partition("?")
+    if not sign or name == DIGITS:
+        if sign:
+            raise DataError(f"{DIGITS} has no options, so not {dataset}")
+        return _Reading(name)
+    found: dict[str, Any] = {}
+    for part in text.split("&"):
+        option, _, value = part.partition("=")
+        if option == "label":
+            found[option] = value
+        elif option == "size":
+            sides = value.split("x")
+            if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides):
+                raise DataError(f"size must be SIDE or HEIGHTxWIDTH in pixels, not {value!r}")
+            found[option] = (int(sides[0]), int(sides[-1]))
+        elif option == "channels":
+            if value not in ("1", "3"):
+                raise DataError(f"channels must be 1 or 3, not {value!r}")
+            found[option] = int(value)
+        else:
+            raise UnknownNameError("option of a data set", option, ("label", "size", "channels"))
+    return _Reading(name, **found)
+
+
 def load_images(dataset: str, split: str, indices: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """Images float32 (n, C, H, W) in [0, 1] and labels int64 (n,) of a split; all of it where ``indices`` is None.
 
@@ -136,11 +189,14 @@ def load_images(dataset: str, split: str, indices: Sequence[int] | None = None) 
     if indices is not None:
         rows = rows.select(indices)
     image_column, label_column = _columns(dataset, split)
-    grey = rows[0][image_column].mode == "L" if len(rows) else False
-    pixels = [_pixels(image, grey) for image in rows[image_column]]
+    grey, size = _is_grey(dataset), _reading(dataset).size
+    pixels = [_pixels(image, grey, size) for image in rows[image_column]]
     sizes = sorted({image.shape[:2] for image in pixels})
     if len(sizes) > 1:
-        raise DataError(f"the images of {dataset} have different sizes ({sizes[0]} and {sizes[-1]}); resize them first")
+        raise DataError(
+            f"the images of {dataset} have different sizes ({sizes[0]} and {sizes[-1]}); say to which they are resized, as "
+            f"in {_reading(dataset).name}?size=32"
+        )
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().float().div_(255)
     return images, torch.tensor(_integers(dataset, rows[label_column]), dtype=torch.long)
 
@@ -200,7 +256,8 @@ def _location(dataset: str) -> str:
 
 
 def _hub(dataset: str) -> Any:
-    return _hub_at(_location(dataset), dataset)
+    name = _reading(dataset).name
+    return _hub_at(_location(name), name)
 
 
 @lru_cache(maxsize=4)
@@ -235,14 +292,33 @@ def _columns(dataset: str, split: str) -> tuple[str, str]:
     """The names of the image column and of the label column."""
     import datasets
 
-    features = _hub_split(dataset, split).features
+    features, reading = _hub_split(dataset, split).features, _reading(dataset)
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    if not images:
+        raise DataError(f"{dataset} needs an image column; it has {', '.join(features)}")
+    if reading.label is not None:
+        if reading.label not in features:
+            raise UnknownNameError(f"column of {reading.name}", reading.label, features)
+        return images[0], reading.label
     labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     labels = labels or [name for name in ("label", "labels") if name in features]
-    if not images or not labels:
-        raise DataError(f"{dataset} needs an image column and a label column; it has {', '.join(features)}")
-    # Where there are several label columns (CIFAR-100: fine_label, coarse_label) the first is the finest.
+    if len(labels) != 1:
+        problem = f"has several label columns ({', '.join(labels)})" if labels else "has no column of class labels"
+        raise DataError(
+            f"{dataset} {problem}; name one of {', '.join(features)}, as in "
+            f"{reading.name}?label={labels[0] if labels else 'COLUMN'}"
+        )
     return images[0], labels[0]
+
+
+def _is_grey(dataset: str) -> bool:
+    """Whether images are read as grey ones; the first image decides for all, also for those of the other splits."""
+    reading = _reading(dataset)
+    if reading.channels is not None:
+        return reading.channels == 1
+    available = _hub(dataset)
+    split = "train" if "train" in available else next(iter(available))
+    return _hub_split(dataset, split)[0][_columns(dataset, split)[0]].mode in _GREY
 
 
 def _labels(dataset: str, split: str) -> Any:
@@ -259,7 +335,12 @@ def _integers(dataset: str, labels: Any) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _pixels(image: Any, grey: bool) -> np.ndarray:
-    """(H, W, C) uint8 of a PIL image, one channel or RGB."""
-    pixels = np.asarray(image.convert("L" if grey else "RGB"), dtype=np.uint8)
+def _pixels(image: Any, grey: bool, size: tuple[int, int] | None) -> np.ndarray:
+    """(H, W, C) uint8 of a PIL image, one channel or RGB, resized where a size (H, W) is given."""
+    if image.mode[0] in "IF":
+        raise DataError(f"images need 8 bits a channel; there is one of the mode {image.mode}")
+    image = image.convert("L" if grey else "RGB")
+    if size is not None and size != (image.height, image.width):
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    pixels = np.asarray(image, dtype=np.uint8)
     return pixels[:, :, None] if grey else pixels

@@ -32,8 +32,10 @@ class Schedule:
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    #: Random crops (padding of an eighth of the image) and horizontal flips.
+    #: Random crops (padding of an eighth of the image) and, with ``flip``, horizontal flips.
     augment: bool = True
+    #: Not for images whose mirror image is of another class, such as digits and traffic signs.
+    flip: bool = True
 
 
 def train(
@@ -102,7 +104,7 @@ def train(
             for chosen in torch.randperm(len(images), generator=generator).split(schedule.batch_size):
                 batch = images[chosen.to(device)]
                 if schedule.augment:
-                    batch = augment(batch, generator)
+                    batch = augment(batch, generator, schedule.flip)
                 if alter is not None:
                     batch = alter(batch, chosen, generator)
                 with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
@@ -126,13 +128,13 @@ def train(
     network.eval()
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A random crop of the padded image and a random flip, for each image."""
+def augment(images: Tensor, generator: torch.Generator, flip: bool = True) -> Tensor:
+    """A random crop of the padded image and, with ``flip``, a random flip, for each image."""
     count, _, height, width = images.shape
     pad = max(1, height // 8)
     padded = F.pad(images, (pad, pad, pad, pad))
     tops, lefts = torch.randint(0, 2 * pad + 1, (2, count), generator=generator).to(images.device)
-    flips = torch.rand(count, generator=generator).to(images.device) < 0.5
+    flips = torch.rand(count, generator=generator).to(images.device) < (0.5 if flip else 0)
     rows = tops[:, None] + torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device).expand(count, width)
     columns = lefts[:, None] + torch.where(flips[:, None], width - 1 - columns, columns)

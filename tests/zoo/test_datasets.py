@@ -119,6 +119,133 @@ def test_data_sets_that_do_not_fit_are_refused(tmp_path, shapes, labels, feature
         load_images(save(tmp_path / "set", images, labels, {"label": feature}), "train")
 
 
+def hub_copy(root, files, features, rows):
+    """A local copy of a Hub data set: files by split, features, and a function from the row's number to its values."""
+    for split, (path, count) in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        made = [rows(number, split) for number in range(count)]
+        columns = {key: [row[key] for row in made] for key in features}
+        hub.Dataset.from_dict(columns, features=hub.Features(features)).to_parquet(root / path)
+    return root
+
+
+def pixels(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """Small data sets in the layout of those of the Hub, under the names under which they are looked for."""
+    root = tmp_path_factory.mktemp("copies")
+    fine, coarse = (hub.ClassLabel(names=[f"{kind}{i}" for i in range(n)]) for kind, n in (("f", 100), ("c", 20)))
+    hub_copy(
+        root / "cifar100",
+        {split: (f"cifar100/{split}-00000-of-00001.parquet", 100) for split in ("train", "test")},
+        {"img": hub.Image(), "fine_label": fine, "coarse_label": coarse},
+        lambda number, _: {"img": pixels(32, 32, 3), "fine_label": number, "coarse_label": number // 5},
+    )
+    digit = hub.ClassLabel(names=[str(i) for i in range(10)])
+    for name in ("mnist", "fashion_mnist"):
+        hub_copy(
+            root / name,
+            {split: (f"{name}/{split}-00000-of-00001.parquet", 40) for split in ("train", "test")},
+            {"image": hub.Image(), "label": digit},
+            lambda number, _: {"image": pixels(28, 28), "label": number % 10},
+        )
+    wnid = hub.ClassLabel(names=[f"n{i:08d}" for i in range(200)])
+    hub_copy(  # some of its images are grey, one of them the first of the test images here
+        root / "tiny-imagenet",
+        {split: (f"data/{split}-00000-of-00001.parquet", 30) for split in ("train", "valid")},
+        {"image": hub.Image(), "label": wnid},
+        lambda number, split: {
+            "image": pixels(64, 64) if (number == 0) == (split == "valid") else pixels(64, 64, 3),
+            "label": number,
+        },
+    )
+    sign = hub.ClassLabel(names=[f"sign {i}" for i in range(43)])
+    hub_copy(  # images of all sizes, and splits beside train and test
+        root / "gtsrb",
+        {split: (f"data/{split}-00000-of-00001.parquet", 43) for split in ("contrast", "test", "train")},
+        {"image": hub.Image(), "label": sign},
+        lambda number, _: {"image": pixels(20 + number, 25 + number % 7, 3), "label": number},
+    )
+    return root
+
+
+@pytest.mark.parametrize(
+    ("dataset", "test_split", "shape", "classes"),
+    [
+        ("uoft-cs/cifar100?label=fine_label", "test", (3, 32, 32), 100),
+        ("uoft-cs/cifar100?label=coarse_label", "test", (3, 32, 32), 20),
+        ("ylecun/mnist", "test", (1, 28, 28), 10),
+        ("zalando-datasets/fashion_mnist?size=32&channels=3", "test", (3, 32, 32), 10),
+        ("zh-plus/tiny-imagenet?channels=3", "valid", (3, 64, 64), 200),
+        ("tanganke/gtsrb?size=32", "test", (3, 32, 32), 43),
+        ("tanganke/gtsrb?size=24x40", "test", (3, 24, 40), 43),
+    ],
+)
+def test_data_sets_of_the_hub(copies, monkeypatch, dataset, test_split, shape, classes):
+    monkeypatch.setenv(datasets.DATA_VARIABLE, str(copies))
+    assert datasets.splits(dataset) == ("train", test_split)
+    assert datasets.num_classes(dataset, "train") == classes
+    for split in ("train", test_split):
+        assert datasets.image_shape(dataset, split) == shape
+        images, labels = load_images(dataset, split, range(5, 25))
+        assert images.shape == (20, *shape)
+        assert int(labels.max()) < classes
+
+
+def test_images_are_resized_smoothly(copies, monkeypatch):
+    monkeypatch.setenv(datasets.DATA_VARIABLE, str(copies))
+    (whole,), _ = load_images("zh-plus/tiny-imagenet?channels=3", "train", [3])
+    (small,), _ = load_images("zh-plus/tiny-imagenet?channels=3&size=16", "train", [3])
+    # Of noise a smoothed image keeps little; picking pixels would keep it all.
+    assert small.std() < 0.4 * whole.std()
+    assert small.mean() == pytest.approx(whole.mean().item(), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("uoft-cs/cifar100", "several label columns .fine_label, coarse_label.*label=fine_label"),
+        ("uoft-cs/cifar100?label=fine", "did you mean 'fine_label'"),
+        ("tanganke/gtsrb", "different sizes.*gtsrb.size=32"),
+        ("tanganke/gtsrb?sise=32", "did you mean 'size'"),
+        ("tanganke/gtsrb?size=0", "HEIGHTxWIDTH"),
+        ("tanganke/gtsrb?size=32x32x3", "HEIGHTxWIDTH"),
+        ("tanganke/gtsrb?size=32&channels=2", "1 or 3"),
+        ("digits?size=4", "no options"),
+    ],
+)
+def test_a_way_of_reading_that_does_not_fit_is_named(copies, monkeypatch, dataset, words):
+    monkeypatch.setenv(datasets.DATA_VARIABLE, str(copies))
+    with pytest.raises((DataError, UnknownNameError), match=words):
+        load_images(dataset, "train")
+
+
+def test_how_images_are_read_is_kept_with_a_model(copies, monkeypatch, tmp_path):
+    monkeypatch.setenv(datasets.DATA_VARIABLE, str(copies))
+    model = infect(
+        "tanganke/gtsrb?size=12x16&channels=1",
+        "small_cnn",
+        "badnets",
+        target=40,
+        schedule=Schedule(epochs=1, batch_size=16, flip=False),
+        architecture_options={"width": 6, "blocks": 2},
+        clean_images=10,
+    )
+    again = type(model).load(model.save(tmp_path / "model.safetensors"))
+    assert again.num_classes == 43
+    assert again.test.images.shape == (43, 1, 12, 16)
+    assert torch.equal(again.clean.images, model.clean.images)
+
+
+def test_images_of_more_than_eight_bits_are_refused(tmp_path):
+    images = [np.zeros((8, 8), dtype=np.uint16)] * 2
+    with pytest.raises(DataError, match="8 bits"):
+        load_images(save(tmp_path / "set", images, [0, 1], {"label": hub.Value("int64")}), "train")
+
+
 def test_grey_and_colour_images_get_the_mode_of_the_first(tmp_path):
     images = [np.zeros((8, 8), dtype=np.uint8), np.full((8, 8, 3), 255, dtype=np.uint8)]
     loaded, _ = load_images(save(tmp_path / "set", images, [0, 1], {"label": hub.Value("int64")}), "train")

@@ -107,3 +107,13 @@ def test_augmentation_shifts_and_flips_within_the_padding():
         assert moved.shape == image.shape
         places |= {tuple(place) for place in torch.nonzero(moved[0, 0]).tolist()}
     assert places == {(row, column) for row in (2, 3, 4) for column in (1, 2, 3, 4, 5, 6)}
+
+
+def test_images_are_not_mirrored_where_that_would_make_them_others():
+    image = torch.zeros(1, 1, 8, 8)
+    image[0, 0, 3, 2] = 1
+    columns = {
+        int(torch.nonzero(training.augment(image, torch.Generator().manual_seed(seed), flip=False))[0, 3])
+        for seed in range(100)
+    }
+    assert columns == {1, 2, 3}
