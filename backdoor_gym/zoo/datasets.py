@@ -189,8 +189,8 @@ def load_images(dataset: str, split: str, indices: Sequence[int] | None = None) 
     if indices is not None:
         rows = rows.select(indices)
     image_column, label_column = _columns(dataset, split)
-    grey, size = _is_grey(dataset), _reading(dataset).size
-    pixels = [_pixels(image, grey, size) for image in rows[image_column]]
+    grey, resized = _is_grey(dataset), _reading(dataset).size
+    pixels = [_pixels(image, grey, resized) for image in rows[image_column]]
     sizes = sorted({image.shape[:2] for image in pixels})
     if len(sizes) > 1:
         raise DataError(
