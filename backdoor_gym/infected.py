@@ -15,6 +15,8 @@ from .zoo.architectures import build_from_spec
 from .zoo.attacks import Attack, attack_from_state
 from .zoo.datasets import DataSource, LabelledImages, check_labels, fingerprint
 from .zoo.files import read_tensors, write_tensors
+from .zoo.own_images import Source, all_images, own_images
+from .zoo.preprocessing import Normalise, Preprocessed, own_module
 from .zoo.targets import Target, check_target
 
 FORMAT = "backdoor-gym-infected/1"
@@ -33,6 +35,7 @@ class InfectedModel:
         architecture: ``{"name": ..., "num_classes": ..., "in_channels": ..., ...}``; needed for ``save``.
         facts: what is known of its making (attack, poison rate, ACC and ASR when made, ...), JSON-able.
         name: what to call it.
+        checkpoint: the file that the weights came from, where it was not this package that wrote it.
 
     Raises:
         WeightsError: a weight that is not finite.
@@ -42,11 +45,12 @@ class InfectedModel:
     network: nn.Module
     clean: LabelledImages
     test: LabelledImages | None = None
-    trigger: Attack | None = None
+    trigger: Attack | Callable[[Tensor], Tensor] | None = None
     target: Target | None = None
     architecture: dict[str, Any] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     name: str = "unnamed"
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         self.network.eval()
@@ -63,15 +67,43 @@ class InfectedModel:
     def from_module(
         cls,
         module: nn.Module,
-        clean: tuple[Tensor, Tensor],
-        test: tuple[Tensor, Tensor] | None = None,
-        trigger: Attack | None = None,
+        clean: Source,
+        test: Source | None = None,
+        trigger: Attack | Callable[[Tensor], Tensor] | None = None,
         target: Target | None = None,
         name: str = "unnamed",
+        preprocess: Callable[[Tensor], Tensor] | None = None,
     ) -> Self:
-        """An infected model of your own: ``clean`` and ``test`` are pairs (images float32 (n, C, H, W) in [0, 1], labels int64)."""
-        scoring = None if test is None else LabelledImages(*test)
-        return cls(module, LabelledImages(*clean), scoring, trigger, target, name=name)
+        """An infected model of your own.
+
+        This package holds images as float32 (n, C, H, W) in [0, 1], RGB where C is 3. A network that was trained on others
+        (normalised, scaled to [-1, 1] or 255, BGR, ...) needs ``preprocess``, or a layer of its own that does it.
+
+        Args:
+            module: from images, or what ``preprocess`` makes of them, to logits (n, classes). It is not copied.
+            clean: the defender's images: a pair (images float32 (n, C, H, W) in [0, 1], labels int64 (n,)), a ``Dataset`` or
+                ``DataLoader`` of these, or a file, a folder or the name of a data set (see ``zoo.own_images.own_images``).
+            test: images to score on, in the same forms; by default none, or the rest where ``clean`` names a data set.
+            trigger: stamps the trigger on images (n, C, H, W) in [0, 1] and gives such images; for scoring alone.
+            target: the attacker's label, or "all-to-all".
+            name: what to call it.
+            preprocess: callable or module that stands in front, from float32 (n, C, H, W) in [0, 1] to what ``module`` takes,
+                as many images in the same order, the same each time; such as ``Normalise(mean, std)``.
+
+        Raises:
+            WeightsError, DataError: as the class does, and where ``preprocess`` does not give tensors of as many images.
+        """
+        given = own_images(clean)
+        scoring = given.rest if test is None else all_images(test)
+        if preprocess is not None:
+            check_preprocess(preprocess, given.images.images[:2])
+            module = Preprocessed(preprocess, module)
+        return cls(module, given.images, scoring, trigger, target, name=name)
+
+    @property
+    def module(self) -> nn.Module:
+        """The network without what stands in front of it: the one that was given to ``from_module``."""
+        return own_module(self.network)
 
     @cached_property
     def num_classes(self) -> int:
@@ -123,7 +155,8 @@ class InfectedModel:
                 before it measured the network.
 
         Raises:
-            ModelFileError: the architecture is not known by name, so nobody could load the file.
+            ModelFileError: the architecture is not known by name, or what stands in front of it is not, so nobody could load
+                the file.
             OSError: the file cannot be written.
         """
         if self.architecture is None:
@@ -131,7 +164,7 @@ class InfectedModel:
                 "only a model whose architecture is known by name can be saved as an infected model; "
                 "set .architecture, or save the state dict alone with safetensors"
             )
-        weights = self.network.state_dict()
+        weights = self.module.state_dict()
         if half:
             weights = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
         tensors = {f"network.{key}": value for key, value in weights.items()}
@@ -143,10 +176,19 @@ class InfectedModel:
             "facts": self.facts,
             "data": {},
         }
+        if isinstance(self.network, Preprocessed):
+            in_front = self.network.preprocess.function
+            if not isinstance(in_front, Normalise):
+                raise ModelFileError("a preprocess other than Normalise(mean, std) cannot be saved with the model")
+            metadata["normalise"] = in_front.state()
         for role, images in (("clean", self.clean), ("test", self.test)):
             if images is not None:
                 metadata["data"][role] = _pack_images(images, role, tensors)
         if self.trigger is not None:
+            if not isinstance(self.trigger, Attack):
+                raise ModelFileError(
+                    "a trigger of your own cannot be saved with the model; only attacks of this package can"
+                )
             parameters, trigger_tensors = self.trigger.state()
             metadata["trigger"] = {"attack": self.trigger.name, "parameters": parameters}
             tensors |= {f"trigger.{key}": value for key, value in trigger_tensors.items()}
@@ -176,6 +218,8 @@ class InfectedModel:
                     raise ModelFileError(f"{path}: {key} must be a {kind.__name__}, not {metadata[key]!r}")
             network = build_from_spec(metadata["architecture"])
             load_weights(network, _part(tensors, "network."))
+            if "normalise" in metadata:
+                network = Preprocessed(Normalise(**metadata["normalise"]), network)
             described = metadata["data"]
             clean = _unpack_images(described["clean"], "clean", tensors, data)
             test = _unpack_images(described["test"], "test", tensors, data) if "test" in described else None
@@ -215,6 +259,21 @@ def check_trigger(trigger: Callable[[Tensor], Tensor], images: Tensor) -> None:
         raise DataError(f"the trigger cannot be stamped on images of {tuple(images.shape[1:])}: {error}") from error
     if triggered.shape != images.shape or not bool(((triggered >= 0) & (triggered <= 1)).all()):
         raise DataError(f"the trigger must give images of shape {tuple(images.shape[1:])} with values in [0, 1]")
+
+
+def check_preprocess(preprocess: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    """Raise ``DataError`` unless it makes finite floats of these images, as many as there are, the same each time."""
+    try:
+        with torch.no_grad():
+            first, second = preprocess(images.clone()), preprocess(images.clone())
+    except Exception as error:  # the user's code, which can raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"preprocess cannot take images of shape {tuple(images.shape)}: {reason}") from error
+    if not isinstance(first, Tensor) or first.shape[:1] != images.shape[:1] or not first.is_floating_point():
+        what = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+        raise DataError(f"preprocess must make floats (n, ...) of float32 images (n, C, H, W), not {what}")
+    if not torch.isfinite(first).all() or not torch.equal(first, second):
+        raise DataError("preprocess must give finite values, and the same each time: nothing random belongs there")
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -23,7 +23,8 @@ from .pruning.applying import cut_channels, write_mask
 from .pruning.neurons import Neurons
 from .reporting import write_report
 from .zoo.catalogue import load_infected
-from .zoo.files import write_tensors
+from .zoo.files import STATE_DICT, write_tensors
+from .zoo.preprocessing import own_module
 
 DEFAULT_BUDGET: Any = object()
 #: File of a repaired network in the folder that ``RepairResult.save`` writes.
@@ -52,7 +53,8 @@ class RepairResult:
     """What a repair did.
 
     Attributes:
-        network: the repaired network: the class of the original, zeros written where neurons were pruned.
+        network: the repaired network, from images in [0, 1] to logits: the class of the original, zeros written where neurons
+            were pruned. Where ``preprocess`` stands in front of it, ``module`` is the network behind.
         pruned: names of the neurons that stayed pruned, in the order in which they went.
         before: ACC, ASR and RA on test images before; None where test images or trigger are not known.
         after: the same afterwards.
@@ -96,6 +98,16 @@ class RepairResult:
     verdict: float | None = None
     suspected_target: int | None = None
 
+    @property
+    def module(self) -> nn.Module:
+        """The repaired network without what stands in front of it: the class that was given to ``from_module``."""
+        return own_module(self.network)
+
+    @property
+    def complete(self) -> bool:
+        """Whether ``save`` writes an infected model; the state dict of ``module`` alone otherwise."""
+        return self.infected.architecture is not None and self.infected.checkpoint is None
+
     def compact(self) -> nn.Module:
         """A smaller network with the same outputs, from which the pruned channels are cut out where shapes allow.
 
@@ -128,8 +140,8 @@ class RepairResult:
     def save(self, folder: str | Path) -> list[Path]:
         """Write the repaired network, ``report.html``, ``pruned.json`` and ``repair.png`` into a folder, made if needed.
 
-        A network of a known architecture is saved as an infected model, ready for another ``repair``; any other one as
-        its state dict.
+        A network of a known architecture is saved as an infected model, ready for another ``repair``. Any other one, and one
+        out of somebody's checkpoint, is saved as the state dict of ``module``, for its own class to load.
 
         Raises:
             OSError: the folder cannot be written.
@@ -140,7 +152,7 @@ class RepairResult:
         folder.mkdir(parents=True, exist_ok=True)
         weights, report, picture = (folder / name for name in (WEIGHTS, "pruned.json", "repair.png"))
         original = self.infected
-        if original.architecture is not None:
+        if self.complete:
             InfectedModel(
                 self.network,
                 original.clean,
@@ -152,7 +164,7 @@ class RepairResult:
                 f"{original.name}-repaired",
             ).save(weights)
         else:
-            write_tensors(weights, self.network.state_dict(), {"format": "state-dict"})
+            write_tensors(weights, self.module.state_dict(), {"format": STATE_DICT})
         report.write_text(json.dumps(self.report(), indent=2) + "\n")
         imsave(picture, frame(self.snapshot))
         return [weights, report, picture, write_report(self, folder / "report.html")]

@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from backdoor_gym.cli import common
 from backdoor_gym.cli.repair import verdict_in_words
@@ -12,6 +14,7 @@ from backdoor_gym.errors import DataError, TrainingError
 from backdoor_gym.infected import InfectedModel
 from backdoor_gym.zoo import catalogue
 from backdoor_gym.zoo.files import read_tensors, write_tensors
+from backdoor_gym.zoo.foreign import make_module
 
 
 def test_repair_writes_and_prints_what_it_did(run, infected_file, infected, tmp_path):
@@ -195,8 +198,8 @@ def test_bad_input_is_one_line_and_exit_code_2(run, infected_file, tmp_path):
         (("repair", "absent.safetensors"), "no file"),
         (("repair", "truncated.safetensors"), "truncated"),
         (("repair", "text.safetensors"), "safetensors"),
-        (("repair", "pickle.safetensors"), "pickle"),
-        (("repair", "model.pth"), "pickle"),
+        (("repair", "pickle.safetensors"), "no state dict"),
+        (("repair", "model.pth"), "no state dict"),
         (("repair", "bad.safetensors"), "finite"),
         (("repair", "digits-badnet"), "did you mean 'digits-badnets'"),
         (("repair", "--policy", "clpp"), "did you mean 'clp'"),
@@ -312,10 +315,10 @@ def test_json_is_alone_on_standard_output_and_quiet_is_quiet(run, cached, comman
 
 
 def test_what_a_library_prints_does_not_spoil_the_json(run, monkeypatch):
-    def careless(name, data):
+    def careless(*arguments, **own):
         print("loading ...")
         warnings.warn("old format", UserWarning, stacklevel=1)
-        return load_infected(name, data)
+        return load_infected(*arguments, **own)
 
     load_infected = catalogue.load_infected
     monkeypatch.setattr(catalogue, "load_infected", careless)
@@ -330,7 +333,7 @@ def test_what_a_library_prints_does_not_spoil_the_json(run, monkeypatch):
     ("error", "code"), [(TrainingError("no luck"), 1), (DataError("no"), 2), (KeyboardInterrupt(), 130)]
 )
 def test_exit_codes(run, monkeypatch, error, code):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(catalogue, "load_infected", fail)
@@ -356,3 +359,54 @@ def test_what_needs_ray_says_so(run, monkeypatch):
         code, _, err = run(*command)
         assert code == 2
         assert "backdoor-gym[ray]" in err
+
+
+OWN_NETWORK = """
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+        )
+"""
+
+
+def test_a_network_of_ones_own_is_repaired_and_inspected(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "their_net.py").write_text(OWN_NETWORK)
+    network = make_module("their_net:Net")
+    torch.save({"model": nn.DataParallel(network).state_dict(), "note": ExecuteError()}, "own.pth")
+    own = ("own.pth", "--module", "their_net:Net", "--clean", "digits", "--clean-images", 50)
+    code, out, err = run("repair", *own, "--policy", "clp", "--u", "0.5", "--mean", "0.5", "--std", "0.5")
+    assert code == 0, err
+    assert "Your own class takes the repaired weights" in out
+    assert "tests.test_cli.ExecuteError" in err
+    assert "of the clean images before the repair" in err
+    weights = load_file(tmp_path / "repaired" / "own" / "repaired.safetensors")
+    make_module("their_net:Net").load_state_dict(weights)
+    assert not torch.equal(weights["1.weight"], network[1].weight)
+    layers = json.loads(run("inspect", *own, "--json")[1])["layers"]
+    assert [layer["layer"] for layer in layers] == ["0"]
+    for arguments, words in (
+        (("repair", "own.pth"), "--arch NAME or --module"),
+        (("repair", "own.pth", "--module", "their_net:Net"), "--clean"),
+        (("repair", "own.pth", "--module", "their_net", "--clean", "digits"), "package.module:factory"),
+        (("repair", *own, "--mean", "0.5"), "--mean and --std"),
+        (("repair", *own, "--mean", "a", "--std", "1"), "numbers, one a channel"),
+        (("repair", *own, "--image-size", "big"), "HEIGHTxWIDTH"),
+        (("repair", "own.pth", "--arch", "small_cnn", "--clean", "digits"), "missing"),
+        (("repair", "digits-badnets", "--clean", "digits"), "complete as it is"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert words in err
+        assert len(err.strip().splitlines()) == 1, err
+
+
+class ExecuteError(Exception):
+    """What a checkpoint may hold beside the weights."""

@@ -57,13 +57,14 @@ class Output:
         Args:
             what: the work in words, or None where it shows its own progress.
         """
+        shown = what is not None and not self.quiet and errors.is_terminal
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
         printed, spare = sys.stdout, open(os.devnull, "w") if self.quiet else None  # noqa: SIM115 (closed below)
         sys.stdout = spare or sys.stderr
         try:
             with (
                 warnings.catch_warnings(),
-                Progress(*columns, console=errors, transient=True, disable=what is None or self.quiet) as bar,
+                Progress(*columns, console=errors, transient=True, disable=not shown) as bar,
             ):
                 if self.quiet:
                     warnings.simplefilter("ignore")

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from . import own_network
 from .common import DEFAULT_MODEL, DataOption, JsonOption, ModelArgument, Output, QuietOption
 
 
@@ -12,6 +13,16 @@ def inspect(
     model: ModelArgument = DEFAULT_MODEL,
     u: Annotated[float, typer.Option(help="Standard deviations from which UCLC counts as an outlier.")] = 3.0,
     data: DataOption = None,
+    architecture: own_network.Architecture = None,
+    width: own_network.Width = None,
+    arch_option: own_network.ArchOption = None,
+    module: own_network.Module = None,
+    clean: own_network.Clean = None,
+    test: own_network.Test = None,
+    clean_images: own_network.CleanImages = None,
+    image_size: own_network.ImageSize = None,
+    mean: own_network.Mean = None,
+    std: own_network.Std = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -19,13 +30,26 @@ def inspect(
     from ..graph.features import standardise
     from ..graph.uclc import uclc
     from ..pruning.neurons import find_neurons
-    from ..zoo.catalogue import load_infected
 
     output = Output(as_json, quiet)
     rows: list[dict[str, Any]] = []
-    with output.working("reading the model"):
-        infected = load_infected(model, data)
-        neurons = find_neurons(infected.network)
+    infected = own_network.read_model(
+        output,
+        model,
+        data,
+        architecture=architecture,
+        width=width,
+        arch_option=arch_option,
+        module=module,
+        clean=clean,
+        test=test,
+        clean_images=clean_images,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+    )
+    with output.working("reading its neurons"):
+        neurons = find_neurons(infected.network, infected.clean.first(2).images)
         bounds_of_layers = uclc(infected.network, neurons)
     for layer, bounds in zip(neurons.layers, bounds_of_layers, strict=True):
         scores = standardise(bounds)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from . import own_network
 from .common import (
     DEFAULT_MODEL,
     DataOption,
@@ -19,6 +20,9 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..metrics import Metrics
+
+#: Clean accuracy below which images, labels or normalisation are probably not what a network was trained on.
+DOUBTFUL = 0.5
 
 
 def repair(
@@ -53,6 +57,16 @@ def repair(
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: repaired/NAME.")] = None,
     data: DataOption = None,
     device: DeviceOption = "cpu",
+    architecture: own_network.Architecture = None,
+    width: own_network.Width = None,
+    arch_option: own_network.ArchOption = None,
+    module: own_network.Module = None,
+    clean: own_network.Clean = None,
+    test: own_network.Test = None,
+    clean_images: own_network.CleanImages = None,
+    image_size: own_network.ImageSize = None,
+    mean: own_network.Mean = None,
+    std: own_network.Std = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -60,7 +74,6 @@ def repair(
     from .. import repairing
     from ..baselines.thresholds import parse_threshold
     from ..policies import BUDGETS, check_policy, kind_of_policy
-    from ..zoo.catalogue import load_infected
 
     output = Output(as_json, quiet)
     options: dict[str, Any] = {}
@@ -69,8 +82,21 @@ def repair(
     if finetune is not None:
         options["finetune"] = finetune
     check_policy(policy, options)
-    with output.working("reading the model"):
-        infected = load_infected(model, data)
+    infected = own_network.read_model(
+        output,
+        model,
+        data,
+        architecture=architecture,
+        width=width,
+        arch_option=arch_option,
+        module=module,
+        clean=clean,
+        test=test,
+        clean_images=clean_images,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+    )
     folder = out or Path("repaired") / infected.name.replace("/", "-")
     check_writable(folder)
     with output.working("repairing, then scoring on the test images"):
@@ -96,6 +122,15 @@ def repair(
         output.say("The published threshold was used; --threshold auto chooses it with the clean images.")
     for path in written:
         output.say(f"  {path}")
+    if infected.checkpoint is not None:
+        output.say(
+            f'Your own class takes the repaired weights: network.load_state_dict(safetensors.torch.load_file("{written[0]}")).'
+        )
+        if result.clean_acc_before < DOUBTFUL:
+            output.note(
+                f"The network knew {result.clean_acc_before:.0%} of the clean images before the repair. If it is better than "
+                "that, look at --mean and --std (what it does to images in [0, 1]), the order of the labels, the image size."
+            )
 
 
 def verdict_in_words(score: float, target: int | None, pruned: int) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..errors import UntraceableError
+from ..zoo.preprocessing import Preprocess
 from .tracing import is_number
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -185,9 +186,12 @@ class Channels:
     def _find_image_channels(self) -> int | None:
         for node in self.nodes:
             module = module_of(self.graph_module, node)
-            if isinstance(module, nn.Conv2d) and node.all_input_nodes[0].op == "placeholder":
+            if isinstance(module, nn.Conv2d) and self._is_image(node.all_input_nodes[0]):
                 return module.in_channels
         return None
+
+    def _is_image(self, node: fx.Node) -> bool:
+        return node.op == "placeholder" or isinstance(module_of(self.graph_module, node), Preprocess)
 
     def _kind(self, node: fx.Node) -> tuple[Kind, Layout | None]:
         if node.op == "placeholder":
@@ -208,6 +212,8 @@ class Channels:
 
     def _module_kind(self, name: str, module: nn.Module, layout: Layout | None) -> tuple[Kind, Layout | None]:
         spatial = layout is not None and layout.axis == 1 and not layout.flat
+        if isinstance(module, Preprocess):
+            return Kind.IMAGES, layout
         if isinstance(module, nn.Linear):
             rank = None if layout is None else layout.rank
             return Kind.WEIGHTED, Layout(rank, -1 if rank is None else rank - 1, module.out_features)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import UnknownNameError, UntraceableError
+from ..zoo.preprocessing import Preprocessed
 from .channels import WEIGHTED, Channels, Kind, mask_channels, module_of
 from .sources import Source, Spaces, gates, last_layers, projections, sources
 from .tracing import trace
@@ -165,12 +166,15 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
     spaces, numbers = Spaces(channels), dict[fx.Node, int]()
     called = Counter(node.target for node in channels.nodes if node.op == "call_module")
     layers: list[NeuronLayer] = []
+    in_front = (
+        Preprocessed.PREFIX if isinstance(network, Preprocessed) else ""
+    )  # names are those of the network behind it
     for index, nodes in enumerate(uses):
         site, found = nodes[0], feeders[nodes[0]]
         space, shift = spaces.of(site)
         layers.append(
             NeuronLayer(
-                name=str((found[0].node if _is_alone(site, found, called) else site).target),
+                name=str((found[0].node if _is_alone(site, found, called) else site).target).removeprefix(in_front),
                 module=str(site.target),
                 normalised=channels.kinds[site] is Kind.NORM,
                 node=site.name,

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import UntraceableError
+from ..zoo.preprocessing import Preprocess
 
 #: Layers that stay one node, those that are derived from them and answer a mask as they do among them.
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
@@ -86,7 +87,7 @@ class _Tracer(fx.Tracer):
         self._evaluating = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if super().is_leaf_module(m, module_qualified_name):
+        if isinstance(m, Preprocess) or super().is_leaf_module(m, module_qualified_name):
             return True
         if not isinstance(m, LAYERS) or list(m.children()):
             return False

@@ -119,7 +119,7 @@ def render(result: "RepairResult") -> str:
         repeating=_repeating(result),
         facts=_facts(result),
         versions={name: version(name) for name in VERSIONS} | {"Python": platform.python_version()},
-        digests={"before": digest(result.infected.network), "after": digest(result.network)},
+        digests={"before": digest(result.infected.module), "after": digest(result.module)},
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
@@ -241,14 +241,14 @@ def _inverted(result: "RepairResult") -> list[dict[str, Any]]:
 
 def _loading(result: "RepairResult") -> str:
     """Python that loads what ``RepairResult.save`` wrote."""
-    if result.infected.architecture is not None:
+    if result.complete:
         return (
             "from backdoor_gym import load_infected\n\n"
             'network = load_infected("repaired.safetensors").network.eval()  # images in [0, 1] to logits'
         )
     return (
         "from safetensors.torch import load_file\n\n"
-        f"network = {type(result.network).__name__}(...)  # made as you made the original\n"
+        f"network = {type(result.module).__name__}(...)  # made as you made the original\n"
         'network.load_state_dict(load_file("repaired.safetensors"))\n'
         "network.eval()"
     )

@@ -1,13 +1,20 @@
 """The names of infected models: embedded ones, the procedural family, and files."""
 
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from ..errors import ModelFileError, UnknownNameError
-from ..infected import InfectedModel
+from torch import Tensor
+
+from ..errors import DataError, ModelFileError, UnknownNameError
+from ..infected import FORMAT, InfectedModel
 from . import family
+from .files import WEIGHTS_ALONE, holds, is_pickle
+from .foreign import Factory, load_foreign
+from .own_images import Source
 
 SUFFIX = ".safetensors"
 
@@ -52,26 +59,65 @@ def resolve(name: str) -> list[str]:
     raise UnknownNameError("infected model", name, known, "a file must exist, or end in .safetensors")
 
 
-def load_infected(name: str | Path, data: str | None = None) -> InfectedModel:
-    """An infected model by name or file.
+def load_infected(
+    name: str | Path,
+    data: str | None = None,
+    *,
+    architecture: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    module: Factory | None = None,
+    clean: Source | None = None,
+    test: Source | None = None,
+    clean_images: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    preprocess: Callable[[Tensor], Tensor] | None = None,
+) -> InfectedModel:
+    """An infected model by name or file. Nothing that came with a file is run.
 
     Args:
-        name: of an embedded model, of the family (``digits-test/3``: trained now if it is not cached), or a file.
+        name: of an embedded model, of the family (``digits-test/3``: trained now if it is not cached), or a file: one that
+            ``InfectedModel.save`` wrote, or anybody's weights (``.safetensors``, ``.pt``, ``.pth``, ``.tar``).
         data: data set to read a file's images from, instead of the one it names.
+        architecture: for anybody's weights, as all that follow (see ``zoo.foreign.load_foreign``): the architecture.
+        options: its options.
+        module: your own network instead.
+        clean: the defender's images.
+        test: images to score on.
+        clean_images: how many of ``clean`` are drawn.
+        image_size: height and width that the images of folders are resized to.
+        preprocess: from images in [0, 1] to what the network takes.
 
     Raises:
         UnknownNameError: no such name.
-        ModelFileError, WeightsError, DataError: a file that cannot be used (see ``InfectedModel.load``).
+        ModelFileError, WeightsError, DataError: a file that cannot be used (see ``InfectedModel.load`` and ``load_foreign``).
     """
     text = str(name)
+    own: dict[str, Any] = {
+        "architecture": architecture,
+        "options": options,
+        "module": module,
+        "clean": clean,
+        "test": test,
+        "clean_images": clean_images,
+        "image_size": image_size,
+        "preprocess": preprocess,
+    }
+    given = [key for key, value in own.items() if value]
+    path = Path(text).expanduser()
+    if path.is_file() and (is_pickle(path) or holds(path) in WEIGHTS_ALONE or (given and holds(path) != FORMAT)):
+        return load_foreign(path, **own)
+    found = resolve(text)
+    if given:
+        raise DataError(
+            f"{text} is an infected model of this package, complete as it is; {given[0]} is for other weights"
+        )
     if text in _embedded():
         return InfectedModel.load(_embedded()[text])
     if family.is_member(text):
         return family.load(text)
-    found = resolve(text)
     if found != [text]:
         raise UnknownNameError("infected model", text, found, "a pattern stands for several models; name one")
-    return InfectedModel.load(Path(text).expanduser(), data)
+    return InfectedModel.load(path, data)
 
 
 def max_neurons(name: str) -> int | None:

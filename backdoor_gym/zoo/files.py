@@ -16,6 +16,10 @@ from torch import Tensor
 from ..errors import ModelFileError
 
 KEY = "backdoor_gym"
+#: Format of a file with the weights of a network and nothing else.
+STATE_DICT = "state-dict"
+#: What ``holds`` says of weights without anything else.
+WEIGHTS_ALONE = ("", STATE_DICT)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -62,8 +66,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def _refuse_pickle(path: Path) -> None:
-    """A pickle can run any program when it is read, whatever its name is.
+def holds(path: Path) -> str | None:
+    """The format that a safetensors file of this package says it has, "" for anybody else's; None for any other file."""
+    if not path.is_file() or is_pickle(path):
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+        return str(json.loads(header[KEY])["format"]) if KEY in header else ""
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return None
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins like a pickle or like what ``torch.save`` writes, whatever its name is.
 
     safetensors begin with the length of their header, eight bytes that may look like the first ones of a pickle, and then the
     brace that opens it.
@@ -71,10 +87,15 @@ def _refuse_pickle(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(9)
     looks_pickled = start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")
-    if looks_pickled and start[8:] != b"{":
+    return looks_pickled and start[8:] != b"{"
+
+
+def _refuse_pickle(path: Path) -> None:
+    """A pickle can run any program when it is read."""
+    if is_pickle(path):
         raise ModelFileError(
             f"{path} is a pickle (a torch.save file), whatever its name says; reading it could execute code, so it is "
-            "not opened: get it as safetensors, or read it where it can do no harm and use InfectedModel.from_module"
+            "not opened: get it as safetensors"
         )
 
 

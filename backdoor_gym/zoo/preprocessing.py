@@ -1,0 +1,78 @@
+"""What stands in front of a network that does not take images in [0, 1] as they are."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError
+
+
+class Preprocess(nn.Module):
+    """Any callable as a layer that is called, not traced: what it does to the images is no part of the network.
+
+    It is given float32 (n, C, H, W) in [0, 1] on the network's device, a copy that it may overwrite, and gives what the network
+    takes, n of them in the same order. It must do the same each time: nothing random.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images.clone())
+
+
+class Preprocessed(nn.Module):
+    """A network behind a ``Preprocess``: from images in [0, 1] to logits."""
+
+    #: Where the network stands in it.
+    PREFIX = "network."
+
+    def __init__(self, preprocess: Callable[[Tensor], Tensor], network: nn.Module) -> None:
+        super().__init__()
+        self.preprocess = Preprocess(preprocess)
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(self.preprocess(images))
+
+
+class Normalise(nn.Module):
+    """(image - mean) / std, channel by channel.
+
+    Args:
+        mean: of each channel, for images in [0, 1].
+        std: of each channel.
+
+    Raises:
+        DataError: not one mean and one positive deviation a channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            try:
+                tensor = torch.tensor([float(value) for value in values])
+            except (TypeError, ValueError) as error:
+                raise DataError(f"the {name} must be numbers, one a channel, not {values!r}") from error
+            self.register_buffer(name, tensor.view(-1, 1, 1), persistent=False)
+        if not len(self.mean) == len(self.std) > 0 or not bool((self.std > 0).all()):
+            raise DataError(
+                f"a normalisation takes one mean and one positive std a channel, not {list(mean)} and {list(std)}"
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+    def state(self) -> dict[str, list[float]]:
+        """The arguments, JSON-able."""
+        return {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+
+
+def own_module(network: nn.Module) -> nn.Module:
+    """The network without what stands in front of it."""
+    return network.network if isinstance(network, Preprocessed) else network

@@ -1,0 +1,201 @@
+import argparse
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from backdoor_gym.errors import ModelFileError, WeightsError
+from backdoor_gym.zoo.checkpoints import fit_weights, read_checkpoint
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.deep = nn.Sequential(nn.ReLU(), nn.Linear(4, 2))
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        return self.deep(self.norm(self.conv(x)).mean((2, 3)))
+
+
+class ExecutedError(Exception):
+    pass
+
+
+def execute(*_):
+    raise ExecutedError
+
+
+class Attacker:
+    def __init__(self, function, *arguments):
+        self.called = function, arguments
+
+    def __reduce__(self):
+        return self.called
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(1)
+    return Net()
+
+
+def prefixed(prefix, weights):
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+#: What people save, made of a network.
+KINDS = {
+    "a state dict": lambda net: net.state_dict(),
+    "of DataParallel": lambda net: nn.DataParallel(net).state_dict(),
+    "of torch.compile in a Lightning module": lambda net: {
+        "state_dict": prefixed("model._orig_mod.", net.state_dict())
+    },
+    "wrapped, with an optimiser": lambda net: {
+        "epoch": 3,
+        "state_dict": net.state_dict(),
+        "optimizer": torch.optim.Adam(net.parameters()).state_dict(),
+    },
+    "wrapped twice": lambda net: {"model": {"state_dict": net.state_dict(), "epoch": 1}},
+    "under a name of its own": lambda net: {"victim": net.state_dict(), "acc": 93.5},
+    "a classifier beside a generator": lambda net: {"netC": net.state_dict(), "netG": nn.Linear(1, 1).state_dict()},
+    "without counters": lambda net: {
+        k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")
+    },
+    "with objects of other libraries": lambda net: {
+        "net": net.state_dict(),
+        "acc": np.float64(0.9),
+        "args": argparse.Namespace(lr=0.1),
+        "picture": Image.new("RGB", (2, 2)),
+    },
+    "the whole network": lambda net: net,
+    "the whole network, wrapped": lambda net: {"model": net, "epoch": 1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_people_save_is_read_whatever_its_name(kind, suffix, trained, tmp_path):
+    torch.save(KINDS[kind](trained), tmp_path / f"it{suffix}")
+    network = Net()
+    fit_weights(network, read_checkpoint(tmp_path / f"it{suffix}"))
+    for name, value in trained.state_dict().items():
+        assert torch.equal(network.state_dict()[name], value), name
+
+
+def test_safetensors_of_anybody_and_old_torch_files_are_read(trained, tmp_path):
+    save_file(trained.state_dict(), tmp_path / "a")
+    torch.save({"net": trained.state_dict()}, tmp_path / "b", _use_new_zipfile_serialization=False)
+    for name in "ab":
+        network = Net()
+        fit_weights(network, read_checkpoint(tmp_path / name))
+        assert torch.equal(network.deep[1].weight, trained.deep[1].weight)
+
+
+def test_backdoorbench_results_say_what_they_are(trained, tmp_path):
+    poisoned = {
+        "bd_data_container": {
+            "save_folder_path": "record/x",
+            "data_dict": {3: {"path": "record/x/3.png", "other_info": [0, 7]}, 5: (Image.new("RGB", (4, 4)), 0, 7)},
+        },
+        "original_index_array": np.arange(8),
+        "poison_indicator": np.zeros(8),
+    }
+    result = {
+        "model_name": "preactresnet18",
+        "num_classes": 10,
+        "model": trained.state_dict(),
+        "data_path": "data/cifar10",
+        "img_size": (32, 32, 3),
+        "clean_data": "cifar10",
+        "bd_train": poisoned,
+        "bd_test": {"x": torch.zeros(2, 3, 32, 32), "y": torch.zeros(2)},
+    }
+    torch.save(result, tmp_path / "attack_result.pt")
+    read = read_checkpoint(tmp_path / "attack_result.pt")
+    assert read.facts == {
+        "model_name": "preactresnet18",
+        "num_classes": 10,
+        "clean_data": "cifar10",
+        "img_size": (32, 32, 3),
+    }
+    assert set(read.weights) == set(trained.state_dict())
+    assert "PIL.Image.Image" in read.unread
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("whole", [False, True])
+def test_nothing_in_a_file_is_ever_run(trained, tmp_path, protocol, whole):
+    attacker = Attacker(execute)
+    torch.save(
+        attacker if whole else {"net": trained.state_dict(), "x": attacker}, tmp_path / "a", pickle_protocol=protocol
+    )
+    with pytest.raises(ExecutedError):
+        torch.load(tmp_path / "a", weights_only=False)
+    try:
+        read = read_checkpoint(tmp_path / "a")
+    except ModelFileError:
+        assert whole or protocol == 4  # the reader takes protocol 2 alone
+    else:
+        assert read.unread == (f"{__name__}.execute",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_calls_the_system_is_refused(trained, tmp_path, zipped):
+    torch.save(
+        {"net": trained.state_dict(), "x": Attacker(os.system, f"touch {tmp_path}/executed")},
+        tmp_path / "a",
+        _use_new_zipfile_serialization=zipped,
+    )
+    with pytest.raises(ModelFileError, match=r"without running what it holds.*\.system"):
+        read_checkpoint(tmp_path / "a")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_files_without_weights_are_refused(trained, tmp_path):
+    whole = tmp_path / "whole"
+    torch.save(trained.state_dict(), whole)
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script")
+    (tmp_path / "truncated").write_bytes(whole.read_bytes()[:900])
+    (tmp_path / "text").write_text("weights, honestly")
+    torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "empty")
+    torch.save({"ema": trained.state_dict(), "raw": trained.state_dict()}, tmp_path / "two")
+    torch.save([1, 2], tmp_path / "list")
+    torch.save({"net": {}, "x": np.float64(1)}, tmp_path / "old", _use_new_zipfile_serialization=False)
+    for name, words in (
+        ("script", "torchscript"),
+        ("truncated", "damaged"),
+        ("text", "neither a readable safetensors file nor a torch file"),
+        ("empty", "no state dict.*only epoch, lr"),
+        ("two", r"several sets of weights \(ema, raw\)"),
+        ("list", "no state dict"),
+        ("old", r"it names numpy.*save its state_dict\(\) alone"),
+        ("absent", "no file"),
+    ):
+        with pytest.raises(ModelFileError, match=words):
+            read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weights: weights.pop("deep.1.bias"), r"1 missing \(deep\.1\.bias\)"),
+        (lambda weights: weights.update(more=torch.zeros(1)), r"1 unexpected \((module\.)?more\)"),
+        (lambda weights: weights.update({"deep.1.bias": torch.zeros(7)}), r"deep\.1\.bias \(7,\) instead of \(2,\)"),
+        (lambda weights: weights.pop("norm.running_var"), r"missing \(norm\.running_var\)"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_of_another_network_are_refused_by_name(change, words, prefix, trained, tmp_path):
+    weights = dict(trained.state_dict())
+    change(weights)
+    torch.save(prefixed(prefix, weights), tmp_path / "a.pt")
+    with pytest.raises(WeightsError, match=words) as caught:
+        fit_weights(Net(), read_checkpoint(tmp_path / "a.pt"))
+    assert ('"module." was taken off' in str(caught.value)) == bool(prefix)
