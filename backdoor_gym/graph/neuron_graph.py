@@ -69,9 +69,10 @@ def input_strengths(network: nn.Module, neurons: Neurons) -> np.ndarray:
     """L1 norm of all that each neuron is connected by, over the largest of its layer, float64 in [0, 1] (neurons,)."""
     found = []
     for layer in neurons.layers:
-        total = sum(
-            (connection_strengths(network, feeder).sum(axis=1) for feeder in layer.feeders), np.zeros(layer.size)
-        )
+        total = np.zeros(layer.size)
+        for feeder in layer.feeders:
+            strength = connection_strengths(network, feeder).sum(axis=1)
+            total[feeder.start : feeder.start + len(strength)] += strength
         found.append(total / total.max() if total.any() else np.ones(layer.size))
     return np.concatenate(found)
 

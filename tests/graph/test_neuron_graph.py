@@ -2,8 +2,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from backdoor_gym.graph.neuron_graph import max_edges, neuron_graph
+from backdoor_gym.graph.neuron_graph import input_strengths, max_edges, neuron_graph
 from backdoor_gym.pruning.neurons import find_neurons
+
+from ..tiny import tiny
 
 
 def links_of(graph, similarity: bool):
@@ -74,3 +76,12 @@ def test_bounds(network_of):
     assert graph.edge_links.max() < len(neurons)
     counts = np.bincount(graph.edge_links[graph.edges[:, 1] == 0][:, 1])
     assert counts.max() <= 3
+
+
+def test_input_strengths_of_a_concatenation_are_of_the_part_that_each_channel_is_of():
+    network = tiny("densenet")
+    neurons = find_neurons(network)
+    layer = next(layer for layer in neurons.layers if layer.name == "features.denseblock1.denselayer2.norm1")
+    writers = (network.features.conv0, network.features.denseblock1.denselayer1.conv2)
+    expected = torch.cat([conv.weight.detach().abs().sum((1, 2, 3)) for conv in writers]).numpy()
+    np.testing.assert_allclose(input_strengths(network, neurons)[layer.neurons], expected / expected.max(), rtol=1e-5)

@@ -49,6 +49,12 @@ class VGG(nn.Module):
                 nn.Linear(hidden, num_classes),
             )  # fmt: skip
 
+        if not batch_norm:  # with PyTorch's own initialisation so many layers without BN do not learn
+            for layer in self.features:
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                    nn.init.zeros_(layer.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.avgpool(self.features(x)).flatten(1))
 
