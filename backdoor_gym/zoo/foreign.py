@@ -29,6 +29,9 @@ BACKDOORBENCH: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = {
     "gtsrb": None,
     "celeba": None,
 }
+#: Options of architectures whose name means something else there: VGG as published, without BN and with two hidden layers.
+PUBLISHED_VGG = {"batch_norm": False, "hidden": 4096}
+OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("vgg11", "vgg13", "vgg16", "vgg19"), PUBLISHED_VGG)
 
 
 def load_foreign(
@@ -82,7 +85,8 @@ def load_foreign(
     scoring = images.rest if test is None else all_images(test, image_size)
     spec: dict[str, Any] | None = None
     if architecture is not None:
-        spec = _spec(architecture, checkpoint, images, options or {})
+        options = {**OPTIONS.get(checkpoint.facts.get("model_name", ""), {}), **(options or {})}
+        spec = _spec(architecture, checkpoint, images, options)
         network = build(**spec)
     elif module is not None:
         network = make_module(module)
@@ -108,7 +112,10 @@ def load_foreign(
 
 
 def find_architecture(checkpoint: Checkpoint, name: str | None) -> str:
-    """The architecture of that name, or of the one that the file gives; case, ``-`` and ``_`` do not count."""
+    """The architecture of that name, or of the one that the file gives; case, ``-`` and ``_`` do not count.
+
+    ``resnet18`` is the one for small images or ``resnet18_imagenet``, whichever has the names that the weights have.
+    """
     wanted = name or checkpoint.facts.get("model_name")
     if wanted is None:
         raise ModelFileError(
@@ -116,10 +123,10 @@ def find_architecture(checkpoint: Checkpoint, name: str | None) -> str:
             "with --arch NAME or --module package.module:factory (architecture= or module= in Python), and which images are "
             "clean, with --clean (clean=)"
         )
-    known = {_plain(known): known for known in ARCHITECTURES}
-    if _plain(wanted) not in known:
+    alike = [known for known in ARCHITECTURES if _plain(known) in (_plain(wanted), f"{_plain(wanted)}imagenet")]
+    if not alike:
         raise UnknownNameError("architecture", wanted, ARCHITECTURES, "--module takes a network of your own")
-    return known[_plain(wanted)]
+    return max(alike, key=lambda known: len(_shapes(known, 2, 3).keys() & _last_parts(checkpoint)))
 
 
 def make_module(factory: Factory) -> nn.Module:
@@ -160,13 +167,22 @@ def _spec(name: str, checkpoint: Checkpoint, images: OwnImages, options: Mapping
 
 def _classes(name: str, checkpoint: Checkpoint, channels: int, options: Mapping[str, Any]) -> int:
     """How long the tensors are whose length the number of classes decides."""
-    with torch.device("meta"):  # shapes without weights
-        two, three = (build(name, classes, channels, **options).state_dict() for classes in (2, 3))
-    for key in (key for key in two if two[key].shape != three[key].shape):
+    two, three = (_shapes(name, classes, channels, **options) for classes in (2, 3))
+    for key in (key for key in two if two[key] != three[key]):
         for found, tensor in checkpoint.weights.items():
             if found == key or found.endswith(f".{key}"):
                 return len(tensor)
     return 1  # which ``fit_weights`` refuses, and says what else is missing
+
+
+def _shapes(name: str, classes: int, channels: int, **options: Any) -> dict[str, torch.Size]:
+    with torch.device("meta"):  # shapes without weights
+        return {key: value.shape for key, value in build(name, classes, channels, **options).state_dict().items()}
+
+
+def _last_parts(checkpoint: Checkpoint) -> set[str]:
+    """All ends of the names in the file, such as ``conv1.weight`` of ``module.conv1.weight``."""
+    return {".".join(name.split(".")[start:]) for name in checkpoint.weights for start in range(name.count(".") + 1)}
 
 
 def _image_size(checkpoint: Checkpoint) -> tuple[int, int] | None:

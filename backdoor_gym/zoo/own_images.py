@@ -47,7 +47,7 @@ def own_images(source: Source, count: int | None = None, size: tuple[int, int] |
             - the path of an ``.npz`` (see ``read_npz``) or of a folder with one subfolder a class (see ``read_folder``);
             - a Hub id, a local folder in the Hub's layout, or "digits": images are drawn from the test split.
         count: how many to draw at random, always the same ones; by default all, or 500 of a named data set.
-        size: height and width that the images of a folder are resized to.
+        size: height and width that the images of a folder or of a named data set (digits apart) are resized to.
 
     Raises:
         DataError: nothing of these, or images or labels of a wrong form.
@@ -59,7 +59,7 @@ def own_images(source: Source, count: int | None = None, size: tuple[int, int] |
         if path.is_dir() and _is_image_folder(path):
             images, labels, classes = read_folder(path, size)
             return OwnImages(_draw(LabelledImages(images, labels), count), classes=classes)
-        return _named(str(source), count)
+        return _named(str(source), count, size)
     if isinstance(source, LabelledImages):
         return OwnImages(_draw(source, count))
     if isinstance(source, tuple | list) and len(source) == 2:
@@ -76,11 +76,10 @@ def own_images(source: Source, count: int | None = None, size: tuple[int, int] |
 def all_images(source: Source, size: tuple[int, int] | None = None) -> LabelledImages:
     """Images to score on: all of a source, or the test split of a named data set."""
     if isinstance(source, str | Path) and not _is_path(Path(source).expanduser()):
-        split = datasets.splits(str(source))[1]
-        indices = tuple(range(datasets.split_size(str(source), split)))
-        return LabelledImages.from_source(
-            DataSource(str(source), split, indices, datasets.fingerprint(str(source), split))
-        )
+        name = _sized(str(source), size)
+        split = datasets.splits(name)[1]
+        indices = tuple(range(datasets.split_size(name, split)))
+        return LabelledImages.from_source(DataSource(name, split, indices, datasets.fingerprint(name, split)))
     return own_images(source, None, size).images
 
 
@@ -184,8 +183,16 @@ def _is_image_folder(folder: Path) -> bool:
     return any(file.suffix.lower() in IMAGE_SUFFIXES for entry in subfolders for file in entry.iterdir())
 
 
-def _named(dataset: str, count: int | None) -> OwnImages:
+def _sized(dataset: str, size: tuple[int, int] | None) -> str:
+    """The name with the size that its images are to have, where it says none itself."""
+    if size is None or dataset == datasets.DIGITS or "size=" in dataset:
+        return dataset
+    return f"{dataset}{'&' if '?' in dataset else '?'}size={size[0]}x{size[1]}"
+
+
+def _named(dataset: str, count: int | None, sides: tuple[int, int] | None) -> OwnImages:
     """Some images of the test split of a named data set, and the rest of them."""
+    dataset = _sized(dataset, sides)
     split = datasets.splits(dataset)[1]
     size, digest = datasets.split_size(dataset, split), datasets.fingerprint(dataset, split)
     count = min(CLEAN_IMAGES, size // 2) if count is None else count

@@ -10,9 +10,11 @@ from torch import nn
 from backdoor_gym import load_infected, repair
 from backdoor_gym.errors import DataError, ModelFileError, UnknownNameError, WeightsError
 from backdoor_gym.infected import InfectedModel
+from backdoor_gym.zoo import datasets
 from backdoor_gym.zoo.architectures import build
 from backdoor_gym.zoo.checkpoints import Checkpoint
 from backdoor_gym.zoo.foreign import BACKDOORBENCH, find_architecture, make_module
+from backdoor_gym.zoo.own_images import all_images, own_images
 from backdoor_gym.zoo.preprocessing import Normalise
 
 CODE = """
@@ -190,6 +192,35 @@ def test_backdoorbench_results_bring_their_architecture_size_and_normalisation(t
         expected = network.eval()((model.clean.images - mean) / std)
         assert torch.allclose(model.network(model.clean.images), expected)
     assert type(model.module) is type(network)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet18_imagenet"])
+def test_a_name_for_two_architectures_is_the_one_whose_names_the_weights_have(name, tmp_path):
+    network = build(name, num_classes=7, in_channels=3, width=2)
+    torch.save({"module." + key: value for key, value in network.state_dict().items()}, tmp_path / "a.pth")
+    clean = torch.rand(4, 3, 16, 16), torch.arange(4)
+    model = load_infected(tmp_path / "a.pth", architecture="resnet18", options={"width": 2}, clean=clean)
+    assert model.architecture == {"name": name, "num_classes": 7, "in_channels": 3, "width": 2}
+
+
+def test_a_vgg_of_backdoorbench_has_no_batch_normalisation(tmp_path):
+    network = build("vgg16", num_classes=10, in_channels=3, width=2, batch_norm=False, hidden=8)
+    torch.save({"model_name": "vgg16", "num_classes": 10, "model": network.state_dict()}, tmp_path / "attack_result.pt")
+    clean = torch.rand(4, 3, 32, 32), torch.arange(4)
+    model = load_infected(tmp_path / "attack_result.pt", options={"width": 2, "hidden": 8}, clean=clean)
+    assert model.architecture["batch_norm"] is False
+
+
+def test_named_data_sets_are_resized_too(monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "splits", lambda name: asked.append(name) or ("train", "test"))
+    monkeypatch.setattr(datasets, "split_size", lambda *_: 10)
+    monkeypatch.setattr(datasets, "fingerprint", lambda *_: "")
+    monkeypatch.setattr(datasets, "num_classes", lambda *_: 2)
+    for name in ("some/set", "some/set?label=kind", "some/set?size=8"):
+        own_images(name, size=(24, 32))
+        all_images(name, size=(24, 32))
+    assert asked[::2] == ["some/set?size=24x32", "some/set?label=kind&size=24x32", "some/set?size=8"] == asked[1::2]
 
 
 @pytest.mark.parametrize("name", ["preactresnet18", "PreActResNet18", "preact-resnet18", "vgg16", "ResNet18"])
