@@ -137,11 +137,15 @@ class RepairResult:
             "course": [asdict(change) for change in self.course],
         }
 
-    def save(self, folder: str | Path) -> list[Path]:
+    def save(self, folder: str | Path, command: str | None = None) -> list[Path]:
         """Write the repaired network, ``report.html``, ``pruned.json`` and ``repair.png`` into a folder, made if needed.
 
         A network of a known architecture is saved as an infected model, ready for another ``repair``. Any other one, and one
         out of somebody's checkpoint, is saved as the state dict of ``module``, for its own class to load.
+
+        Args:
+            folder: where to.
+            command: the command line that asked for this repair, to be told in the report.
 
         Raises:
             OSError: the folder cannot be written.
@@ -167,7 +171,7 @@ class RepairResult:
             write_tensors(weights, self.module.state_dict(), {"format": STATE_DICT})
         report.write_text(json.dumps(self.report(), indent=2) + "\n")
         imsave(picture, frame(self.snapshot))
-        return [weights, report, picture, write_report(self, folder / "report.html")]
+        return [weights, report, picture, write_report(self, folder / "report.html", command)]
 
 
 def repair(

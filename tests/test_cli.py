@@ -28,7 +28,9 @@ def test_repair_writes_and_prints_what_it_did(run, infected_file, infected, tmp_
     again = InfectedModel.load(tmp_path / "result" / "repaired.safetensors")
     assert again.evaluate().acc == report["after"]["acc"]
     assert (tmp_path / "result" / "repair.png").stat().st_size > 10_000
-    assert "neurons pruned by clp" in (tmp_path / "result" / "report.html").read_text()
+    page = (tmp_path / "result" / "report.html").read_text()
+    assert "neurons pruned by clp" in page
+    assert f"<code>backdoor-gym repair {infected_file} --policy clp --u 1.5 --out result</code>" in page
 
 
 def test_repair_without_arguments_repairs_the_embedded_model(run, tmp_path):

@@ -1,5 +1,7 @@
 """``backdoor-gym repair``."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,7 +72,7 @@ def repair(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Repair a network and write it, the list of pruned neurons and a figure."""
+    """Repair a network and write it, a report to look at, and the list of pruned neurons."""
     from .. import repairing
     from ..baselines.thresholds import parse_threshold
     from ..policies import BUDGETS, check_policy, kind_of_policy
@@ -107,7 +109,7 @@ def repair(
             device=device,
             **options,
         )
-        written = result.save(folder)
+        written = result.save(folder, shlex.join(["backdoor-gym", *sys.argv[1:]]))
     output.result({**result.report(), "files": [str(path) for path in written]})
     output.say(result_table(result.infected.name, result.policy, result.before, result.after, result.der))
     if result.before.asr is None:

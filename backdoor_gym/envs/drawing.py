@@ -144,9 +144,9 @@ def draw_network(axes: Axes, snapshot: Snapshot) -> Places:
         )
     ring: dict[str, Any] = {"facecolors": "none", "linewidths": max(0.8, 0.07 * cell), "zorder": 3}
     axes.scatter(x[snapshot.undone], y[snapshot.undone], s=_area(cell), marker="s", edgecolors=FAINT, **ring)
-    gone, thick = snapshot.pruned, max(1.2, 0.1 * cell)
-    for colour, width in (("white", thick + 1.8), (INK, thick)):  # a dark cross is to be seen on a dark neuron
-        axes.scatter(x[gone], y[gone], s=_area(max(7.5, 0.85 * cell)), marker="x", c=colour, linewidths=width, zorder=4)
+    gone, thick = snapshot.pruned, max(1.0, 0.08 * cell)
+    for colour, width in (("white", thick + 1.1), (INK, thick)):  # a dark cross is to be seen on a dark neuron
+        axes.scatter(x[gone], y[gone], s=_area(max(8, cell)), marker="x", c=colour, linewidths=width, zorder=4)
     latest = snapshot.latest
     axes.scatter(
         x[latest], y[latest], s=_area(1.5 * max(cell, 7)), facecolors="none", edgecolors=ACC_COLOUR, linewidths=2,

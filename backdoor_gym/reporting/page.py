@@ -78,19 +78,24 @@ class Row:
     suspected_danger: float | None
 
 
-def write_report(result: "RepairResult", path: str | Path) -> Path:
+def write_report(result: "RepairResult", path: str | Path, command: str | None = None) -> Path:
     """Write the page of a repair.
+
+    Args:
+        result: the repair.
+        path: the file.
+        command: the command line that asked for it, if one did.
 
     Raises:
         OSError: the file cannot be written.
     """
     path = Path(path)
-    path.write_text(render(result), encoding="utf-8")
+    path.write_text(render(result, command), encoding="utf-8")
     return path
 
 
-def render(result: "RepairResult") -> str:
-    """The page of a repair, HTML."""
+def render(result: "RepairResult", command: str | None = None) -> str:
+    """The page of a repair, HTML; see ``write_report``."""
     environment = Environment(
         loader=PackageLoader(__package__, ""),
         autoescape=True,
@@ -116,7 +121,7 @@ def render(result: "RepairResult") -> str:
         triggered=_triggered(result),
         inverted=_inverted(result),
         loading=_loading(result),
-        repeating=_repeating(result),
+        repeating=command or _repeating(result),
         facts=_facts(result),
         versions={name: version(name) for name in VERSIONS} | {"Python": platform.python_version()},
         digests={"before": digest(result.infected.module), "after": digest(result.module)},
