@@ -55,3 +55,16 @@ def test_every_attack_and_rule_is_described():
         if inspect.ismodule(getattr(baselines, module))
     }
     assert attacks | rules <= described
+
+
+def test_messages_are_quoted_as_they_are():
+    """The page of one's own networks lists messages; each begins as one in the code does."""
+    code = " ".join(page.read_text() for page in ROOT.glob("backdoor_gym/**/*.py"))
+    table = (ROOT / "docs/own_network.md").read_text().split("## Messages")[1]
+    rows = re.findall(r"^\| ([^|]+?) \|", table, re.MULTILINE)[2:]
+    quoted = [re.split(r"[,;:(]| \.\.\.", row)[0].strip() for row in rows]
+    assert len(quoted) > 8
+    numbers = re.compile(r"\d+")
+    for words in quoted:
+        for part in filter(None, (part.strip() for part in numbers.split(words))):
+            assert part in code, words
