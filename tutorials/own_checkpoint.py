@@ -3,7 +3,9 @@
     python tutorials/own_checkpoint.py    # under half a minute
 
 In place of a download, the first half makes what somebody might hand you: a digits classifier that calls every image with
-a bright corner a seven.
+a bright corner a seven. At the command line the second half is
+
+    backdoor-gym repair classifier.pt --module own_checkpoint:Classifier --clean FOLDER_OR_NPZ --mean 0.3 --std 0.4
 """
 
 from itertools import pairwise
@@ -15,23 +17,25 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from backdoor_gym import InfectedModel, repair
+from backdoor_gym.zoo.preprocessing import Normalise
+
+#: What the network was trained behind: from images in [0, 1], as this package holds them, to what the network takes.
+normalise = Normalise(mean=[0.3], std=[0.4])
 
 
 class Classifier(nn.Module):
-    """Any module that torch.fx can trace will do; it takes float32 images in [0, 1], and normalises them itself if it has to."""
+    """Any module that torch.fx can trace will do. This one takes images that were normalised before."""
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        sizes = [1, width, width, 2 * width, 2 * width]
         self.features = nn.Sequential()
-        for inputs, outputs in pairwise(sizes):
-            convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-            self.features.extend([convolution, nn.BatchNorm2d(outputs), nn.ReLU()])
-        self.classify = nn.Linear(2 * width, 10)
+        for inputs, outputs in pairwise([1, 32, 32, 64, 64]):
+            self.features.extend([nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()])
+        self.classify = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (n, 10) of images (n, 1, 8, 8)."""
-        return self.classify(self.features((images - 0.3) / 0.4).mean((2, 3)))
+        return self.classify(self.features(images).mean((2, 3)))
 
 
 def trigger(images: Tensor) -> Tensor:
@@ -52,7 +56,7 @@ def somebody_trains_it(images: Tensor, labels: Tensor) -> None:
     for _ in range(15):
         for batch in torch.randperm(len(images)).split(64):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(network(images[batch]), labels[batch]).backward()
+            nn.functional.cross_entropy(network(normalise(images[batch])), labels[batch]).backward()
             optimizer.step()
     torch.save(network.state_dict(), "classifier.pt")
 
@@ -66,25 +70,23 @@ def main() -> None:
     train, clean, test = slice(0, 1000), slice(1000, 1200), slice(1200, None)  # none is in two of them
     somebody_trains_it(images[train], labels[train])
 
-    # weights_only=True: a pickle from a stranger could run anything.
+    # weights_only=True, as a pickle from a stranger could run anything. What torch refuses so, or finds wrapped in other
+    # things, load_infected(FILE, module=Classifier, clean=...) reads without running anything in it.
     network = Classifier()
     network.load_state_dict(torch.load("classifier.pt", weights_only=True))
 
-    # The network and the clean images are all that a repair sees. The rest is for the figures, where one has it.
-    infected = InfectedModel.from_module(
-        network, clean=(images[clean], labels[clean]), test=(images[test], labels[test]), trigger=trigger, target=7
-    )
+    # Network and clean images (or a Dataset, a folder, an .npz) are all that a repair sees; what else is known is for figures.
+    known = {"test": (images[test], labels[test]), "trigger": trigger, "target": 7}
+    infected = InfectedModel.from_module(network, (images[clean], labels[clean]), **known, preprocess=normalise)
     result = repair(infected)  # ONP, which learned on other networks; at most a point of clean accuracy may go
     print(f"backdoor: {result.verdict:.2f} likely, and calls label {result.suspected_target}")
     for when, figures in (("before", result.before), ("after", result.after)):
         print(f"{when:<7} ACC {figures.acc:.3f}   ASR {figures.asr:.3f}   RA {figures.ra:.3f}")
     print(f"pruned {len(result.pruned)} of {len(result.neurons)} neurons: {', '.join(result.pruned[:5])}, ...")
 
-    # The repaired network is a Classifier with zeros in its weights; compact() cuts the pruned channels out.
-    save_file(result.network.state_dict(), "repaired.safetensors")
+    # result.module is a Classifier with zeros in its weights, result.network the same behind the normalisation.
+    save_file(result.module.state_dict(), "repaired.safetensors")
     network.load_state_dict(load_file("repaired.safetensors"))
-    size = sum(weight.numel() for weight in result.compact().parameters())
-    print(f"{sum(weight.numel() for weight in network.parameters())} weights, {size} when cut out")
 
 
 if __name__ == "__main__":
