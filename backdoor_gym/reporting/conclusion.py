@@ -68,8 +68,8 @@ def conclude(result: "RepairResult") -> Conclusion:
         if test is not None and result.before.acc is not None and result.after.acc is not None:
             where = f"{len(test)} test images that the repair did not see"
             sentences.append(f"{_moved(where, result.before.acc, result.after.acc)}.")
-            if result.before.acc - result.after.acc > COSTLY and tone == "good":
-                tone, headline = "warning", f"{headline}, at a price in accuracy"
+            if result.before.acc - result.after.acc > COSTLY:
+                tone, headline = "warning" if tone == "good" else tone, f"{headline}, at a price in accuracy"
     return Conclusion(tone, headline, sentences)
 
 

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -149,6 +150,13 @@ def test_the_page_of_a_large_network_stays_small(large: RepairResult):
     page = Page(html)
     assert len(page.titles) == 1 + 4800
     assert "These are the first 150 of 400" in page.text["pruned"]
+
+
+def test_an_attack_with_a_target_for_each_class_is_shown(repaired: RepairResult):
+    model = replace(repaired.infected, target="all-to-all")
+    page = Page(render(replace(repaired, infected=model)))
+    assert "its target (all-to-all)" in page.text["triggered"]
+    assert page.text["triggered"].count("difference") == 6
 
 
 def test_of_too_many_neurons_there_is_a_picture(repaired: RepairResult, monkeypatch):

@@ -47,6 +47,12 @@ def test_what_speaks_against_a_backdoor_is_no_reason():
         ({"after": Metrics(0.9, 0.7, 0.2)}, "bad", "The backdoor is still open. Signs"),
         ({"after": Metrics(0.9, 0.2, 0.7)}, "warning", "The backdoor is not quite closed. Signs"),
         ({"after": Metrics(0.8, 0.0, 0.7)}, "warning", "2 of 112 neurons pruned, at a price in accuracy"),
+        (
+            {"after": Metrics(0.8, 0.2, 0.7)},
+            "warning",
+            "not quite closed. Signs of a backdoor that calls label 3: 2 of 112",
+        ),
+        ({"after": Metrics(0.8, 0.7, 0.1)}, "bad", "neurons pruned, at a price in accuracy"),
         ({"pruned": []}, "warning", "Signs of a backdoor that calls label 3, but nothing was pruned"),
         ({"pruned": [], "verdict": 0.1}, "good", "No sign of a backdoor: nothing was pruned"),
         ({"pruned": [], "verdict": 0.1, "after": Metrics(0.9, 1.0, 0.0)}, "bad", "The backdoor is still open. No sign"),
