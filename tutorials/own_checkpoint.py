@@ -5,7 +5,7 @@
 In place of a download, the first half makes what somebody might hand you: a digits classifier that calls every image with
 a bright corner a seven. At the command line the second half is
 
-    backdoor-gym repair classifier.pt --module own_checkpoint:Classifier --clean FOLDER_OR_NPZ --mean 0.3 --std 0.4
+    backdoor-gym repair classifier.pt --module tutorials.own_checkpoint:Classifier --clean FOLDER --mean 0.3 --std 0.4
 """
 
 from itertools import pairwise
