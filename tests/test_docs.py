@@ -2,11 +2,14 @@
 
 import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 
 from backdoor_gym import baselines
+from backdoor_gym.cli import app
 from backdoor_gym.envs.layers import BackdoorPruneLayersEnv
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.zoo.attacks import ATTACKS
@@ -68,3 +71,16 @@ def test_messages_are_quoted_as_they_are():
     for words in quoted:
         for part in filter(None, (part.strip() for part in numbers.split(words))):
             assert part in code, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_have_the_options_that_they_are_shown_with(page):
+    commands = typer.main.get_command(app).commands
+    for line in re.findall(r"^    backdoor-gym (.*)", page.read_text().replace("\\\n", ""), re.MULTILINE):
+        name, *words = shlex.split(line, comments=True)
+        if {"[", "|"} & set(line):
+            continue  # a pattern of commands, not one
+        command = commands[name]
+        if hasattr(command, "commands"):
+            command, words = command.commands[words[0]], words[1:]
+        command.make_context(name, words)  # raises where it would be refused

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from sb3_contrib import MaskablePPO
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -120,6 +121,18 @@ def test_the_example_of_a_benchmark(tmp_path, monkeypatch):
     exec(compile(quick, "README.md", "exec"), names)
     table = (tmp_path / "benchmark" / "table.md").read_text()
     assert all(f"| {name} | 1 | 1 |" in table for name in ("onp", "bnp", "mine"))
+
+
+def test_the_example_of_reinforcement_learning(monkeypatch):
+    block = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "MaskablePPO(" in block)
+    learned = []
+    monkeypatch.setattr(MaskablePPO, "learn", lambda self, steps: learned.append((self, steps)) or self)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert len(learned) == 2
+    observation, _ = names["env"].reset(seed=0)
+    assert names["env"].action_space.contains(names["onp"].predict(observation)[0][()])
+    names["env"].close()
 
 
 def test_commands_that_set_up_a_machine_stand_on_one_line():
