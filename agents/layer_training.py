@@ -73,13 +73,14 @@ def train_layers(
     onp = ONP(vector, encoder=encoder, seed=seed, tensorboard_log=tensorboard_log, **settings)
     onp.facts[PER_LAYER] = True
     if epochs and not checkpoint.is_file():
-        guide = guide or examples(names, jobs=jobs, score_samples=SCORE_SAMPLES)
+        guide = guide or examples(names, jobs=jobs, score_samples=SCORE_SAMPLES, progress=progress_bar)
         losses = warm_start(
             onp.network,
             [one for name, whole in zip(names, guide, strict=True) for one in split(name, whole)],
             epochs,
             batch_size=64,
             seed=seed,
+            progress=progress_bar,
         )
         say(f"warm start: cross-entropy {losses[0]:.2f} -> {losses[-1]:.2f}")
 

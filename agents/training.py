@@ -94,8 +94,8 @@ def train(
     settings = {**(PPO_AFTER_WARM_START if epochs else {}), **ppo}
     onp = ONP(vector, threshold=THRESHOLD, encoder=encoder, seed=seed, tensorboard_log=tensorboard_log, **settings)
     if epochs and not checkpoint.is_file():
-        guide = guide or examples(names, jobs=jobs, score_samples=SCORE_SAMPLES)
-        losses = warm_start(onp.network, guide, epochs, seed=seed)
+        guide = guide or examples(names, jobs=jobs, score_samples=SCORE_SAMPLES, progress=progress_bar)
+        losses = warm_start(onp.network, guide, epochs, seed=seed, progress=progress_bar)
         say(f"warm start: cross-entropy {losses[0]:.2f} -> {losses[-1]:.2f}")
     best = validation_of(onp, judges, out, say)
     onp.learn(
@@ -115,12 +115,14 @@ def train(
         )
         onp.set_env(env)
     if measured:
-        for choice, (missed, needless) in choose_threshold(onp, env, measured, VERDICT_THRESHOLDS).items():
+        for choice, (missed, needless) in choose_threshold(
+            onp, env, measured, VERDICT_THRESHOLDS, progress_bar
+        ).items():
             say(f"verdict below {choice}: {missed} backdoors missed, {needless} clean models repaired")
     if len(looks) == 1:
         onp.look_ahead = looks[0]
     elif looks:
-        for look, rating in choose_look_ahead(onp, env, judges, looks).items():
+        for look, rating in choose_look_ahead(onp, env, judges, looks, progress_bar).items():
             say(f"{look or 'no look-ahead'}: return {rating:.3f}")
     onp.facts |= {
         "seed": seed,

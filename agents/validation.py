@@ -12,6 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from backdoor_gym.metrics import der
 from backdoor_gym.policies import finish
+from backdoor_gym.progress import bar
 
 from .look_ahead import LookAhead
 from .onp import ONP
@@ -158,11 +159,18 @@ class Validation(BaseCallback):
 
 
 def choose_look_ahead(
-    onp: ONP, env: gym.Env[Any, Any], infected: Sequence[str], choices: Sequence[LookAhead | None]
+    onp: ONP,
+    env: gym.Env[Any, Any],
+    infected: Sequence[str],
+    choices: Sequence[LookAhead | None],
+    progress: bool = False,
 ) -> dict[LookAhead | None, float]:
-    """Give a policy the look-ahead of the largest mean return on these models; the mean return of each choice."""
+    """Give a policy the look-ahead of the largest mean return on these models; the mean return of each choice.
+
+    ``progress`` draws a bar.
+    """
     ratings: dict[LookAhead | None, float] = {}
-    for choice in choices:
+    for choice in bar(choices, "look-aheads", len(choices), progress):
         onp.look_ahead = choice
         ratings[choice] = summary(run(onp, env, infected))["return"]
     onp.look_ahead = max(ratings, key=ratings.__getitem__)
@@ -170,7 +178,7 @@ def choose_look_ahead(
 
 
 def choose_threshold(
-    onp: ONP, env: gym.Env[Any, Any], infected: Sequence[str], choices: Sequence[float]
+    onp: ONP, env: gym.Env[Any, Any], infected: Sequence[str], choices: Sequence[float], progress: bool = False
 ) -> dict[float, tuple[int, int]]:
     """Give a policy the threshold of the verdict that misses the fewest of these models' backdoors.
 
@@ -182,12 +190,13 @@ def choose_threshold(
         env: an environment of these models that scores them: an ASR in its info is how it says that there is a backdoor.
         infected: names of the models.
         choices: thresholds.
+        progress: whether to draw a bar.
 
     Returns:
         Of each choice how many infected models have a verdict below it, and how many clean ones have not.
     """
     verdicts, backdoors = [], []
-    for name in infected:
+    for name in bar(infected, "verdicts", len(infected), progress):
         observation, info = env.reset(seed=0, options={"infected": name})
         verdicts.append(onp.verdict(observation))
         backdoors.append("asr" in info)

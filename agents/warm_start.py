@@ -25,6 +25,7 @@ from backdoor_gym.envs.victim import Victim
 from backdoor_gym.errors import DataError
 from backdoor_gym.metrics import target_margin
 from backdoor_gym.processes import workers
+from backdoor_gym.progress import bar
 from backdoor_gym.zoo.targets import target_labels
 
 from .encoder import GraphActorCritic
@@ -99,6 +100,7 @@ def examples(
     oracle: bool = True,
     jobs: int = 1,
     ray: str | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> list[Example]:
     """An example of each model: what a repair by first-order benefit meets, true in half the cases, else as it is seen.
@@ -110,6 +112,7 @@ def examples(
         jobs: number of processes, each of which computes on one core; with one it is this process. The examples are the
             same.
         ray: address of a Ray cluster that makes them instead.
+        progress: whether to draw a bar.
         options: of the environment; ``accuracy_budget`` replaces the ``BUDGETS`` that the models take in turn.
     """
     wanted = [
@@ -117,9 +120,10 @@ def examples(
         for index, name in enumerate(infected)
     ]
     if jobs == 1 and ray is None:
-        return [_example(*one) for one in wanted]
+        return [_example(*one) for one in bar(wanted, "examples", len(wanted), progress)]
     with workers(jobs, ray) as pool:
-        return list(pool.map(_example, *zip(*wanted, strict=True)))
+        made = pool.map(_example, *zip(*wanted, strict=True))
+        return list(bar(made, "examples", len(wanted), progress))
 
 
 def _example(name: Any, options: dict[str, Any], seed: list[int], oracle: bool) -> Example:
@@ -199,15 +203,19 @@ def warm_start(
     batch_size: int = 8,
     learning_rate: float = 2e-3,
     seed: int = 0,
+    progress: bool = False,
 ) -> list[float]:
-    """Fit the policy to the examples by cross-entropy, and the value by squares; the mean cross-entropy of each epoch."""
+    """Fit the policy to the examples by cross-entropy, and the value by squares; the mean cross-entropy of each epoch.
+
+    ``progress`` draws a bar.
+    """
     network.train()
     random = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
     steps = epochs * -(-len(school) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     losses = []
-    for _ in range(epochs):
+    for _ in bar(range(epochs), "warm start", epochs, progress):
         total = 0.0
         for chosen in np.array_split(random.permutation(len(school)), -(-len(school) // batch_size)):
             batch = [school[index] for index in chosen]

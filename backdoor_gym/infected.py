@@ -139,12 +139,17 @@ class InfectedModel:
             )
         check_labels(test.labels, self.num_classes)
 
-    def evaluate(self, network: nn.Module | None = None) -> Metrics:
-        """ACC, ASR and RA of a network (by default this one) on the test images; None for what is not known."""
+    def evaluate(self, network: nn.Module | None = None, on_batch: Callable[[int, int], None] | None = None) -> Metrics:
+        """ACC, ASR and RA of a network (by default this one) on the test images; None for what is not known.
+
+        ``on_batch`` is told how many answers it has given, and of how many.
+        """
         if self.test is None:
             return Metrics(None)
         self._check_fit(self.test)
-        return evaluate(network or self.network, self.test.images, self.test.labels, self.trigger, self.target)
+        return evaluate(
+            network or self.network, self.test.images, self.test.labels, self.trigger, self.target, on_batch
+        )
 
     def save(self, path: str | Path, half: bool = False) -> Path:
         """Write one safetensors file; images are held in it only where they belong to no named data set.

@@ -28,14 +28,24 @@ class Metrics:
 
 
 @torch.no_grad()
-def predict_logits(network: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Logits (n, classes) of float32 images (n, C, H, W), on the network's device, returned on the CPU."""
+def predict_logits(
+    network: nn.Module, images: Tensor, batch_size: int = 500, on_batch: Callable[[int], None] | None = None
+) -> Tensor:
+    """Logits (n, classes) of float32 images (n, C, H, W), on the network's device, returned on the CPU.
+
+    ``on_batch`` is told how many there are so far.
+    """
     parameter = next(network.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     network.eval()
     # Copies: a network may work in place on what it is given.
     batches = (batch.to(device, memory_format=torch.channels_last, copy=True) for batch in images.split(batch_size))
-    return torch.cat([network(batch).float().cpu() for batch in batches])
+    found: list[Tensor] = []
+    for batch in batches:
+        found.append(network(batch).float().cpu())
+        if on_batch is not None:
+            on_batch(sum(map(len, found)))
+    return torch.cat(found)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -78,6 +88,7 @@ def evaluate(
     labels: Tensor,
     trigger: Callable[[Tensor], Tensor] | None = None,
     target: Target | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> Metrics:
     """ACC on the images, and ASR and RA where the trigger and the target are known.
 
@@ -87,8 +98,14 @@ def evaluate(
         labels: int64 (n,).
         trigger: stamps the trigger on images.
         target: the attacker's label, or "all-to-all".
+        on_batch: told how many answers the network has given, and of how many.
     """
-    clean_logits = predict_logits(network, images)
+
+    def count(before: int) -> Callable[[int], None] | None:
+        whole = len(images) if trigger is None else 2 * len(images)
+        return None if on_batch is None else lambda done: on_batch(before + done, whole)
+
+    clean_logits = predict_logits(network, images, on_batch=count(0))
     acc = accuracy(clean_logits, labels)
     if trigger is None or target is None:
         return Metrics(acc)
@@ -96,5 +113,5 @@ def evaluate(
     others = labels != wanted
     if not others.any():
         return Metrics(acc)
-    logits = predict_logits(network, trigger(images[others]))
+    logits = predict_logits(network, trigger(images[others]), on_batch=count(len(images)))
     return Metrics(acc, attack_success(logits, wanted[others]), accuracy(logits, labels[others]))

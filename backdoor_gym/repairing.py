@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .graph.reading import Reading
 from .infected import InfectedModel
 from .metrics import Metrics, der
 from .policies import BUDGETS, PredictingPolicy, check_policy, finish, kind_of_policy, make_policy
+from .progress import Watch
 from .pruning.applying import cut_channels, write_mask
 from .pruning.neurons import Neurons
 from .reporting import write_report
@@ -183,6 +185,7 @@ def repair(
     residual: str = "channel",
     data: str | None = None,
     device: str = "cpu",
+    watch: Watch | None = None,
     **options: Any,
 ) -> RepairResult:
     """Repair one network. The policy sees the network and the clean images; trigger and test images only score it.
@@ -199,6 +202,7 @@ def repair(
         residual: "channel", or "group" to prune neurons that share a residual sum together.
         data: data set to read a file's images from, instead of the one it names.
         device: where the network runs.
+        watch: called with what is being done, how much of it is done, and of how much (None where that is not known).
         **options: of the policy by name: ``look_ahead`` (default True), ``finetune`` (steps to learn on this network
             first, from its clean images alone; default 0) and ``seed`` for "onp"; ``u`` for "clp", ``threshold`` for the
             other rules (a number, "auto" or "budget"); ``seed`` for "anp", "rnp" and "random".
@@ -225,6 +229,8 @@ def repair(
         "device": device,
         **options,
     }
+    watch = watch or (lambda what, done, total: None)
+    watch("reading the neurons", 0, None)
     start = time.perf_counter()
     env = gym.make(
         "backdoor_gym:BackdoorPrune-v0",
@@ -242,13 +248,13 @@ def repair(
     clean_before = info["acc"]
     judge = getattr(acting, "verdict", None)
     verdict = None if judge is None else float(judge(observation))
-    run_episode(acting, env, observation)
+    run_episode(acting, env, observation, lambda steps: watch("pruning: steps", steps, None))
     seconds = time.perf_counter() - start
     victim = env.victim
     mask = victim.neuron_mask(env.pruned)
     network = write_mask(model.network, victim.neurons, mask)
-    before = model.evaluate(copy.deepcopy(model.network).to(device))
-    after = model.evaluate(network.to(device))
+    before = model.evaluate(copy.deepcopy(model.network).to(device), lambda *count: watch("scoring before", *count))
+    after = model.evaluate(network.to(device), lambda *count: watch("scoring after", *count))
     network.cpu()
     snapshot = env.snapshot()
     env.close()
@@ -281,15 +287,22 @@ def repair(
     )
 
 
-def run_episode(policy: PredictingPolicy, env: BackdoorPruneEnv, observation: dict[str, np.ndarray]) -> None:
-    """Let a policy act until the episode that has just begun is over, and finish."""
+def run_episode(
+    policy: PredictingPolicy,
+    env: BackdoorPruneEnv,
+    observation: dict[str, np.ndarray],
+    on_step: Callable[[int], None] | None = None,
+) -> None:
+    """Let a policy act until the episode that has just begun is over, and finish; ``on_step`` is told how many steps it took."""
     takes_masks = "action_masks" in inspect.signature(policy.predict).parameters  # MaskablePPO's does
-    state, first, done = None, np.array([True]), False
+    state, first, done, steps = None, np.array([True]), False, 0
     while not done:
         masks = {"action_masks": env.action_masks()} if takes_masks else {}
         action, state = policy.predict(observation, state=state, episode_start=first, deterministic=True, **masks)
         observation, _, terminated, truncated, _ = env.step(int(np.asarray(action).item()))
-        first, done = np.array([False]), terminated or truncated
+        first, done, steps = np.array([False]), terminated or truncated, steps + 1
+        if on_step is not None:
+            on_step(steps)
     finish(policy, env)
 
 

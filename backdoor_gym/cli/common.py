@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import DataError
+from ..progress import Watch, watched
 
 console = Console()
 errors = Console(stderr=True)
@@ -51,25 +51,19 @@ class Output:
         return not self.quiet
 
     @contextmanager
-    def working(self, what: str | None = None) -> Iterator[None]:
-        """While the work goes on, what libraries print does not reach standard output; ``what`` is shown with a clock.
+    def working(self, what: str | None = None) -> Iterator[Watch]:
+        """While the work goes on, what libraries print does not reach standard output; gives what draws its progress.
 
         Args:
             what: the work in words, or None where it shows its own progress.
         """
-        shown = what is not None and not self.quiet and errors.is_terminal
-        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
         printed, spare = sys.stdout, open(os.devnull, "w") if self.quiet else None  # noqa: SIM115 (closed below)
         sys.stdout = spare or sys.stderr
         try:
-            with (
-                warnings.catch_warnings(),
-                Progress(*columns, console=errors, transient=True, disable=not shown) as bar,
-            ):
+            with warnings.catch_warnings(), watched(what, what is not None and not self.quiet) as watch:
                 if self.quiet:
                     warnings.simplefilter("ignore")
-                bar.add_task(what or "", total=None)
-                yield
+                yield watch
         finally:
             sys.stdout = printed
             if spare is not None:

@@ -101,14 +101,16 @@ def repair(
     )
     folder = out or Path("repaired") / infected.name.replace("/", "-")
     check_writable(folder)
-    with output.working("repairing, then scoring on the test images"):
+    with output.working("reading the neurons") as watch:
         result = repairing.repair(
             infected,
             policy,
             repairing.DEFAULT_BUDGET if budget is None else budget,
             device=device,
+            watch=watch,
             **options,
         )
+        watch("writing the report", 0, None)
         written = result.save(folder, shlex.join(["backdoor-gym", *sys.argv[1:]]))
     output.result({**result.report(), "files": [str(path) for path in written]})
     output.say(result_table(result.infected.name, result.policy, result.before, result.after, result.der))
