@@ -17,9 +17,10 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 #: Where ``mkdocs.yml`` tells mkdocstrings to look for the package.
 DOCUMENTED = ROOT / "build" / "documented" / "backdoor_gym"
-#: Pages and pictures outside ``docs``.
+#: Pages, and what they show or lead to, outside ``docs``.
 OUTSIDE = (
     "README.md",
+    "CITATION.cff",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "benchmarks/README.md",
@@ -34,9 +35,8 @@ def on_config(config: Any) -> None:
     """Put the sources together under their import names: ``agents`` and ``baselines`` are mapped when they are installed."""
     shutil.rmtree(DOCUMENTED, ignore_errors=True)
     for source, name in (("backdoor_gym", ""), ("agents", "agents"), ("baselines", "baselines")):
-        shutil.copytree(
-            ROOT / source, DOCUMENTED / name, ignore=lambda _, names: _but_python(names), dirs_exist_ok=True
-        )
+        models = shutil.ignore_patterns("*.safetensors", "__pycache__")
+        shutil.copytree(ROOT / source, DOCUMENTED / name, ignore=models, dirs_exist_ok=True)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -67,7 +67,3 @@ def commands() -> str:
     text = subprocess.run(typer, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     text = re.sub(r"^Exit codes:.*\n", "", text, flags=re.MULTILINE)  # they stand at the top of the page
     return text[text.index("## ") :].replace("\n## ", "\n### ").replace("## ", "### ", 1)
-
-
-def _but_python(names: list[str]) -> list[str]:
-    return [name for name in names if ("." in name and not name.endswith(".py")) or name == "__pycache__"]
