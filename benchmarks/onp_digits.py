@@ -87,7 +87,9 @@ def tables(rows: Sequence[Row]) -> str:
         mine = [row for row in rows if row["budget"] == budget]
         text += [f"Budget {100 * budget:g} points, infected models:\n"]
         text += infected_table([row for row in mine if row["policy"] != REFERENCE], "ridge, look-ahead")
-        text += [f"\nBudget {100 * budget:g} points, clean models:\n", *clean_table(mine), ""]
+        if any(row["der"] is None for row in mine):
+            text += [f"\nBudget {100 * budget:g} points, clean models:\n", *clean_table(mine)]
+        text.append("")
     main_rows = [row for row in rows if row["budget"] == BUDGETS[0]]
     names = {row["model"] for row in main_rows if row["policy"] == REFERENCE}
     if names:
@@ -100,11 +102,14 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """ACC lost and ASR of infected models at each budget that was run, one line a policy; nothing for a single budget."""
+    """ACC lost and ASR of the models that all budgets were run on, one line a policy; nothing for a single budget."""
     infected = [row for row in rows if row["der"] is not None and row["policy"] in EVERY_BUDGET]
-    ran = sorted({100 * row["budget"] for row in infected})
+    models = {budget: {row["model"] for row in infected if row["budget"] == budget} for budget in BUDGETS}
+    ran = sorted(100 * budget for budget in BUDGETS if models[budget])
     if len(ran) < 2:
         return  # one budget is no curve
+    everywhere = set.intersection(*(found for found in models.values() if found))
+    infected = [row for row in infected if row["model"] in everywhere]
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for policy in EVERY_BUDGET:
         mine = [row for row in infected if row["policy"] == policy]
