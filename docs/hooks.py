@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +32,7 @@ COMMANDS = re.compile(r"<!-- commands.*?-->")
 LINK = re.compile(r"(\]\()([^)\s:#]+)((?:#[^)\s]*)?\))")
 
 
+@event_priority(100)  # before mkdocstrings, which looks for the folder only once
 def on_config(config: Any) -> None:
     """Put the sources together under their import names: ``agents`` and ``baselines`` are mapped when they are installed."""
     shutil.rmtree(DOCUMENTED, ignore_errors=True)
