@@ -52,6 +52,7 @@ class VGG(nn.Module):
         if not batch_norm:  # with PyTorch's own initialisation so many layers without BN do not learn
             for layer in self.features:
                 if isinstance(layer, nn.Conv2d):
+                    assert layer.bias is not None
                     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                     nn.init.zeros_(layer.bias)
 
