@@ -153,7 +153,7 @@ def measure_steps(network: str) -> Found:
         for pair, ours in ((steps, step), (evaluations, suspected + accurate), (accuracies, accurate)):
             pair[0].append(ours)
             pair[1].append(rival)
-    slopes = median(seconds(lambda: victim.slopes(env.pruned)) for _ in range(ROUNDS[network]))
+    slopes = median(seconds(lambda: env.masked_victim.slopes(env.pruned)) for _ in range(ROUNDS[network]))
     observe = median(seconds(env.observe) for _ in range(ROUNDS[network]))
     passes = (0 if victim.inverted is None else inverted + len(victim.inverted.clean)) + min(200, len(clean))
     rate = median(gemm)
@@ -253,7 +253,8 @@ def measure_ppo(network: str) -> Found:
         (MaskedVictim, "figures"),
         (MaskedVictim, "clean"),
         (MaskedVictim, "restart"),
-        (Victim, "slopes"),
+        (MaskedVictim, "keep"),
+        (MaskedVictim, "slopes"),
     ):
         clock.watch(owner, name, "network")
     clock.watch(type(ppo.policy), "forward", "policy")

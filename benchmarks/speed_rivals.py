@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from backdoor_gym.pruning.applying import write_mask
-from backdoor_gym.pruning.channels import Kind, kind_of, tensor_inputs
+from backdoor_gym.pruning.channels import Channels, Kind
 from backdoor_gym.pruning.neurons import Neurons
 
 #: Images of one forward and backward pass.
@@ -85,13 +85,13 @@ def multiply_adds(neurons: Neurons, image: Tensor) -> tuple[float, np.ndarray]:
     Returns:
         A number, and float64 (neurons,).
     """
-    graph = neurons.graph
+    graph, channels = neurons.graph, Channels(neurons.graph)
     reader = _Shapes(neurons)
     with torch.no_grad():
         reader.run(image)
     work: dict[fx.Node, tuple[float, int]] = {}
     for node in graph.graph.nodes:
-        if kind_of(graph, node) is Kind.WEIGHTED:
+        if channels.kinds[node] is Kind.WEIGHTED:
             weight = graph.get_submodule(str(node.target)).weight
             assert isinstance(weight, Tensor)
             places = reader.shapes[node].numel() / weight.shape[0]
@@ -103,7 +103,7 @@ def multiply_adds(neurons: Neurons, image: Tensor) -> tuple[float, np.ndarray]:
         }
         total = 0.0
         for node in graph.graph.nodes:
-            touched = [one_channel[source] for source in tensor_inputs(node) if source in one_channel]
+            touched = [one_channel[source] for source in channels.inputs(node) if source in one_channel]
             if not touched or node in one_channel:
                 continue
             if node in work:
@@ -111,7 +111,7 @@ def multiply_adds(neurons: Neurons, image: Tensor) -> tuple[float, np.ndarray]:
                 total += macs / inputs if all(touched) else macs
                 one_channel[node] = False
             else:
-                one_channel[node] = all(touched) and kind_of(graph, node) is not Kind.OPAQUE
+                one_channel[node] = all(touched) and channels.kinds[node] not in (Kind.OPAQUE, Kind.MIXING)
         needed[layer.neurons] = total
     return sum(macs for macs, _ in work.values()), needed
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..metrics import accuracy, attack_success, danger
+from ..metrics import accuracy, attack_success, danger, target_margin
 from ..pruning.masked import KEPT_BYTES, MaskedNetwork
 from ..zoo.datasets import LabelledImages
 from ..zoo.targets import target_labels
-from .victim import Victim
+from .victim import SLOPE_IMAGES, Slopes, Victim
 
 #: Triggered test images that ASR and RA are measured on where nothing else is said.
 SCORE_SAMPLES = 256
@@ -63,15 +63,26 @@ class MaskedVictim:
         self._origin: MaskedVictim | None = None  # keeps alive what is shared
         device, inverted = victim.options.device, victim.inverted
         fragile, clean = torch.from_numpy(victim.fragile), victim.clean
-        #: The fragile clean images, then the others, with their labels; both together keep what one network may.
-        self._clean = [
-            (
-                MaskedNetwork(victim.neurons, clean.images[part], device, KEPT_BYTES * int(part.sum()) // len(clean)),
-                clean.labels[part].to(device),
-            )
-            for part in (fragile, ~fragile)
-            if part.any()
-        ]
+        sloping, foreign = torch.arange(len(clean)) < SLOPE_IMAGES, _foreign(victim)
+        #: The fragile clean images, then the others, of both those that derivatives are taken on apart; all together keep
+        #: what one network may.
+        self._clean: list[_Part] = []
+        for part, sloped in (
+            (fragile & sloping, True),
+            (fragile & ~sloping, False),
+            (~fragile & sloping, True),
+            (~fragile & ~sloping, False),
+        ):
+            if part.any():
+                network = MaskedNetwork(
+                    victim.neurons, clean.images[part], device, KEPT_BYTES * int(part.sum()) // len(clean)
+                )
+                rows = None if foreign is None or not sloped else torch.nonzero(foreign[part]).flatten()
+                self._clean.append(_Part(network, clean.labels[part].to(device), sloped, rows))
+        #: The images that ``Slopes.clean_pull`` is taken on, where they are none of the clean ones.
+        self._corrected = None
+        if inverted is not None and foreign is None:
+            self._corrected = MaskedNetwork(victim.neurons, inverted.clean, device)
         self._inverted = None if inverted is None else MaskedNetwork(victim.neurons, inverted.images, device)
         self._triggered = self._test = None
         if len(self.triggered[0]):
@@ -92,9 +103,10 @@ class MaskedVictim:
     def _fork(self) -> Self:
         twin = copy(self)
         twin._origin = self
-        twin._clean = [(network.fork(), labels) for network, labels in self._clean]
-        twin._inverted, twin._triggered, twin._test = (
-            None if network is None else network.fork() for network in (self._inverted, self._triggered, self._test)
+        twin._clean = [replace(part, network=part.network.fork()) for part in self._clean]
+        twin._inverted, twin._triggered, twin._test, twin._corrected = (
+            None if network is None else network.fork()
+            for network in (self._inverted, self._triggered, self._test, self._corrected)
         )
         return twin
 
@@ -119,13 +131,39 @@ class MaskedVictim:
         """
         mask = self.victim.neuron_mask(pruned)
         count, wrong, loss = len(self.victim.clean), 0, 0.0
-        for network, labels in self._clean:
-            logits = network.logits(mask)
-            wrong += int((logits.argmax(1) != labels).sum())
+        for part in self._clean:
+            logits = part.network.logits(mask)
+            wrong += int((logits.argmax(1) != part.labels).sum())
             if 1 - wrong / count < least_acc:
                 return None
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            loss += part.loss(logits).item()
         return 1 - wrong / count, loss / count
+
+    def slopes(self, pruned: np.ndarray) -> Slopes:
+        """``Victim.slopes``, up to rounding, from the activations that are kept; best after ``keep`` of that mask."""
+        victim, inverted = self.victim, self.victim.inverted
+        mask, zeros = victim.neuron_mask(pruned), np.zeros(len(victim))
+        parts = [part for part in self._clean if part.sloped]
+        count = sum(len(part.labels) for part in parts)
+        harm = torch.zeros(len(mask), device=victim.options.device)
+        for part in parts:
+            harm -= part.network.mask_gradient(mask, part.loss) / count
+        if inverted is None or self._inverted is None:
+            return Slopes(zeros, victim.by_unit(harm), zeros)
+
+        def margin(logits: Tensor) -> Tensor:
+            return target_margin(logits, inverted.target).sum()
+
+        pull = self._inverted.mask_gradient(mask, margin) / len(self._inverted)
+        if self._corrected is not None:
+            clean_pull = self._corrected.mask_gradient(mask, margin)
+        else:
+            clean_pull = torch.zeros_like(harm)
+            for part in parts:
+                if part.foreign is not None and len(part.foreign):
+                    clean_pull += part.network.mask_gradient(mask, margin, part.foreign)
+        found = (pull, harm, clean_pull / len(inverted.clean))
+        return Slopes(*(victim.by_unit(one) for one in found))
 
     def suspected_danger(self, pruned: np.ndarray) -> float:
         """``Figures.suspected_danger`` of the network without the pruned units, bool (units,)."""
@@ -168,9 +206,40 @@ class MaskedVictim:
         return attack_success(logits, wanted), accuracy(logits, labels), danger(logits, wanted)
 
     def _networks(self) -> Iterator[MaskedNetwork]:
-        clean = [network for network, _ in self._clean]
-        everyone = (*clean, self._inverted, self._triggered, self._test)
+        clean = [part.network for part in self._clean]
+        everyone = (*clean, self._inverted, self._triggered, self._test, self._corrected)
         return (network for network in everyone if network is not None)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of the clean images under a mask.
+
+    Attributes:
+        network: of them.
+        labels: int64 (n,), where the network is.
+        sloped: whether they are among those that the derivatives are taken on.
+        foreign: which of them ``Slopes.clean_pull`` is taken on, int64; None where on others.
+    """
+
+    network: MaskedNetwork
+    labels: Tensor
+    sloped: bool
+    foreign: Tensor | None
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Sum of the cross-entropy."""
+        return F.cross_entropy(logits, self.labels, reduction="sum")
+
+
+def _foreign(victim: Victim) -> Tensor | None:
+    """Which clean images are those that the trigger was sought in, bool (n,); None where they were corrected first."""
+    inverted, clean = victim.inverted, victim.clean.first(SLOPE_IMAGES)
+    if inverted is None:
+        return None
+    foreign = torch.zeros(len(victim.clean), dtype=torch.bool)
+    foreign[torch.nonzero(clean.labels != inverted.target).flatten()[: len(inverted.clean)]] = True
+    return foreign if torch.equal(victim.clean.images[foreign], inverted.clean.cpu()) else None
 
 
 #: Whole networks by model and ``score_samples``, for as long as an environment uses them.

@@ -438,7 +438,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     def _slopes_now(self) -> Slopes:
         count = int(self._pruned.sum())
         if count - self._slopes_taken >= self.slopes_every:
-            self._slopes, self._slopes_taken = self.victim.slopes(self._pruned), count
+            self._slopes, self._slopes_taken = self.masked_victim.slopes(self._pruned), count
         return self._slopes
 
     def observe(self) -> dict[str, np.ndarray]:

@@ -226,7 +226,11 @@ class Victim:
     ) -> np.ndarray:
         """``mask_gradient`` by unit: of a group the sum over its neurons, float64 (units,)."""
         images = images.to(self.options.device, memory_format=torch.channels_last)
-        by_neuron = mask_gradient(neurons, images, quantity, mask).double().cpu().numpy()
+        return self.by_unit(mask_gradient(neurons, images, quantity, mask))
+
+    def by_unit(self, derivatives: Tensor) -> np.ndarray:
+        """Derivatives by neuron, (neurons,), as those by unit: of a group the sum over its neurons, float64 (units,)."""
+        by_neuron = derivatives.double().cpu().numpy()
         if len(self.units) == len(self.neurons):
             return by_neuron
         return np.array([by_neuron[unit].sum() for unit in self.units])

@@ -222,7 +222,7 @@ def test_looking_ahead_does_not_change_the_episode(env):
 def test_what_breaks_the_budget_is_found_out_before_the_rest_is_looked_at(infected):
     env = BackdoorPruneEnv(infected, accuracy_budget=0.0, max_failures=200)
     _, before = env.reset(seed=0)
-    order = [network for network, _ in env.masked_victim._clean]
+    order = [part.network for part in env.masked_victim._clean]
     whole = [0, 0]
     for index, network in enumerate(order):
         evaluate = network.logits
@@ -244,6 +244,24 @@ def test_what_breaks_the_budget_is_found_out_before_the_rest_is_looked_at(infect
     assert info["undone"]
     env.reset(seed=0)
     assert not env.too_dear().any()
+
+
+@pytest.mark.parametrize("images", [200, 60])  # all are clean images; some that the trigger was sought in are no longer
+def test_derivatives_from_kept_activations_are_those_of_whole_passes(infected, monkeypatch, images):
+    monkeypatch.setattr("backdoor_gym.envs.masked_victim.SLOPE_IMAGES", images)
+    monkeypatch.setattr("backdoor_gym.envs.victim.SLOPE_IMAGES", images)
+    env = BackdoorPruneEnv(infected, accuracy_budget=None, residual="group", slopes_every=3)
+    env.reset(seed=0)
+    assert (env.masked_victim._corrected is not None) == (images == 60)
+    for unit in (3, 40, 17):
+        env.step(unit)
+    found, expected = env.masked_victim.slopes(env.pruned), env.victim.slopes(env.pruned)
+    for name in ("pull", "harm", "clean_pull"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert np.abs(other).max() > 0
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5 * np.abs(other).max())
+    shown = env.observe()["nodes"][: len(env.victim), NODE_FEATURES.index("harm_now")]
+    np.testing.assert_allclose(shown, np.clip(found.harm / found.harm.std(), -6, 6), rtol=1e-5)
 
 
 def test_models_come_by_the_seed(infected, plain_infected):
@@ -325,7 +343,7 @@ def test_slopes_are_the_derivatives_where_the_episode_stands(infected):
     for slope_of, images in ((slopes.pull, inverted.images), (slopes.clean_pull, inverted.clean)):
         expected = (margin(1 + step, images) - margin(1 - step, images)) / (2 * step)
         assert slope_of[unit] == pytest.approx(expected, rel=0.05, abs=1e-3)
-    np.testing.assert_allclose(slope(observation, "harm_now"), np.clip(harm / harm.std(), -6, 6), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(slope(observation, "harm_now"), np.clip(harm / harm.std(), -6, 6), rtol=1e-3, atol=1e-3)
     again, _ = env.reset(seed=0)
     np.testing.assert_array_equal(slope(again, "harm_now"), slope(first, "harm_now"))
 

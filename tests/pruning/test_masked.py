@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from backdoor_gym.graph.mask_gradient import mask_gradient
 from backdoor_gym.pruning.applying import write_mask
 from backdoor_gym.pruning.masked import MaskedNetwork
 from backdoor_gym.pruning.neurons import find_neurons
@@ -30,6 +31,11 @@ def edited_logits(network, neurons, mask, images):
     return edited(images.to(memory_format=torch.channels_last))
 
 
+def close(found, expected):
+    """Up to rounding, and with the same answers."""
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-4) and torch.equal(found.argmax(1), expected.argmax(1))
+
+
 @pytest.mark.parametrize(("name", "options"), CASES)
 @pytest.mark.parametrize("kept_bytes", [1 << 30, 20_000])
 def test_masked_logits_are_those_of_the_edited_network(network_of, name, options, kept_bytes):
@@ -42,27 +48,47 @@ def test_masked_logits_are_those_of_the_edited_network(network_of, name, options
     for step in range(12):
         candidate = mask.copy()
         candidate[random.choice(np.flatnonzero(mask), size=1 + step % 3, replace=False)] = False
-        assert torch.equal(masked.logits(candidate), edited_logits(network, neurons, candidate, images))
+        assert close(masked.logits(candidate), edited_logits(network, neurons, candidate, images))
         if step % 2:
             masked.keep()
             mask = candidate
-    assert torch.equal(masked.logits(mask), edited_logits(network, neurons, mask, images))
+    assert close(masked.logits(mask), edited_logits(network, neurons, mask, images))
     masked.reset()
     whole = np.ones(len(neurons), dtype=bool)
-    assert torch.equal(masked.logits(whole), edited_logits(network, neurons, whole, images))
+    assert close(masked.logits(whole), edited_logits(network, neurons, whole, images))
 
 
 def test_only_what_lies_behind_a_pruned_neuron_is_computed(network_of):
     neurons = find_neurons(network_of("resnet18"))
     masked = MaskedNetwork(neurons, images_for("resnet18"))
     calls = []
-    for name, module in neurons.graph.named_modules():
+    for name, module in masked._interpreter.module.named_modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
     mask = np.ones(len(neurons), dtype=bool)
     mask[neurons.index("layer4.0.conv2[3]")] = False
     masked.logits(mask)
-    assert calls == ["layer4.1.conv1", "layer4.1.conv2"]
+    assert calls == ["layer4.1.conv2"]  # of layer4.1.conv1, which reads the neuron, only the change
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("kept_bytes", [1 << 30, 20_000])
+def test_derivatives_from_what_is_kept_are_those_of_the_graph(network_of, name, options, kept_bytes):
+    network = network_of(name, **options)
+    neurons = find_neurons(network)
+    images = images_for(name)
+    masked = MaskedNetwork(neurons, images, kept_bytes=kept_bytes)
+    random = np.random.default_rng(0)
+    mask = np.ones(len(neurons), dtype=bool)
+    rows = torch.tensor([7, 2, 3])
+    for _ in range(3):
+        mask = mask.copy()
+        mask[random.choice(np.flatnonzero(mask), size=5, replace=False)] = False
+        for chosen in (None, rows):
+            quantity = lambda logits: F.cross_entropy(logits, torch.arange(len(logits)) % 10)  # noqa: E731
+            found = masked.mask_gradient(mask, quantity, chosen)
+            expected = mask_gradient(neurons, images if chosen is None else images[chosen], quantity, mask)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 
 class InPlace(nn.Module):
