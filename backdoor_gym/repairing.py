@@ -76,7 +76,8 @@ class RepairResult:
         arguments: what ``repair`` was called with, for doing it again; None for a model or a policy that is no name.
         verdict: probability that the network has a backdoor, as the policy judges it before it prunes; None where the
             policy gives none.
-        suspected_target: the label that the BN statistics call; None where they cannot tell.
+        suspected_target: the label that the BN statistics call, or without any the one that images get at the least
+            change; None where neither tells.
     """
 
     network: nn.Module
@@ -247,7 +248,8 @@ def repair(
     observation, info = env.reset(seed=0)
     clean_before = info["acc"]
     judge = getattr(acting, "verdict", None)
-    verdict = None if judge is None else float(judge(observation))
+    # Where there are no BN statistics the policy has nothing to judge by.
+    verdict = None if judge is None or env.victim.suspected is None else float(judge(observation))
     run_episode(acting, env, observation, lambda steps: watch("pruning: steps", steps, None))
     seconds = time.perf_counter() - start
     victim = env.victim
@@ -283,7 +285,7 @@ def repair(
         victim.reading,
         arguments,
         verdict,
-        None if victim.suspected is None else victim.suspected.target,
+        None if victim.inverted is None else victim.inverted.target,
     )
 
 

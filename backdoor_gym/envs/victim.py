@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..devices import find_device
 from ..graph.features import STATIC_FEATURES, neuron_features, standardise
+from ..graph.label_inversion import invert_by_label
 from ..graph.mask_gradient import mask_gradient
 from ..graph.neuron_graph import NeuronGraph, input_strengths, max_edges, neuron_graph
 from ..graph.reading import Reading, read_statistics
@@ -110,10 +111,12 @@ class Victim:
         """The suspected target and its evidence; None where there is no batch normalisation."""
         return None if self.reading is None else self.reading.suspected
 
-    @property
+    @cached_property
     def inverted(self) -> InvertedTrigger | None:
-        """The trigger sought in the image; None where none can be."""
-        return None if self.reading is None else self.reading.inverted
+        """The trigger sought in the image, by the label alone without batch normalisation; None where none can be."""
+        if self.reading is not None:
+            return self.reading.inverted
+        return invert_by_label(self.neurons, self.clean.images, self.clean.labels, self.model.num_classes)
 
     @cached_property
     def features(self) -> np.ndarray:

@@ -1,0 +1,111 @@
+"""Every family of architectures on the digits: a small network trained with a backdoor, then repaired by CLP and by ONP.
+
+    python benchmarks/architectures.py
+
+It shows that all of them go through ``repair``, and what that does to networks that are as small as this; it is no
+comparison of the policies. A row that is in ``benchmarks/results/architectures.jsonl`` is not made again; the table goes
+to ``benchmarks/results/architectures.md``. ONP takes 60 steps at most.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backdoor_gym import infect, repair
+from backdoor_gym.zoo.training import Schedule
+
+RESULTS = Path(__file__).parent / "results"
+ROWS, TABLE = RESULTS / "architectures.jsonl", RESULTS / "architectures.md"
+NORMALISED = Schedule(epochs=6, batch_size=64, learning_rate=0.05, augment=False)
+BARE = Schedule(epochs=25, batch_size=64, learning_rate=0.05, augment=False)
+#: Of each row: the architecture, its options and its schedule.
+MODELS: dict[str, tuple[str, dict[str, Any], Schedule]] = {
+    "MLP": ("mlp", {"width": 64, "image_size": 8}, BARE),
+    "LeNet": ("lenet", {"width": 8, "image_size": 8}, BARE),
+    "VGG-11 without BN": ("vgg11", {"width": 8, "halvings": 3, "batch_norm": False}, BARE),
+    "VGG-11": ("vgg11", {"width": 8, "halvings": 3}, NORMALISED),
+    "DenseNet": ("densenet", {"width": 16, "layers": 2}, NORMALISED),
+    "MobileNetV2": ("mobilenet_v2", {"width": 4, "halvings": 2}, NORMALISED),
+    "MobileNetV3-Small": ("mobilenet_v3_small", {"width": 4, "halvings": 2}, NORMALISED),
+    "EfficientNet-B0": ("efficientnet_b0", {"width": 4, "halvings": 2}, NORMALISED),
+    "ConvNeXt": ("convnext", {"width": 12, "depth": 1}, BARE),
+    "ViT": ("vit", {"width": 24, "heads": 2, "depth": 2, "patch": 2, "image_size": 8}, BARE),
+    "ResNet-34": ("resnet34", {"width": 4}, NORMALISED),
+    "ResNet-50": ("resnet50", {"width": 4}, NORMALISED),
+    "ResNet-18": ("resnet18", {"width": 8}, NORMALISED),
+    "PreAct-ResNet-18": ("preact_resnet18", {"width": 8}, NORMALISED),
+    "WRN-16": ("wrn16", {"width": 8}, NORMALISED),
+    "VGG-19 with hidden layers": ("vgg19_bn", {"width": 8, "halvings": 3, "hidden": 64}, NORMALISED),
+    "ResNet-18, ImageNet layout": ("resnet18_imagenet", {"width": 8, "halvings": 2}, NORMALISED),
+}
+MOST_STEPS = 60
+COLUMNS = ("", "neurons", "ACC", "ASR", "CLP: pruned", "ACC", "ASR", "ONP: pruned", "ACC", "ASR", "label")
+
+
+def make(name: str) -> dict[str, Any]:
+    """Train one network and repair it twice."""
+    architecture, options, schedule = MODELS[name]
+    start = time.perf_counter()
+    model = infect(
+        "digits",
+        architecture,
+        "badnets",
+        target=3,
+        schedule=schedule,
+        architecture_options=options,
+        clean_images=100,
+    )
+    row: dict[str, Any] = {
+        "name": name,
+        "architecture": architecture,
+        "options": options,
+        "acc": model.facts["acc"],
+        "asr": model.facts["asr"],
+        "target": model.target,
+        "train_seconds": round(time.perf_counter() - start, 1),
+    }
+    for policy, options in (("clp", {}), ("onp", {"max_steps": MOST_STEPS})):
+        result = repair(model, policy, **options)
+        row["neurons"] = len(result.neurons)
+        row[policy] = {
+            "pruned": len(result.pruned),
+            "acc": result.after.acc,
+            "asr": result.after.asr,
+            "suspected_target": result.suspected_target,
+            "seconds": round(result.seconds, 1),
+        }
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    for row in rows:
+        cells: list[Any] = [row["name"], row["neurons"], f"{row['acc']:.3f}", f"{row['asr']:.3f}"]
+        for policy in ("clp", "onp"):
+            after = row[policy]
+            cells += [after["pruned"], f"{after['acc']:.3f}", f"{after['asr']:.3f}"]
+        cells.append("right" if row["onp"]["suspected_target"] == row["target"] else "wrong")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    for name in MODELS:
+        if name in {row["name"] for row in rows}:
+            continue
+        rows.append(make(name))
+        print(json.dumps(rows[-1]), flush=True)
+        with ROWS.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+    order = list(MODELS)
+    TABLE.write_text(table(sorted(rows, key=lambda row: order.index(row["name"]))))
+
+
+if __name__ == "__main__":
+    main()
