@@ -75,7 +75,7 @@ class RepairResult:
         reading: what the BN statistics say, the inverted trigger among it; None where there is no batch normalisation.
         arguments: what ``repair`` was called with, for doing it again; None for a model or a policy that is no name.
         verdict: probability that the network has a backdoor, as the policy judges it before it prunes; None where the
-            policy gives none.
+            policy gives none, or there are no BN statistics to judge by.
         suspected_target: the label that the BN statistics call, or without any the one that images get at the least
             change; None where neither tells.
     """

@@ -114,7 +114,7 @@ def test_a_module_of_ones_own_with_nothing_known(own: RepairResult):
     assert "1 of 20 neurons pruned by clp" in page.text["verdict"]
     assert "No trigger is known" in page.text["verdict"]
     assert "trigger-found" not in page.text
-    assert "danger" not in whole(page.text).lower()
+    assert "suspected danger" in whole(page.text).lower()  # of the addition that the label alone gave
     assert "0[4]" in page.text["pruned"]
     assert "Sequential(...)" in page.code[0]
 

@@ -1,0 +1,27 @@
+"""Both default policies go through on networks of every kind; what they do to trained ones is in benchmarks/architectures.py."""
+
+import pytest
+import torch
+
+from backdoor_gym import InfectedModel, repair
+
+from .tiny import tiny, tiny_images
+
+
+@pytest.mark.parametrize("name", ["mlp", "densenet", "mobilenet_v3_small", "convnext", "vit"])
+def test_repairs_go_through(name):
+    network = tiny(name)
+    model = InfectedModel.from_module(network, (tiny_images(20), torch.arange(20) % 10))
+    for policy, options in (("clp", {"u": 0.5}), ("onp", {"look_ahead": False})):
+        result = repair(model, policy, accuracy_budget=None, max_steps=2, **options)
+        assert (policy == "clp") <= len(result.pruned) <= 2
+        if not result.pruned:
+            continue
+        layer = next(layer for layer in result.neurons.layers if result.pruned[0].startswith(f"{layer.name}["))
+        channel = int(result.pruned[0].split("[")[-1][:-1])
+        assert not result.network.get_submodule(layer.module).weight[channel].any()
+        with torch.no_grad():
+            assert not torch.equal(result.network(tiny_images()), network(tiny_images()))
+    has_statistics = any(layer.normalised for layer in result.neurons.layers)
+    assert (result.verdict is not None) == has_statistics
+    assert result.suspected_target is not None
