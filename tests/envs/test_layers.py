@@ -171,5 +171,5 @@ def test_it_can_be_drawn(infected):
     layers = parallel_env(infected=infected, render_mode="rgb_array")
     layers.reset(seed=0)
     layers.step(dict.fromkeys(layers.agents, 0))
-    assert layers.render().shape == (640, 1000, 3)
+    assert layers.render().shape == (640, 1024, 3)
     layers.close()
