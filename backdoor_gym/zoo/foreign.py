@@ -161,7 +161,8 @@ def make_module(factory: Factory) -> nn.Module:
 def _spec(name: str, checkpoint: Checkpoint, images: OwnImages, options: Mapping[str, Any]) -> dict[str, Any]:
     """The description of the network: as many channels as the images have, as many classes as the weights."""
     channels = images.images.images.shape[1]
-    classes = checkpoint.facts.get("num_classes") or _classes(name, checkpoint, channels, options)
+    # Not the number that the file says: the network is built before its weights are compared.
+    classes = _classes(name, checkpoint, channels, options)
     return {"name": name, "num_classes": classes, "in_channels": channels, **options}
 
 
