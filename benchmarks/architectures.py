@@ -20,6 +20,9 @@ from backdoor_gym.zoo.training import Schedule
 RESULTS = Path(__file__).parent / "results"
 ROWS, TABLE = RESULTS / "architectures.jsonl", RESULTS / "architectures.md"
 NORMALISED = Schedule(epochs=6, batch_size=64, learning_rate=0.05, augment=False)
+#: For those that learn slowly at this size.
+SLOW = Schedule(epochs=30, batch_size=32, learning_rate=0.05, augment=False)
+GENTLE = Schedule(epochs=40, batch_size=32, learning_rate=0.01, augment=False)
 BARE = Schedule(epochs=25, batch_size=64, learning_rate=0.05, augment=False)
 #: Of each row: the architecture, its options and its schedule.
 MODELS: dict[str, tuple[str, dict[str, Any], Schedule]] = {
@@ -28,17 +31,17 @@ MODELS: dict[str, tuple[str, dict[str, Any], Schedule]] = {
     "VGG-11 without BN": ("vgg11", {"width": 8, "halvings": 3, "batch_norm": False}, BARE),
     "VGG-11": ("vgg11", {"width": 8, "halvings": 3}, NORMALISED),
     "DenseNet": ("densenet", {"width": 16, "layers": 2}, NORMALISED),
-    "MobileNetV2": ("mobilenet_v2", {"width": 4, "halvings": 2}, NORMALISED),
-    "MobileNetV3-Small": ("mobilenet_v3_small", {"width": 4, "halvings": 2}, NORMALISED),
-    "EfficientNet-B0": ("efficientnet_b0", {"width": 4, "halvings": 2}, NORMALISED),
-    "ConvNeXt": ("convnext", {"width": 12, "depth": 1}, BARE),
-    "ViT": ("vit", {"width": 24, "heads": 2, "depth": 2, "patch": 2, "image_size": 8}, BARE),
-    "ResNet-34": ("resnet34", {"width": 4}, NORMALISED),
-    "ResNet-50": ("resnet50", {"width": 4}, NORMALISED),
+    "MobileNetV2": ("mobilenet_v2", {"width": 4, "halvings": 2}, SLOW),
+    "MobileNetV3-Small": ("mobilenet_v3_small", {"width": 4, "halvings": 2}, SLOW),
+    "EfficientNet-B0": ("efficientnet_b0", {"width": 4, "halvings": 2}, SLOW),
+    "ConvNeXt": ("convnext", {"width": 16, "depth": 1, "patch": 2}, GENTLE),
+    "ViT": ("vit", {"width": 24, "heads": 2, "depth": 2, "patch": 2, "image_size": 8}, GENTLE),
+    "ResNet-34": ("resnet34", {"width": 4}, SLOW),
+    "ResNet-50": ("resnet50", {"width": 4}, SLOW),
     "ResNet-18": ("resnet18", {"width": 8}, NORMALISED),
     "PreAct-ResNet-18": ("preact_resnet18", {"width": 8}, NORMALISED),
     "WRN-16": ("wrn16", {"width": 8}, NORMALISED),
-    "VGG-19 with hidden layers": ("vgg19_bn", {"width": 8, "halvings": 3, "hidden": 64}, NORMALISED),
+    "VGG-11 with hidden layers": ("vgg11", {"width": 8, "halvings": 3, "hidden": 64}, GENTLE),
     "ResNet-18, ImageNet layout": ("resnet18_imagenet", {"width": 8, "halvings": 2}, NORMALISED),
 }
 MOST_STEPS = 60

@@ -6,6 +6,7 @@ from torch import nn
 from backdoor_gym.envs.masked_victim import MaskedVictim
 from backdoor_gym.envs.victim import Victim, VictimOptions
 from backdoor_gym.graph.batch_norms import class_weights
+from backdoor_gym.graph.features import STATIC_FEATURES
 from backdoor_gym.graph.suspected_target import POISON_RATE, _clearness, suspect_target
 from backdoor_gym.infected import InfectedModel
 from backdoor_gym.pruning.neurons import find_neurons
@@ -87,11 +88,12 @@ def test_the_network_itself_is_left_as_it_was(infected):
     assert all(torch.equal(own[key], before[key]) for key in own)
 
 
-def test_without_batch_normalisation_nothing_can_be_told(infected):
+def test_without_batch_normalisation_the_statistics_name_no_label_and_the_trigger_does(infected):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval()
     model = InfectedModel(network, infected.clean)
     assert suspect(model)[1] is None
     victim = Victim(model, VictimOptions())
-    assert MaskedVictim(victim).figures(np.zeros(4, dtype=bool)).suspected_danger == 0
-    assert not victim.features[:, 9].any()
+    assert MaskedVictim(victim).figures(np.zeros(4, dtype=bool)).suspected_danger > 0
+    statistics = [STATIC_FEATURES.index(name) for name in ("kl", "log_variance_ratio", "mean_shift")]
+    assert not victim.features[:, statistics].any()
