@@ -221,8 +221,13 @@ class InfectedModel:
             for key, kind in (("name", str), ("facts", dict), ("architecture", dict)):
                 if not isinstance(metadata[key], kind):
                     raise ModelFileError(f"{path}: {key} must be a {kind.__name__}, not {metadata[key]!r}")
+            weights = _part(tensors, "network.")
+            with torch.device(
+                "meta"
+            ):  # a file says how large the network is: nothing is allocated before its weights fit
+                check_shapes(build_from_spec(metadata["architecture"]), weights)
             network = build_from_spec(metadata["architecture"])
-            load_weights(network, _part(tensors, "network."))
+            load_weights(network, weights)
             if "normalise" in metadata:
                 network = Preprocessed(Normalise(**metadata["normalise"]), network)
             described = metadata["data"]
@@ -262,7 +267,11 @@ def check_trigger(trigger: Callable[[Tensor], Tensor], images: Tensor) -> None:
         triggered = trigger(images.clone())
     except Exception as error:  # parameters of a file or of a user, in any combination
         raise DataError(f"the trigger cannot be stamped on images of {tuple(images.shape[1:])}: {error}") from error
-    if triggered.shape != images.shape or not bool(((triggered >= 0) & (triggered <= 1)).all()):
+    if (
+        not isinstance(triggered, Tensor)
+        or triggered.shape != images.shape
+        or not bool(((triggered >= 0) & (triggered <= 1)).all())
+    ):
         raise DataError(f"the trigger must give images of shape {tuple(images.shape[1:])} with values in [0, 1]")
 
 
@@ -282,7 +291,13 @@ def check_preprocess(preprocess: Callable[[Tensor], Tensor], images: Tensor) -> 
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a state dict, or say in one line in what it differs from the architecture."""
+    """Load a state dict that fits (``check_shapes``)."""
+    check_shapes(network, weights)
+    network.load_state_dict(weights)
+
+
+def check_shapes(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raise ``WeightsError`` with one line that says in what a state dict differs from that of the network."""
     wanted = network.state_dict()
     missing = [key for key in wanted if key not in weights]
     unexpected = [key for key in weights if key not in wanted]
@@ -298,7 +313,6 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     ]
     if problems:
         raise WeightsError(f"the weights are not of a {type(network).__name__} like this: {'; '.join(problems)}")
-    network.load_state_dict(weights)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

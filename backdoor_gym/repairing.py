@@ -260,12 +260,13 @@ def repair(
     network.cpu()
     snapshot = env.snapshot()
     env.close()
+    suspected = victim.suspected if victim.inverted is None else victim.inverted
     return RepairResult(
         network,
         [
             victim.neurons.names[neuron]
-            for unit, given_back in env.changes
-            if not given_back and env.pruned[unit]
+            for unit in dict.fromkeys(unit for unit, given_back in env.changes if not given_back)
+            if env.pruned[unit]
             for neuron in victim.units[unit]
         ],
         before,
@@ -285,7 +286,7 @@ def repair(
         victim.reading,
         arguments,
         verdict,
-        None if victim.inverted is None else victim.inverted.target,
+        None if suspected is None else suspected.target,
     )
 
 

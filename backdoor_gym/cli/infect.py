@@ -19,9 +19,7 @@ def infect(
             "?label=COLUMN&size=HEIGHTxWIDTH&channels=1",
         ),
     ] = "digits",
-    architecture: Annotated[
-        str, typer.Option("--arch", help="small_cnn, resnet18, preact_resnet18, vgg16, wrn16.")
-    ] = "small_cnn",
+    architecture: Annotated[str, typer.Option("--arch", help="One of those that list names.")] = "small_cnn",
     attack: Annotated[str, typer.Option(help="One of those that list names, or clean for no backdoor.")] = "badnets",
     width: Annotated[int | None, typer.Option(min=1, help="Width of the network; default: as published.")] = None,
     target: Annotated[

@@ -241,7 +241,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._steps = 0
         self._failures = 0
         self._history = [self._current]
-        self._changes: list[int] = []
+        self._changes: list[tuple[int, bool]] = []
         self._given_back = 0
         self._slopes, self._slopes_taken = victim.first_slopes, 0
         if self.render_mode == "human":
@@ -279,7 +279,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         figures = self.masked_victim.figures(self._with([unit]))
         reward += float(self._reward(Transition(victim, unit, self._current, figures)))
         self._pruned[unit] = True
-        self._changes.append(unit)
+        self._changes.append((unit, False))
         self._current = figures
         self._history.append(figures)
         self.masked_victim.keep()
@@ -339,8 +339,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     @property
     def changes(self) -> list[tuple[int, bool]]:
         """What was done to the network, in order: the unit, and whether it was given back instead of pruned."""
-        prunes = len(self._changes) - self._given_back
-        return [(unit, index >= prunes) for index, unit in enumerate(self._changes)]
+        return list(self._changes)
 
     def action_masks(self) -> np.ndarray:
         """The legal actions, bool (N + 1,), as MaskablePPO asks for them."""
@@ -404,7 +403,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             raise DataError(f"unit {unit} of {self.victim.name} cannot be given back: it is not pruned")
         pruned = self._current
         self._pruned[unit] = False
-        self._changes.append(unit)
+        self._changes.append((unit, True))
         self._current = self.masked_victim.figures(self._pruned)
         self.masked_victim.keep()
         self._history.append(self._current)
@@ -472,7 +471,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         victim = self.victim
         history, latest = self._history, np.zeros_like(self._pruned)
         if self._changes and not self._given_back:
-            latest[self._changes[-1]] = True
+            latest[self._changes[-1][0]] = True
         return Snapshot(
             name=victim.name,
             layers=tuple((layer.name, layer.size) for layer in victim.neurons.layers),

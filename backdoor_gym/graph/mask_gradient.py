@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..pruning.neurons import Neurons
+from ..pruning.reversing import by_autograd
 
 
 def mask_gradient(
@@ -22,12 +23,5 @@ def mask_gradient(
     """
     kept = torch.ones(len(neurons)) if mask is None else torch.from_numpy(mask).float()
     kept = kept.to(images.device)
-    masks = [kept[layer.neurons].clone().requires_grad_() for layer in neurons.layers]
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(quantity(neurons.graph(images, *masks)), masks, allow_unused=True)
-    return torch.cat(
-        [
-            torch.zeros_like(one) if gradient is None else gradient
-            for one, gradient in zip(masks, gradients, strict=True)
-        ]
-    )
+    masks = [kept[layer.neurons] for layer in neurons.layers]
+    return by_autograd(neurons.graph, images, masks, [layer.size for layer in neurons.layers], quantity)

@@ -54,7 +54,9 @@ def spectral_norms(weight: Tensor) -> Tensor:
     kernels = weight.flatten(2)
     if kernels.shape[1] > kernels.shape[2]:
         kernels = kernels.transpose(1, 2)
-    return torch.linalg.eigvalsh((kernels @ kernels.transpose(1, 2)).double())[:, -1].clamp(min=0).sqrt()
+    largest = torch.linalg.eigvalsh((kernels @ kernels.transpose(1, 2)).double())[:, -1]
+    positive = largest > 0
+    return torch.where(positive, largest, 1).sqrt() * positive  # a root of zero has no derivative
 
 
 def norm_gain(norm: nn.Module) -> Tensor | float:

@@ -43,4 +43,6 @@ class UCLCPenalty:
 
     def _excess(self, layer: Tensor) -> Tensor:
         mean, deviation = layer.detach().mean(), layer.detach().std(correction=0)
-        return (layer - mean - self.margin * deviation).clamp(min=0).sum() / mean
+        return (layer - mean - self.margin * deviation).clamp(min=0).sum() / mean.clamp(
+            min=torch.finfo(mean.dtype).tiny
+        )

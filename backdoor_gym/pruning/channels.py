@@ -262,7 +262,7 @@ class Channels:
         if target in _OTHER_FUNCTIONS or (node.op == "call_method" and target in _OTHER_METHODS):
             return Kind.CHANNELWISE, layout
         if target in _SUMS or target in _PRODUCTS or target in _QUOTIENTS:
-            return self._arithmetic_kind(target, inputs)
+            return self._arithmetic_kind(node, inputs)
         if target in _CONCATENATIONS:
             return self._concatenation_kind(node, inputs)
         if target is F.pad:
@@ -304,7 +304,8 @@ class Channels:
             return None
         return layout.size
 
-    def _arithmetic_kind(self, target: Any, inputs: list[fx.Node]) -> tuple[Kind, Layout | None]:
+    def _arithmetic_kind(self, node: fx.Node, inputs: list[fx.Node]) -> tuple[Kind, Layout | None]:
+        target: Any = node.target
         layouts = list(dict.fromkeys(self.layouts[source] for source in inputs if self.layouts[source] is not None))
         alike = {None if layout is None else replace(layout, size=None) for layout in layouts}
         if len(alike) > 1:
@@ -313,7 +314,7 @@ class Channels:
             (one for one in layouts if one is not None and one.size is not None), layouts[0] if layouts else None
         )
         if len(inputs) == 1:
-            scales = target in _PRODUCTS or target in _QUOTIENTS
+            scales = target in _PRODUCTS or (target in _QUOTIENTS and node.args[0] is inputs[0])
             return (Kind.ZERO_PRESERVING if scales else Kind.CHANNELWISE), layout
         if target in _SUMS:
             return Kind.SUM, layout

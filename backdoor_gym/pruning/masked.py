@@ -195,8 +195,9 @@ class MaskedNetwork:
 
 @dataclass(frozen=True)
 class _Some:
-    """A value that differs from that of the base in some channels alone, and what these are then and now."""
+    """A value that differs from that of the base in some of its ``size`` channels alone, and what these are then and now."""
 
+    size: int
     channels: Tensor
     before: Tensor
     now: Tensor
@@ -279,7 +280,7 @@ class _Pass:
         some = values.index_select(1, index)
         shape = (-1, *[1] * (some.ndim - 2))
         kept_before = kept_before.to(values.device).view(shape)
-        return _Some(index, some * kept_before, some * (1 - kept_before))
+        return _Some(layer.size, index, some * kept_before, some * (1 - kept_before))
 
     def _on_channels(self, node: fx.Node, state: Any) -> _Some | None:
         if not isinstance(state, _Some):
@@ -292,7 +293,7 @@ class _Pass:
             )
             return getattr(self.interpreter, node.op)(node.target, *arguments)
 
-        return _Some(state.channels, on(state.before), on(state.now))
+        return _Some(state.size, state.channels, on(state.before), on(state.now))
 
     def _sum(self, node: fx.Node, inputs: list[fx.Node], states: list[Any]) -> Any:
         for (state, source), other in zip(zip(states, inputs, strict=True), reversed(inputs), strict=True):
@@ -302,10 +303,12 @@ class _Pass:
                 return self.base[node] + state.by if node in self.base else state
             if isinstance(state, _Some):
                 beside = self.dense(other)
-                if beside.ndim != state.now.ndim or beside.shape[2:] != state.now.shape[2:]:
+                if not isinstance(beside, Tensor) or beside.ndim != state.now.ndim:
+                    return None
+                if beside.shape[1] != state.size or beside.shape[2:] != state.now.shape[2:]:
                     return None
                 beside = beside.index_select(1, state.channels)
-                return _Some(state.channels, state.before + beside, state.now + beside)
+                return _Some(state.size, state.channels, state.before + beside, state.now + beside)
         return None
 
     def _convolved(self, node: fx.Node, state: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .channels import mask_channels, module_of
+from .tracing import is_number
 
 
 class Kept(Protocol):
@@ -72,10 +73,11 @@ class _Backward:
         self.nodes = list(self.graph.graph.nodes)
         self.values: dict[fx.Node, Any] = {**masks}
         self.gradients: dict[fx.Node, Tensor] = {}
-        #: What has a mask before it: only there a gradient is needed.
+        #: Tensors that have a mask before them: only there a gradient is needed.
         self.wanted: set[fx.Node] = set()
         for node in self.nodes:
-            if node.target is mask_channels or any(source in self.wanted for source in node.all_input_nodes):
+            behind = node.target is mask_channels or any(source in self.wanted for source in node.all_input_nodes)
+            if behind and not is_number(node):
                 self.wanted.add(node)
 
     def run(self, quantity: Callable[[Tensor], Tensor]) -> dict[fx.Node, Tensor]:
@@ -150,7 +152,9 @@ class _Backward:
             self._through_any(node, gradient)
 
     def _is_relu(self, node: fx.Node) -> bool:
-        return type(module_of(self.graph, node)) is nn.ReLU or node.target in (F.relu, torch.relu, "relu")
+        if node.op == "call_module":  # whose target is its name, which may be anything
+            return type(module_of(self.graph, node)) is nn.ReLU
+        return node.target in (F.relu, torch.relu, "relu")
 
     def _size(self, node: fx.Node) -> torch.Size:
         """Height and width of a value; masks and ReLUs change neither, so that it need not be computed."""

@@ -91,10 +91,11 @@ def _is_attended(channels: Channels, start: fx.Node) -> bool:
     while front:
         node = front.pop()
         for user in node.users:
-            if user.target in ATTENTION or isinstance(module_of(channels.graph_module, user), nn.MultiheadAttention):
+            module = module_of(channels.graph_module, user)
+            if isinstance(module, nn.MultiheadAttention) or (module is None and user.target in ATTENTION):
                 return True
             scaled = user.target in (operator.mul, operator.truediv) and len(channels.inputs(user)) == 1
-            if (user.target in MOVES or scaled) and user not in seen:
+            if module is None and (user.target in MOVES or scaled) and user not in seen:
                 seen.add(user)
                 front.append(user)
     return False

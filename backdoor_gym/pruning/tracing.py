@@ -59,7 +59,22 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
     for node in reversed(list(graph_module.graph.nodes)):
         if node.target is torch._assert or (node.op in ("call_function", "get_attr") and not node.users):
             graph_module.graph.erase_node(node)
+    if images is not None:
+        _check_number(graph_module, images)
     return graph_module
+
+
+@torch.no_grad()
+def _check_number(graph_module: fx.GraphModule, images: Tensor) -> None:
+    """What was decided by the two images that were traced with must be right for any number of them."""
+    try:
+        right = len(graph_module(images[:1].clone())) == 1
+    except Exception:  # the user's code
+        right = False
+    if not right:
+        raise UntraceableError(
+            "the network's forward depends on how many images it is given; it must treat each on its own"
+        )
 
 
 def is_number(node: fx.Node) -> bool:

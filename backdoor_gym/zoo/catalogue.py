@@ -94,7 +94,7 @@ def load_infected(
     text = str(name)
     own: dict[str, Any] = {
         "architecture": architecture,
-        "options": options,
+        "options": options or None,
         "module": module,
         "clean": clean,
         "test": test,
@@ -102,7 +102,7 @@ def load_infected(
         "image_size": image_size,
         "preprocess": preprocess,
     }
-    given = [key for key, value in own.items() if value]
+    given = [key for key, value in own.items() if value is not None]
     path = Path(text).expanduser()
     if path.is_file() and (is_pickle(path) or holds(path) in WEIGHTS_ALONE or (given and holds(path) != FORMAT)):
         return load_foreign(path, **own)

@@ -37,6 +37,8 @@ _UNREADABLE = (
     AttributeError,
 )
 COUNTER = "num_batches_tracked"
+#: Modules of a pickled network that are looked into.
+MOST_MODULES = 20_000
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     facts = {}
     if isinstance(content, Mapping):
         facts = {key: content[key] for key, kind in FACTS.items() if isinstance(content.get(key), kind)}
-    return Checkpoint(path, _find_weights(path, content), facts, unread)
+    try:
+        weights = _find_weights(path, content)
+    except (
+        RecursionError,
+        TypeError,
+        AttributeError,
+        ValueError,
+    ) as error:  # a file that holds itself, or parts of no such kind
+        raise ModelFileError(f"{path} is damaged: what it holds is not put together as weights are") from error
+    for name, tensor in weights.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ModelFileError(f"{path} is damaged: {name} is larger than what is stored of it")
+    return Checkpoint(path, weights, facts, unread)
 
 
 def fit_weights(network: nn.Module, checkpoint: Checkpoint) -> None:
@@ -99,7 +113,8 @@ def fit_weights(network: nn.Module, checkpoint: Checkpoint) -> None:
     prefix = max(_prefixes(weights), key=lambda prefix: (sum(prefix + key in weights for key in wanted), -len(prefix)))
     found = {key: prefix + key for key in wanted if prefix + key in weights}
     missing = [key for key in wanted if key not in found and not key.endswith(COUNTER)]
-    unexpected = [key for key in weights if key not in set(found.values())]
+    taken = set(found.values())
+    unexpected = [key for key in weights if key not in taken]
     differing = [
         f"{key} {tuple(weights[name].shape)} instead of {tuple(wanted[key].shape)}"
         for key, name in found.items()
@@ -164,12 +179,12 @@ def _find_weights(path: Path, content: Any) -> dict[str, Tensor]:
     if _is_state_dict(content):
         return dict(content)
     if isinstance(content, _StandIn):
-        weights = dict(_of_module(content))
+        weights = _of_module(content)
         if weights:
             return weights
     if isinstance(content, Mapping):
         inside = {key: value for key, value in content.items() if _is_state_dict(value)}
-        pickled = {key: dict(_of_module(value)) for key, value in content.items() if isinstance(value, _StandIn)}
+        pickled = {key: _of_module(value) for key, value in content.items() if isinstance(value, _StandIn)}
         inside |= {key: weights for key, weights in pickled.items() if weights}
         for key in WRAPPERS:
             if key in inside:
@@ -196,15 +211,26 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
-def _of_module(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a pickled ``nn.Module`` that a stand-in has taken the place of."""
-    state = module.kept if isinstance(module, _StandIn) else None
-    if not isinstance(state, Mapping):
-        return
-    passing = state.get("_non_persistent_buffers_set") or ()
-    for part in ("_parameters", "_buffers"):
-        for name, tensor in (state.get(part) or {}).items():
-            if isinstance(tensor, Tensor) and name not in passing:
-                yield prefix + name, tensor.detach()
-    for name, child in (state.get("_modules") or {}).items():
-        yield from _of_module(child, f"{prefix}{name}.")
+def _of_module(network: Any) -> dict[str, Tensor]:
+    """Names and tensors of a pickled ``nn.Module`` that a stand-in has taken the place of.
+
+    Raises:
+        ValueError: more modules than ``MOST_MODULES``: some that share others, or hold themselves, may spell out any number.
+    """
+    found: dict[str, Tensor] = {}
+    front, visited = [("", network)], 0
+    while front:
+        prefix, module = front.pop()
+        state = module.kept if isinstance(module, _StandIn) else None
+        if not isinstance(state, Mapping):
+            continue
+        visited += 1
+        if visited > MOST_MODULES:
+            raise ValueError(f"more than {MOST_MODULES} modules")
+        passing = state.get("_non_persistent_buffers_set") or ()
+        for part in ("_parameters", "_buffers"):
+            for name, tensor in (state.get(part) or {}).items():
+                if isinstance(tensor, Tensor) and name not in passing:
+                    found[prefix + name] = tensor.detach()
+        front.extend((f"{prefix}{name}.", child) for name, child in (state.get("_modules") or {}).items())
+    return found

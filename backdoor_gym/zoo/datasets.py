@@ -32,6 +32,8 @@ DIGITS = "digits"
 DATA_VARIABLE = "BACKDOOR_GYM_DATA"
 #: Modes of PIL that have no colour.
 _GREY = ("1", "L", "LA")
+#: Pixels a side that a name or a file may ask for.
+MOST_SIDE = 1024
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ def _reading(dataset: str) -> _Reading:
             if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides):
                 raise DataError(f"size must be SIDE or HEIGHTxWIDTH in pixels, not {value!r}")
             found[option] = (int(sides[0]), int(sides[-1]))
+            if max(found[option]) > MOST_SIDE:
+                raise DataError(f"size may be {MOST_SIDE} pixels a side at most, not {value}")
         elif option == "channels":
             if value not in ("1", "3"):
                 raise DataError(f"channels must be 1 or 3, not {value!r}")

@@ -59,7 +59,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         metadata = json.loads(header[KEY])
         checksum = metadata.pop("checksum")
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ModelFileError(f"{path} is a safetensors file, but was not written by backdoor-gym") from error
     if checksum != _checksum(tensors):
         raise ModelFileError(f"{path} is damaged: its contents do not match its checksum")
@@ -74,7 +74,7 @@ def holds(path: Path) -> str | None:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
         return str(json.loads(header[KEY])["format"]) if KEY in header else ""
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
         return None
 
 

@@ -14,6 +14,7 @@ from ..errors import DataError, ModelFileError, UnknownNameError
 from ..infected import InfectedModel, check_finite, check_preprocess
 from .architectures import ARCHITECTURES, build
 from .checkpoints import Checkpoint, fit_weights, read_checkpoint
+from .datasets import MOST_SIDE
 from .own_images import OwnImages, Source, all_images, own_images
 from .preprocessing import Normalise, Preprocessed
 
@@ -71,8 +72,10 @@ def load_foreign(
     checkpoint = read_checkpoint(path)
     if architecture is not None and module is not None:
         raise DataError("a checkpoint belongs to an architecture of this package or to a module of yours, not to both")
+    published: Mapping[str, Any] = {}
     if module is None:
-        architecture = find_architecture(checkpoint, architecture)
+        said, architecture = architecture is None, find_architecture(checkpoint, architecture)
+        published = OPTIONS.get(architecture, {}) if said else {}
     if clean is None:
         said = checkpoint.facts.get("clean_data")
         hint = f" (the file says that it was trained on {said})" if said else ""
@@ -85,8 +88,7 @@ def load_foreign(
     scoring = images.rest if test is None else all_images(test, image_size)
     spec: dict[str, Any] | None = None
     if architecture is not None:
-        options = {**OPTIONS.get(checkpoint.facts.get("model_name", ""), {}), **(options or {})}
-        spec = _spec(architecture, checkpoint, images, options)
+        spec = _spec(architecture, checkpoint, images, {**published, **(options or {})})
         network = build(**spec)
     elif module is not None:
         network = make_module(module)
@@ -171,7 +173,7 @@ def _classes(name: str, checkpoint: Checkpoint, channels: int, options: Mapping[
     two, three = (_shapes(name, classes, channels, **options) for classes in (2, 3))
     for key in (key for key in two if two[key] != three[key]):
         for found, tensor in checkpoint.weights.items():
-            if found == key or found.endswith(f".{key}"):
+            if tensor.ndim and (found == key or found.endswith(f".{key}")):
                 return len(tensor)
     return 1  # which ``fit_weights`` refuses, and says what else is missing
 
@@ -188,7 +190,7 @@ def _last_parts(checkpoint: Checkpoint) -> set[str]:
 
 def _image_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
     size = checkpoint.facts.get("img_size")
-    if size is None or len(size) < 2 or not all(type(side) is int and side > 0 for side in size[:2]):
+    if size is None or len(size) < 2 or not all(type(side) is int and 0 < side <= MOST_SIDE for side in size[:2]):
         return None
     return size[0], size[1]
 

@@ -88,12 +88,14 @@ def test_the_network_itself_is_left_as_it_was(infected):
     assert all(torch.equal(own[key], before[key]) for key in own)
 
 
-def test_without_batch_normalisation_the_statistics_name_no_label_and_the_trigger_does(infected):
+def test_without_batch_normalisation_the_statistics_name_no_label_and_a_trigger_is_sought_all_the_same(infected):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval()
     model = InfectedModel(network, infected.clean)
     assert suspect(model)[1] is None
     victim = Victim(model, VictimOptions())
+    assert victim.suspected is None
+    assert victim.inverted is not None
     assert MaskedVictim(victim).figures(np.zeros(4, dtype=bool)).suspected_danger > 0
     statistics = [STATIC_FEATURES.index(name) for name in ("kl", "log_variance_ratio", "mean_shift")]
     assert not victim.features[:, statistics].any()

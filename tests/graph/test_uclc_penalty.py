@@ -55,3 +55,16 @@ def test_an_attacker_who_knows_clp_leaves_no_outlier():
     assert adapted.facts["asr"] > 0.9
     assert adapted.facts["acc"] > plain.facts["acc"] - 0.03
     assert "UCLCPenalty" in adapted.facts["penalty"]
+
+
+def test_kernels_of_zeros_have_a_gradient():
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)
+    )
+    with torch.no_grad():
+        network[0].weight[1] = 0
+        network[2].weight.zero_()
+    penalty = UCLCPenalty()(network)()
+    penalty.backward()
+    assert torch.isfinite(penalty)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters() if parameter.grad is not None)

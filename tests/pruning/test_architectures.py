@@ -32,7 +32,9 @@ def check_masks(network, images, steps=4):
         edited = write_mask(network, neurons, mask).to(memory_format=torch.channels_last)
         with torch.no_grad():
             expected = edited(images.to(memory_format=torch.channels_last))
-        torch.testing.assert_close(masked.logits(mask), expected, rtol=1e-4, atol=1e-4)
+        found = masked.logits(mask)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found.argmax(1), expected.argmax(1))
         changed |= not torch.equal(whole, expected)
     assert changed
     check_single_prunes(network, neurons, masked, images, random)

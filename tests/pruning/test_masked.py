@@ -122,3 +122,40 @@ def test_in_place_operations_do_not_spoil_what_is_kept():
         edited = write_mask(network, neurons, mask)
         with torch.no_grad():
             torch.testing.assert_close(masked.logits(mask), edited(images.clone()))
+
+
+class Mixed(nn.Module):
+    """What is named like a ReLU and is none, a sum with fewer channels, one with a number, and a size read of a value."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.first = nn.Conv2d(1, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.relu = act
+        self.second = nn.Conv2d(6, 6, 3, padding=1)
+        self.token = nn.Parameter(torch.randn(1, 6, 1, 8))
+        self.last = nn.Linear(6, 10)
+
+    def forward(self, x):
+        x = self.relu(self.norm(self.first(x)))
+        x = self.second(x) + x.mean(1, keepdim=True)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1, -1), x + 0.1 * x.size(2)], 2)
+        return self.last(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("act", [nn.LeakyReLU(0.3), nn.GELU(), nn.ReLU()], ids=lambda act: type(act).__name__)
+def test_names_shapes_and_sums_of_other_sizes_are_what_they_are(act):
+    torch.manual_seed(0)
+    network = Mixed(act).eval()
+    images = torch.rand(5, 1, 8, 8)
+    neurons = find_neurons(network, images)
+    masked = MaskedNetwork(neurons, images)
+    mask = np.ones(len(neurons), dtype=bool)
+    for neuron in (4, 1):
+        mask = mask.copy()
+        mask[neuron] = False
+        assert close(masked.logits(mask), edited_logits(network, neurons, mask, images))
+        masked.keep()
+        quantity = lambda logits: F.cross_entropy(logits, torch.arange(5))  # noqa: E731
+        found = masked.mask_gradient(mask, quantity)
+        torch.testing.assert_close(found, mask_gradient(neurons, images, quantity, mask), rtol=1e-3, atol=1e-6)

@@ -229,3 +229,16 @@ def test_a_network_is_traced_while_another_thread_computes(network_of):
     assert len(wrong) > 1
     assert not any(wrong)
     assert all(one == names[0] for one in names)
+
+
+def test_a_forward_that_goes_through_the_images_one_by_one_is_refused():
+    class OneByOne(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(1, 4, 3), nn.Linear(4, 10)
+
+        def forward(self, x):
+            return torch.stack([self.last(self.conv(image[None]).mean((2, 3)))[0] for image in x])
+
+    with pytest.raises(UntraceableError, match="how many images"):
+        find_neurons(OneByOne().eval(), torch.rand(4, 1, 8, 8))

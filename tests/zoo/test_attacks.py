@@ -109,6 +109,7 @@ def test_bpp_covers_bear_noise_of_its_size_but_no_few_levels(images, generator):
     noisy = attack.cover(images, torch.Generator().manual_seed(1))
     size, rounding = (noisy - images).abs().mean(), (attack(images) - images).abs().mean()
     assert 0.7 * rounding < size < 1.1 * rounding
+    assert not (noisy == attack(images)).flatten(1).all(1).any()  # none bears the trigger itself
     assert len(attack(images).unique()) == 4
     assert len(noisy.unique()) > 1000
 

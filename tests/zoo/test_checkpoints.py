@@ -199,3 +199,23 @@ def test_weights_of_another_network_are_refused_by_name(change, words, prefix, t
     with pytest.raises(WeightsError, match=words) as caught:
         fit_weights(Net(), read_checkpoint(tmp_path / "a.pt"))
     assert ('"module." was taken off' in str(caught.value)) == bool(prefix)
+
+
+def module_of(children):
+    """A pickled module's state without its class."""
+    module = nn.Module()
+    module._modules.update(children)
+    return module
+
+
+def test_files_that_hold_themselves_or_claim_more_than_they_store_are_refused(tmp_path):
+    inside = {}
+    inside["model"] = inside
+    shared = module_of({})
+    shared.weight = nn.Parameter(torch.ones(1))
+    for _ in range(24):  # 2 to the power of 24 names
+        shared = module_of({"a": shared, "b": shared})
+    for content in (inside, shared, {"weight": torch.ones(1).expand(10**9)}):
+        torch.save(content, tmp_path / "hostile.pt")
+        with pytest.raises(ModelFileError, match="damaged"):
+            read_checkpoint(tmp_path / "hostile.pt")

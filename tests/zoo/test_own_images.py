@@ -83,6 +83,13 @@ def test_other_arrays_are_refused(arrays, words, tmp_path):
         own_images(tmp_path / "a.npz")
 
 
+def test_a_truncated_npz_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", images=IMAGES.numpy(), labels=LABELS.numpy())
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-40])
+    with pytest.raises(DataError, match="cannot be read"):
+        own_images(tmp_path / "a.npz")
+
+
 def test_a_folder_has_a_subfolder_a_class_in_the_order_of_the_names(tmp_path):
     found = own_images(write_folder(tmp_path, ["ant", "bee", "cat"]))
     (tmp_path / "readme.txt").write_text("no class")

@@ -57,7 +57,7 @@ def build(name: str, num_classes: int, in_channels: int, **options: Any) -> nn.M
             raise UnknownNameError(f"option of {name}", option, known)
     try:
         return factory(num_classes=num_classes, in_channels=in_channels, **options)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         if isinstance(error, BackdoorGymError):
             raise
         reason = str(error).splitlines()[0]

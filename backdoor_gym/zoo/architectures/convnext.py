@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """A stem of patches, four stages of blocks with LN and a halving convolution between, one linear classifier."""
+    """A stem of patches, stages of blocks with LN and a halving convolution between, one linear classifier."""
 
     def __init__(self, blocks: tuple[int, ...], num_classes: int, in_channels: int, width: int, patch: int) -> None:
         super().__init__()

@@ -54,7 +54,6 @@ class VGG(nn.Module):
                 if isinstance(layer, nn.Conv2d):
                     assert layer.bias is not None
                     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                    assert layer.bias is not None
                     nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -45,8 +45,9 @@ class BppAttack(Attack):
 
     def cover(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Each image with the rounding error of another one."""
-        others = torch.randperm(len(images), generator=generator).to(images.device)
-        return (images + (self(images) - images)[others]).clamp(0, 1)
+        if len(images) == 1:
+            return images
+        return (images + (self(images) - images).roll(1, 0)).clamp(0, 1)
 
     def _rounded(self, values: Tensor) -> Tensor:
         return (values.clamp(0, 1) * (self.levels - 1)).round() / (self.levels - 1)

@@ -60,9 +60,9 @@ class InputAware(Attack):
 
     def __post_init__(self) -> None:
         for weights, outputs in ((self.pattern, self.channels), (self.place, 1)):
-            needed = sum(
-                parameter.numel() for parameter in _Generator(self.channels, outputs, self.hidden).parameters()
-            )
+            with torch.device("meta"):  # a file says how large they are
+                expected = _Generator(self.channels, outputs, self.hidden)
+            needed = sum(parameter.numel() for parameter in expected.parameters())
             if weights.shape != (needed,):
                 raise ModelFileError(f"a generator of {self.name} needs {needed} weights, not {tuple(weights.shape)}")
 
@@ -98,6 +98,8 @@ class InputAware(Attack):
     @torch.no_grad()
     def cover(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Each image with the trigger of another one."""
+        if len(images) == 1:
+            return images
         return _stamp(images, *(part.roll(1, 0) for part in self.triggers(images)))
 
     def triggers(self, images: Tensor) -> tuple[Tensor, Tensor]:
