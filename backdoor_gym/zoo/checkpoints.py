@@ -88,6 +88,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         facts = {key: content[key] for key, kind in FACTS.items() if isinstance(content.get(key), kind)}
     try:
         weights = _find_weights(path, content)
+    except ModelFileError:
+        raise
     except (
         RecursionError,
         TypeError,

@@ -74,8 +74,9 @@ def load_foreign(
         raise DataError("a checkpoint belongs to an architecture of this package or to a module of yours, not to both")
     published: Mapping[str, Any] = {}
     if module is None:
-        said, architecture = architecture is None, find_architecture(checkpoint, architecture)
-        published = OPTIONS.get(architecture, {}) if said else {}
+        found = find_architecture(checkpoint, architecture)
+        published = OPTIONS.get(found, {}) if architecture is None else {}  # the file's name means the published one
+        architecture = found
     if clean is None:
         said = checkpoint.facts.get("clean_data")
         hint = f" (the file says that it was trained on {said})" if said else ""

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from backdoor_gym.graph.features import standardise
 from backdoor_gym.graph.uclc import bounds, uclc
