@@ -7,11 +7,11 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from backdoor_gym.envs.ahead import Ahead, core_threads, maker
+from backdoor_gym.envs.ahead import Ahead, core_threads, maker, side_by_side
 
 
 class ThreadedVecEnv(DummyVecEnv):
-    """``DummyVecEnv`` whose sub-environments step at once, on one core each, as those of ``make_vec`` do.
+    """``DummyVecEnv`` whose sub-environments step at once, on one core each, where those of ``make_vec`` do.
 
     Args:
         makers: of the environments.
@@ -25,7 +25,8 @@ class ThreadedVecEnv(DummyVecEnv):
     def step_async(self, actions: np.ndarray) -> None:
         """Begin the step of each sub-environment, and the reset of those that it ends."""
         super().step_async(actions)
-        for env, action in zip(self._ahead, self.actions, strict=True):
+        begun = zip(self._ahead, self.actions, strict=True) if side_by_side(self._ahead) else ()
+        for env, action in begun:
             env.begin_step(action, reset_after=True)
 
     def step_wait(self) -> Any:

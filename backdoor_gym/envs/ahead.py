@@ -1,12 +1,16 @@
 """Environments that begin what they are about to be asked for, all at once, in threads of one core each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
 
 import gymnasium as gym
 import torch
+
+#: Bytes of all activations of a pass up to which environments step side by side. A larger network leaves no core idle when
+#: its operations are divided, and several of them at once drive each other out of the processor's cache.
+SIDE_BY_SIDE_BYTES = 256 << 20
 
 
 def core_threads() -> ThreadPoolExecutor:
@@ -37,6 +41,11 @@ class Ahead(gym.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         self._threads = threads
         self._begun: Future[list[Any]] | None = None
+
+    @property
+    def is_light(self) -> bool:
+        """Whether what it is asked for is better computed on one core, beside others, than on all of them."""
+        return self.unwrapped.pass_bytes <= SIDE_BY_SIDE_BYTES  # type: ignore[attr-defined]
 
     def begin_step(self, action: Any, reset_after: bool = False) -> None:
         """Begin this step, and the reset after it where it ends the episode."""
@@ -70,6 +79,11 @@ class Ahead(gym.Wrapper[Any, Any, Any, Any]):
         if not results:
             self._begun = None
         return found
+
+
+def side_by_side(envs: Iterable[Ahead]) -> bool:
+    """Whether these are to step at once, on one core each, instead of one after the other on all cores."""
+    return all(env.is_light for env in envs)
 
 
 def maker(env: Ahead) -> Callable[[], Ahead]:

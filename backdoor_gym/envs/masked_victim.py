@@ -110,6 +110,12 @@ class MaskedVictim:
         )
         return twin
 
+    @cached_property
+    def pass_bytes(self) -> int:
+        """Size of all values of a pass of the images that every step may look at: the clean and the inverted ones."""
+        looked_at = [part.network for part in self._clean] + ([] if self._inverted is None else [self._inverted])
+        return sum(network.pass_bytes for network in looked_at)
+
     def figures(self, pruned: np.ndarray, score: bool = True) -> Figures:
         """Figures of the network without the pruned units, bool (units,); without ``score`` on the clean images alone."""
         mask = self.victim.neuron_mask(pruned)

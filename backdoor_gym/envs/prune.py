@@ -312,6 +312,11 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             raise gym.error.ResetNeeded(_RESET)
         return self._masked
 
+    @property
+    def pass_bytes(self) -> int:
+        """``MaskedVictim.pass_bytes`` of the model of this episode, 0 before the first one."""
+        return 0 if self._masked is None else self._masked.pass_bytes
+
     def spec_options(self) -> dict[str, Any]:
         """The arguments that another environment of the same networks is made with, without reward, scoring and drawing."""
         return {**self._options, "accuracy_budget": self.accuracy_budget, "max_steps": self.max_steps}

@@ -8,7 +8,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import iterate
 
 from ..errors import DataError
-from .ahead import Ahead, core_threads, maker
+from .ahead import Ahead, core_threads, maker, side_by_side
 from .prune import BackdoorPruneEnv
 
 
@@ -18,7 +18,8 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
     Spaces, seeds, infos, autoreset modes and reset masks are those of ``gymnasium.vector.SyncVectorEnv``, and so is
     everything that is returned, to the last bit. The difference is in the work. Networks as small as these leave cores idle
     when each operation is divided among them, and while Python runs; here each sub-environment steps on one core, as many
-    at once as torch has threads (``torch.set_num_threads``, when this is made). What was made ready of a network, and its
+    at once as torch has threads (``torch.set_num_threads``, when this is made). While one of them holds a large network
+    (``ahead.SIDE_BY_SIDE_BYTES``) they step one after the other, each on all cores. What was made ready of a network, and its
     activations while nothing is pruned, are there once for all sub-environments.
 
     Args:
@@ -57,9 +58,8 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One step of each; of one that has ended, what the autoreset mode says."""
         mode = self.autoreset_mode
-        for env, action, ended in zip(
-            self._ahead, iterate(self.action_space, actions), self._autoreset_envs, strict=True
-        ):
+        begun = zip(self._ahead, iterate(self.action_space, actions), self._autoreset_envs, strict=True)
+        for env, action, ended in begun if side_by_side(self._ahead) else ():
             if not ended or mode is AutoresetMode.SAME_STEP:
                 env.begin_step(action, reset_after=mode is AutoresetMode.SAME_STEP)
             elif mode is AutoresetMode.NEXT_STEP:

@@ -68,6 +68,11 @@ class MaskedNetwork:
     def __len__(self) -> int:
         return len(self._base[self._inputs[0]])
 
+    @property
+    def pass_bytes(self) -> int:
+        """Size of all values of a pass of the images, one after the other, in bytes."""
+        return len(self) * sum(self._sizes.bytes.values())
+
     def reset(self) -> None:
         """Make "nothing pruned" the base."""
         self._base, self._base_mask = self._whole, np.ones(len(self.neurons), dtype=bool)

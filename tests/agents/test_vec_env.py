@@ -8,6 +8,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from backdoor_gym.agents.vec_env import ThreadedVecEnv
+from backdoor_gym.envs import ahead
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -27,7 +28,10 @@ def steps_of(env, count):
     return returned
 
 
-def test_equal_to_dummy_vec_env(infected_file, plain_infected_file):
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_equal_to_dummy_vec_env(infected_file, plain_infected_file, side_by_side, monkeypatch):
+    monkeypatch.setattr(ahead, "SIDE_BY_SIDE_BYTES", 1 << 40 if side_by_side else -1)
+
     def make():
         return Monitor(BackdoorPruneEnv(infected=[str(infected_file), str(plain_infected_file)], max_steps=5))
 

@@ -10,6 +10,7 @@ from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import backdoor_gym
+from backdoor_gym.envs import ahead
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.vector import BackdoorPruneVectorEnv
 from backdoor_gym.errors import DataError
@@ -80,6 +81,24 @@ def test_sub_environments_work_at_the_same_time_on_one_core_each(infected):
     assert threads == [1, 1]
     assert torch.get_num_threads() == 2
     env.close()
+
+
+def test_large_networks_step_in_turn_on_all_cores(infected, monkeypatch):
+    seen = []
+    options = {
+        "infected": infected,
+        "accuracy_budget": None,
+        "reward": lambda transition: seen.append((threading.current_thread(), torch.get_num_threads())) or 0.5,
+    }
+    light = BackdoorPruneVectorEnv(2, **options)
+    light.reset(seed=0)
+    beside = light.step([0, 1])
+    monkeypatch.setattr(ahead, "SIDE_BY_SIDE_BYTES", light.get_attr("pass_bytes")[0] - 1)
+    seen.clear()
+    light.reset(seed=0)
+    assert data_equivalence(light.step([0, 1]), beside, exact=True)
+    assert seen == [(threading.main_thread(), 2)] * 2
+    light.close()
 
 
 def test_a_model_is_made_ready_once(infected, monkeypatch):
