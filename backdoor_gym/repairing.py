@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -298,15 +299,21 @@ def run_episode(
 ) -> None:
     """Let a policy act until the episode that has just begun is over, and finish; ``on_step`` is told how many steps it took."""
     takes_masks = "action_masks" in inspect.signature(policy.predict).parameters  # MaskablePPO's does
+    slopes_every = env.slopes_every
+    if not getattr(policy, "reads_derivatives", True):
+        env.slopes_every = sys.maxsize
     state, first, done, steps = None, np.array([True]), False, 0
-    while not done:
-        masks = {"action_masks": env.action_masks()} if takes_masks else {}
-        action, state = policy.predict(observation, state=state, episode_start=first, deterministic=True, **masks)
-        observation, _, terminated, truncated, _ = env.step(int(np.asarray(action).item()))
-        first, done, steps = np.array([False]), terminated or truncated, steps + 1
-        if on_step is not None:
-            on_step(steps)
-    finish(policy, env)
+    try:
+        while not done:
+            masks = {"action_masks": env.action_masks()} if takes_masks else {}
+            action, state = policy.predict(observation, state=state, episode_start=first, deterministic=True, **masks)
+            observation, _, terminated, truncated, _ = env.step(int(np.asarray(action).item()))
+            first, done, steps = np.array([False]), terminated or truncated, steps + 1
+            if on_step is not None:
+                on_step(steps)
+        finish(policy, env)
+    finally:
+        env.slopes_every = slopes_every
 
 
 def _course(env: BackdoorPruneEnv, snapshot: Snapshot) -> tuple[Change, ...]:

@@ -57,6 +57,12 @@ class ANP(Rule):
         self.steps, self.alpha, self.eps = steps, alpha, eps
 
     def scores(self, defender: Defender) -> np.ndarray:
+        settings = (type(self), self.seed, self.steps, self.alpha, self.eps)
+        found: np.ndarray = defender.memory.recall(settings, lambda: self.learn(defender))
+        return found
+
+    def learn(self, defender: Defender) -> np.ndarray:
+        """The scores, learned anew."""
         random = torch.Generator().manual_seed(self.seed)
         network = training_copy(defender)
         masks = SoftMasks(network, defender.neurons)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -15,6 +15,10 @@ class Policy(ABC):
 
     ``stable_baselines3.common.evaluation.evaluate_policy`` takes it where it takes a trained model.
     """
+
+    #: Whether it looks at the derivatives among the node features; for one that does not, ``repair`` and ``benchmark``
+    #: do not take them anew after each few prunes.
+    reads_derivatives: ClassVar[bool] = True
 
     @abstractmethod
     def act(self, observation: Observation, environment: int) -> int:

@@ -8,6 +8,8 @@ from .policy import Observation, Policy
 class RandomPolicy(Policy):
     """Prunes legal neurons at random, and stops as often as it would prune any one of them."""
 
+    reads_derivatives = False
+
     def __init__(self, seed: int | None = None) -> None:
         self._random = np.random.default_rng(seed)
 

@@ -43,6 +43,7 @@ class Rule(Policy):
         DataError: an unusable threshold, or "budget" in an environment without one.
     """
 
+    reads_derivatives = False
     #: The published threshold, None where there is none.
     published: ClassVar[float | None] = None
     #: What the paper calls the threshold.

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
@@ -89,9 +90,10 @@ class Result:
         asr: after it.
         ra: after it.
         der: (max(0, fall of the ASR) - max(0, fall of the ACC) + 1) / 2.
-        seconds: of the repair, with making the model ready for it and without scoring.
-        peak_memory: most resident memory of the process during it in bytes, when the model was ready; None where the system
-            does not tell.
+        seconds: of the repair, with making the model ready for it and without scoring. What was done once for several cells of
+            a model counts in each of them.
+        peak_memory: most resident memory of the process during it in bytes, when the model was ready, without what was done
+            for an earlier cell; None where the system does not tell.
         error: what went wrong, "" if nothing.
     """
 
@@ -275,8 +277,17 @@ def _is_seeded(made_by: str | Factory) -> bool:
 
 
 def _source(model: str, made_by: str | Factory) -> str:
-    made = made_by if isinstance(made_by, str) else f"{made_by.__module__}:{made_by.__qualname__}"
+    made = made_by if isinstance(made_by, str) else _described(made_by)
     return " ".join([made, *(version for file in (model, made) if (version := _version(file)))])
+
+
+def _described(factory: Factory) -> str:
+    """The same for the same function in every process; of a partial with its arguments."""
+    if isinstance(factory, partial):
+        options = "".join(f" {key}={value!r}" for key, value in sorted(factory.keywords.items()))
+        return f"{_described(factory.func)}{''.join(f' {one!r}' for one in factory.args)}{options}"
+    named = factory if hasattr(factory, "__qualname__") else type(factory)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _version(name: str) -> str:

@@ -96,7 +96,7 @@ class Victim:
     def __len__(self) -> int:
         return len(self.units)
 
-    @property
+    @cached_property
     def defender(self) -> Defender:
         """What a defender holds of it."""
         return Defender(self.model.network, self.neurons, self.units, self.clean.images, self.clean.labels)

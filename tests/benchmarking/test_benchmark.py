@@ -5,9 +5,11 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
 import pytest
 
 import backdoor_gym
@@ -15,7 +17,9 @@ from backdoor_gym.baselines import BNP, RandomPolicy
 from backdoor_gym.benchmarking import OWN, Result
 from backdoor_gym.benchmarking.cells import CellFile
 from backdoor_gym.benchmarking.tables import infected_table, markdown
+from backdoor_gym.envs.masked_victim import MaskedVictim
 from backdoor_gym.errors import DataError, UnknownNameError
+from backdoor_gym.repairing import run_episode
 
 
 @pytest.fixture
@@ -90,6 +94,56 @@ def test_processes_give_the_same_and_users_policies_are_rows(files, tmp_path):
         for seed in (0, 1):
             one, other = (by[model, policy, seed] for policy in ("mine", "imported"))
             assert replace(one, policy="imported", source=other.source) == other
+
+
+def with_a_threshold(env, seed, threshold):
+    return BNP(env, threshold)
+
+
+def test_what_was_learned_serves_all_budgets_and_counts_in_each(files, tmp_path, monkeypatch):
+    made = []
+
+    def learn(self, defender):
+        made.append(self.seed)
+        time.sleep(0.5)
+        return np.arange(len(defender.neurons), dtype=np.float64)
+
+    monkeypatch.setattr("backdoor_gym.baselines.anp.ANP.learn", learn)
+    done = backdoor_gym.benchmark(files[:1], ["anp"], [OWN, 0.01, 0.05], seeds=2, out=tmp_path, jobs=1)
+    assert not done.failed
+    assert sorted(made) == [0, 1]
+    assert all(result.seconds > 0.5 for result in done.results)
+    changed = backdoor_gym.benchmark(files[1:], ["anp"], [0.01], out=tmp_path, jobs=1)
+    assert not changed.failed
+    assert len(made) == 3  # of another network it is learned anew
+
+
+def test_factories_with_arguments_are_told_apart(files, tmp_path):
+    policies = {f"at {u}": partial(with_a_threshold, threshold=u) for u in (1.5, 2.5)}
+    done = backdoor_gym.benchmark(files[:1], policies, [0.05], out=tmp_path, jobs=2)
+    assert not done.failed
+    assert [result.source.partition(" ")[2].partition(" ")[0] for result in done.results] == [
+        "threshold=1.5",
+        "threshold=2.5",
+    ]
+    again = backdoor_gym.benchmark(files[:1], policies, [0.05], out=tmp_path, jobs=1)
+    assert again.results == done.results
+
+
+def test_policies_that_read_no_derivatives_are_spared_them(infected, monkeypatch):
+    taken = []
+    slopes = MaskedVictim.slopes
+    monkeypatch.setattr(MaskedVictim, "slopes", lambda self, pruned: (taken.append(1), slopes(self, pruned))[1])
+    env = gym.make("BackdoorPrune-v0", infected=infected, accuracy_budget=None, max_steps=9).unwrapped
+    pruned = []
+    for reads in (True, False):
+        policy = BNP(env, -100.0)
+        policy.reads_derivatives = reads
+        run_episode(policy, env, env.reset(seed=0)[0])
+        pruned.append(env.changes)
+        assert len(taken) == 2
+    assert pruned[0] == pruned[1]
+    assert env.slopes_every == 4
 
 
 def test_a_failure_is_told_stops_nothing_and_is_tried_again(files, tmp_path):
