@@ -10,7 +10,7 @@ import torch
 
 #: Bytes of all activations of a pass up to which environments step side by side. A larger network leaves no core idle when
 #: its operations are divided, and several of them at once drive each other out of the processor's cache.
-SIDE_BY_SIDE_BYTES = 256 << 20
+SIDE_BY_SIDE_BYTES = 128 << 20
 
 
 def core_threads() -> ThreadPoolExecutor:

@@ -17,6 +17,7 @@ from .channels import mask_channels, module_of
 from .folding import fold_norms
 from .neurons import Neurons
 from .reversing import Kept, by_autograd, mask_derivatives
+from .selecting import select
 
 #: Upper bound of the activations kept between calls, in bytes: of the whole network, of the base and of the last mask
 #: together. What is given up first is what costs least to compute again.
@@ -209,7 +210,7 @@ class _Some:
 
     def within(self, base: Tensor) -> Tensor:
         """The whole value."""
-        return base.index_copy(1, self.channels, self.now)
+        return base.clone().index_copy_(1, self.channels, self.now)  # index_copy would lose the order in memory
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ class _Pass:
         values = self.dense(source)
         kept_before = torch.from_numpy(self.base_mask[layer.neurons][channels].astype(np.float32))
         index = torch.from_numpy(channels).to(values.device)
-        some = values.index_select(1, index)
+        some = select(values, 1, index)
         shape = (-1, *[1] * (some.ndim - 2))
         kept_before = kept_before.to(values.device).view(shape)
         return _Some(layer.size, index, some * kept_before, some * (1 - kept_before))
@@ -312,7 +313,7 @@ class _Pass:
                     return None
                 if beside.shape[1] != state.size or beside.shape[2:] != state.now.shape[2:]:
                     return None
-                beside = beside.index_select(1, state.channels)
+                beside = select(beside, 1, state.channels)
                 return _Some(state.size, state.channels, state.before + beside, state.now + beside)
         return None
 
@@ -324,7 +325,10 @@ class _Pass:
         if module.padding_mode != "zeros" or not (node in self.base or summed):
             return None
         weight = module.weight.index_select(1, state.channels)
-        by = F.conv2d(state.now - state.before, weight, None, module.stride, module.padding, module.dilation)
+        # A single channel has to be marked as channels last, or all that follows has another order in memory.
+        change = torch.empty_like(state.now, memory_format=torch.channels_last)
+        torch.sub(state.now, state.before, out=change)
+        by = F.conv2d(change, weight, None, module.stride, module.padding, module.dilation)
         return by.add_(self.base[node]) if node in self.base else _Shifted(by)
 
 
@@ -338,7 +342,7 @@ class _Rows:
         return node in self._values and node in self._batched
 
     def __getitem__(self, node: fx.Node) -> Tensor:
-        return self._values[node].index_select(0, self._rows)
+        return select(self._values[node], 0, self._rows)
 
 
 class _Sizes(fx.Interpreter):

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .channels import mask_channels, module_of
+from .selecting import in_order_of
 from .tracing import is_number
 
 
@@ -126,7 +127,8 @@ class _Backward:
         source, mask = node.all_input_nodes
         values = self.value(source)
         axis: Any = node.args[2] if len(node.args) > 2 else 1
-        self._add(source, mask_channels(gradient, self.masks[mask], axis))
+        if source in self.wanted:
+            self._add(source, mask_channels(gradient, self.masks[mask], axis))
         return mask, (gradient * values).sum([one for one in range(values.ndim) if one != axis % values.ndim])
 
     def _through(self, node: fx.Node, gradient: Tensor) -> None:
@@ -135,7 +137,8 @@ class _Backward:
         if self._is_relu(node):
             known = node if node in self.kept or node in self.values else inputs[0]
             # ReLU's own operation: a comparison and a fill take longer than a convolution.
-            self._add(inputs[0], torch.ops.aten.threshold_backward(gradient, self.value(known), 0))
+            values = self.value(known)
+            self._add(inputs[0], torch.ops.aten.threshold_backward(in_order_of(gradient, values), values, 0))
         elif (
             isinstance(module, nn.Conv2d)
             and type(module) is nn.Conv2d

@@ -8,6 +8,7 @@ from backdoor_gym.graph.mask_gradient import mask_gradient
 from backdoor_gym.pruning.applying import write_mask
 from backdoor_gym.pruning.masked import MaskedNetwork
 from backdoor_gym.pruning.neurons import find_neurons
+from backdoor_gym.pruning.selecting import is_channels_last, select
 
 CASES = [
     ("resnet18", {}),
@@ -89,6 +90,34 @@ def test_derivatives_from_what_is_kept_are_those_of_the_graph(network_of, name, 
             found = masked.mask_gradient(mask, quantity, chosen)
             expected = mask_gradient(neurons, images if chosen is None else images[chosen], quantity, mask)
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_activations_stay_channels_last(network_of, name, options):
+    """In another order the first prune of a layer makes everything behind it several times as slow."""
+    neurons = find_neurons(network_of(name, **options))
+    masked = MaskedNetwork(neurons, images_for(name))
+    mask = np.ones(len(neurons), dtype=bool)
+    for pruned in ([0], [1, 2]):
+        mask[pruned] = False
+        masked.logits(mask)
+        masked.keep()
+    maps = [value for value in masked._base.values() if value.ndim == 4 and value.shape[1] > 1]
+    assert maps
+    assert all(is_channels_last(value) for value in maps)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_selection_has_the_order_of_the_whole(channels, axis):
+    values = torch.rand(4, channels, 3, 3)
+    index = torch.tensor([0]) if axis else torch.tensor([2, 0])
+    expected = values.index_select(axis, index)
+    assert torch.equal(select(values, axis, index), expected)
+    found = select(values.contiguous(memory_format=torch.channels_last), axis, index)
+    assert torch.equal(found, expected)
+    assert is_channels_last(found)
+    assert torch.equal(select(values.flatten(1), axis, index), values.flatten(1).index_select(axis, index))
 
 
 class InPlace(nn.Module):
