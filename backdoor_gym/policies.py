@@ -60,9 +60,12 @@ def check_policy(name: str, options: dict[str, Any]) -> None:
     for option in options:
         if option not in POLICIES[kind]:
             raise UnknownNameError(f"option of {kind}", option, POLICIES[kind])
-    steps = options.get("finetune", 0)
-    if not isinstance(steps, int) or steps < 0:
-        raise DataError(f"finetune must be a number of steps, not {steps!r}")
+    for option, least in (("finetune", 0), ("steps", 1), ("candidates", 1)):
+        count = options.get(option, least)
+        if not isinstance(count, int) or isinstance(count, bool) or count < least:
+            raise DataError(f"{option} must be a whole number of at least {least}, not {count!r}")
+    if not isinstance(options.get("look_ahead", True), bool):
+        raise DataError(f"look_ahead must be True or False, not {options['look_ahead']!r}")
 
 
 def kind_of_policy(name: str) -> str:

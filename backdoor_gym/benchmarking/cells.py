@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from ..baselines.thresholds import BUDGET, parse_threshold
 from ..errors import DataError
-from ..policies import BUDGETS, POLICIES, SUFFIX, kind_of_policy, make_policy
+from ..policies import BUDGETS, POLICIES, SUFFIX, check_policy, kind_of_policy, make_policy
 
 #: The budget of a policy that runs as it was published: its own stopping rule and its own default guard.
 OWN = None
@@ -234,13 +234,15 @@ def named(policies: Policies, budgets: Sequence[float | None]) -> dict[str, str 
         raise DataError("no policy was given")
     for name, made_by in found.items():
         factory = _parse(made_by) if isinstance(made_by, str) else made_by
-        if not callable(factory) and factory[1] == BUDGET and OWN in budgets and own_budget(made_by) is None:
+        if callable(factory):
+            continue
+        if BUDGET in factory[1].values() and OWN in budgets and own_budget(made_by) is None:
             raise DataError(f"{name} needs an accuracy budget, and as published it has none: leave that budget out")
     return found
 
 
 def make(made_by: str | Factory, env: Any, budget: float | None, seed: int) -> Any:
-    """The policy for an environment: of a user's factory, or of a specification ``NAME[:THRESHOLD]``.
+    """The policy for an environment: of a user's factory, or of a specification ``NAME[:THRESHOLD][:OPTION=VALUE]``.
 
     A rule without a threshold in its specification has the published one as ``OWN``, and under a budget goes on until the
     episode ends (``Conditions``): so it is at its best there.
@@ -248,15 +250,10 @@ def make(made_by: str | Factory, env: Any, budget: float | None, seed: int) -> A
     factory = _parse(made_by) if isinstance(made_by, str) else made_by
     if callable(factory):
         return factory(env, seed)
-    name, threshold = factory
-    options: dict[str, Any] = {}
-    takes = POLICIES[kind_of_policy(name)]
-    key = "u" if "u" in takes else "threshold"
-    if key in takes:
-        if threshold is None and budget is not OWN:
-            threshold = BUDGET
-        if threshold is not None:
-            options[key] = threshold
+    name, options = factory
+    takes, threshold = POLICIES[kind_of_policy(name)], _threshold_of(name)
+    if threshold in takes and budget is not OWN:
+        options.setdefault(threshold, BUDGET)
     if "seed" in takes:
         options["seed"] = seed
     return make_policy(name, env, options)
@@ -295,17 +292,36 @@ def _version(name: str) -> str:
     return sha256(Path(name).read_bytes()).hexdigest()[:12] if Path(name).is_file() else ""
 
 
-def _parse(text: str) -> tuple[str, float | str | None] | Factory:
-    """``NAME[:THRESHOLD]``, a policy file, or ``package.module:factory``."""
-    name, _, rest = text.partition(":")
-    if rest and name not in POLICIES and not name.endswith(SUFFIX):
-        return _import(name, rest)
-    kind = kind_of_policy(name)
-    if not rest:
-        return name, None
-    if not {"u", "threshold"} & set(POLICIES[kind]):
-        raise DataError(f"{name} takes no threshold, so not {text}")
-    return name, parse_threshold(rest)
+def _parse(text: str) -> tuple[str, dict[str, Any]] | Factory:
+    """``NAME[:THRESHOLD][:OPTION=VALUE]``, the same of a policy file, or ``package.module:factory``."""
+    name, *settings = text.split(":")
+    if settings and name not in POLICIES and not name.endswith(SUFFIX):
+        return _import(name, ":".join(settings))
+    takes = POLICIES[kind_of_policy(name)]
+    options: dict[str, Any] = {}
+    for setting in settings:
+        key, is_option, value = setting.rpartition("=")
+        if not is_option:
+            key = _threshold_of(name)
+            if key not in takes:
+                raise DataError(f"{name} takes no threshold, so not {text}")
+        if key == "seed":
+            raise DataError(f"the seeds of {text} are those of the benchmark: leave seed= out")
+        options[key] = parse_threshold(value) if key == _threshold_of(name) else _value(text, value)
+    check_policy(name, options)
+    return name, options
+
+
+def _threshold_of(name: str) -> str:
+    """What a policy calls its threshold."""
+    return "u" if name == "clp" else "threshold"
+
+
+def _value(text: str, value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise DataError(f"the options of a policy are numbers, true or false, not {value!r} as in {text}") from None
 
 
 def _import(module: str, name: str) -> Factory:

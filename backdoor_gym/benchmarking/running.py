@@ -90,10 +90,11 @@ def benchmark(
 
     Args:
         infected: names, patterns or files of infected models.
-        policies: specifications ``NAME[:THRESHOLD]`` (``clp``, ``bnp:auto``, ``anp:0.8``), policy files, or
-            ``package.module:factory``; or a mapping from a row's name to one of these or to a factory. A factory takes the
-            environment and a seed and gives an object with ``predict``. With several processes it has to be importable, and
-            a script that calls this function needs ``if __name__ == "__main__":`` around the call, as always with processes.
+        policies: specifications ``NAME[:THRESHOLD][:OPTION=VALUE]`` (``clp``, ``bnp:auto``, ``anp:0.8``, ``anp:steps=500``;
+            options are those of ``repair``), policy files, or ``package.module:factory``; or a mapping from a row's name to
+            one of these or to a factory. A factory takes the environment and a seed and gives an object with ``predict``.
+            With several processes it has to be importable, and a script that calls this function needs
+            ``if __name__ == "__main__":`` around the call, as always with processes.
         budgets: accuracy that may be lost on the defender's images, shares; ``OWN`` (None) for each policy as published.
         seeds: how many of policies that a seed changes.
         out: folder; what it holds already is not run again.

@@ -15,8 +15,8 @@ def benchmark(
     policies: Annotated[
         list[str],
         typer.Option(
-            help="NAME[:THRESHOLD] (onp, clp, clp:auto, bnp, ...), the file of a policy, or package.module:factory; repeat "
-            "the option, or separate by commas."
+            help="NAME[:THRESHOLD][:OPTION=VALUE] (onp, clp:auto, anp:steps=500, ...), the file of a policy, or "
+            "package.module:factory; repeat the option, or separate by commas."
         ),
     ] = ["onp", "clp", "bnp", "random"],  # noqa: B006 (typer copies it)
     budgets: Annotated[

@@ -15,7 +15,7 @@ import pytest
 import backdoor_gym
 from backdoor_gym.baselines import BNP, RandomPolicy
 from backdoor_gym.benchmarking import OWN, Result
-from backdoor_gym.benchmarking.cells import CellFile
+from backdoor_gym.benchmarking.cells import CellFile, all_cells, make, named, own_budget
 from backdoor_gym.benchmarking.tables import infected_table, markdown
 from backdoor_gym.envs.masked_victim import MaskedVictim
 from backdoor_gym.errors import DataError, UnknownNameError
@@ -302,8 +302,6 @@ def test_the_command_prints_the_table_and_json(run, files, tmp_path):
 
 
 def test_published_thresholds_are_those_of_own_cells(infected):
-    from backdoor_gym.benchmarking.cells import all_cells, make, own_budget
-
     seeded = {
         cell.policy for cell in all_cells(["m"], {"onp": "onp", "anp": "anp", "mine": mine}, [0.02], 2) if cell.seed
     }
@@ -316,3 +314,24 @@ def test_published_thresholds_are_those_of_own_cells(infected):
     assert make("bnp", env, 0.02, 0).threshold == "budget"
     assert make("bnp:auto", env, 0.02, 0).threshold == "auto"
     assert make("bnp:2.5", env, 0.02, 0).threshold == 2.5
+
+
+def test_specifications_have_the_options_of_repair(infected):
+    env = gym.make("BackdoorPrune-v0", infected=infected, accuracy_budget=0.02).unwrapped
+    anp = make("anp:steps=50", env, 0.02, 3)
+    assert (anp.steps, anp.threshold, anp.seed) == (50, "budget", 3)
+    anp = make("anp:0.9:steps=50", env, OWN, 0)
+    assert (anp.steps, anp.threshold) == (50, 0.9)
+    assert make("clp:u=1.5", env, OWN, 0).threshold == 1.5
+    assert make("greedy:candidates=7", env, 0.02, 0).candidates == 7
+    assert make("onp:look_ahead=false", env, 0.02, 0).look_ahead is None
+    for wrong, words in (
+        ("anp:steps=many", "numbers, true or false, not 'many'"),
+        ("anp:steps=0", "steps must be a whole number of at least 1, not 0"),
+        ("anp:seed=1", "those of the benchmark"),
+        ("anp:epochs=3", "option of anp 'epochs'"),
+        ("onp:look_ahead=3", "look_ahead must be True or False"),
+        ("random:0.5", "random takes no threshold"),
+    ):
+        with pytest.raises((DataError, UnknownNameError), match=words):
+            named([wrong], [0.02])
