@@ -93,24 +93,59 @@ class GraphActorCritic(nn.Module):
             probabilities of the legal neurons sum to 1, so that the stop logit alone is the log odds of stopping,
             whatever the number of neurons.
         """
+        graph = observation.get("graph")
+        if graph is None:
+            return self.decide_from(observation, self.embed_graphs(observation))
+        graph = graph.long().view(-1)
+        member = torch.zeros(int(graph.max()) + 1, dtype=torch.long, device=graph.device)
+        member[graph] = torch.arange(len(graph), device=graph.device)  # any observation of each graph
+        counts = observation["num_nodes"].view(-1)[member].long()
+        graphs = {**observation, "nodes": observation["nodes"][member], "num_nodes": counts}
+        return self.decide_from(observation, self.embed_graphs(graphs), (torch.cumsum(counts, 0) - counts)[graph])
+
+    def embed_graphs(self, observation: Mapping[str, Tensor]) -> Tensor:
+        """What an episode does not change: embeddings of the neurons of each graph after the other, float32 (neurons, hidden).
+
+        Args:
+            observation: of each graph one.
+        """
+        nodes, counts = observation["nodes"], observation["num_nodes"].long().view(-1)
+        static = nodes[_real(nodes, counts)][:, :_STATIC].float() * self.node_columns[:_STATIC]
+        h = self.embed(static)
+        first = torch.cumsum(counts, 0) - counts
+        links, edges = _edges(observation, first) if self.options.message_passing else (None, None)
+        for step in self.rounds:
+            h = step(h, links, edges)
+        return h
+
+    def decide_from(
+        self, observation: Mapping[str, Tensor], embedded: Tensor, first: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and values, as ``forward`` gives them, from embeddings.
+
+        Args:
+            observation: as there.
+            embedded: of ``embed_graphs``.
+            first: where those of each observation's neurons begin, int64 (batch,); None where they follow each other.
+        """
         flags = observation["nodes"].float()
-        nodes = flags * self.node_columns
-        batch, most, _ = nodes.shape
-        device = nodes.device
+        batch, most, _ = flags.shape
+        device = flags.device
         counts = observation["num_nodes"].long().view(-1)
-        real = torch.arange(most, device=device) < counts[:, None]
+        real = _real(flags, counts)
         row = torch.repeat_interleave(torch.arange(batch, device=device), counts)
-        static, first = self._embed(observation, nodes, counts, real)
-        # Neuron i of observation b has the embedding of neuron i of its graph.
-        place = torch.arange(len(row), device=device) - (torch.cumsum(counts, 0) - counts)[row]
+        flags = flags[real]
+        if first is not None:  # neuron i of observation b has the embedding of neuron i of its graph
+            place = torch.arange(len(row), device=device) - (torch.cumsum(counts, 0) - counts)[row]
+            embedded = embedded[first[row] + place]
         figures = observation["globals"].float() * self.global_columns
-        changing = torch.cat([nodes[real][:, _STATIC:], figures[row]], dim=1)
-        h = static[first[row] + place] + self.join(changing)
+        changing = torch.cat([flags[:, _STATIC:] * self.node_columns[_STATIC:], figures[row]], dim=1)
+        h = embedded + self.join(changing)
         h = self.leave(h + self.decide(h))
         # No maximum: it grows with the number of neurons, and larger networks would look infected.
         pooled = torch.cat([global_mean_pool(h, row, batch), figures], dim=1)
         logits = torch.full((batch, most + 1), PADDING, device=device)
-        logits[:, :most][real] = self._among_legal(self.neuron(h).squeeze(1), flags[real], row, batch)
+        logits[:, :most][real] = self._among_legal(self.neuron(h).squeeze(1), flags, row, batch)
         logits[:, most] = self.stop(pooled).squeeze(1)
         return logits, self.value(pooled)
 
@@ -122,23 +157,6 @@ class GraphActorCritic(nn.Module):
         top = torch.full((batch,), PADDING, device=scores.device).scatter_reduce(0, row, scores.detach(), "amax")
         total = torch.zeros(batch, device=scores.device).index_add(0, row, (scores - top[row]).exp())
         return scores - top[row] - total.clamp(min=1e-30).log()[row]
-
-    def _embed(
-        self, observation: Mapping[str, Tensor], nodes: Tensor, counts: Tensor, real: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Embeddings of the neurons of each graph, and where those of each observation begin among them."""
-        graph = observation.get("graph")
-        if graph is not None:
-            graph = graph.long().view(-1)
-            member = torch.zeros(int(graph.max()) + 1, dtype=torch.long, device=nodes.device)
-            member[graph] = torch.arange(len(graph), device=nodes.device)  # any observation of each graph
-            nodes, counts, real = nodes[member], counts[member], real[member]
-        first = torch.cumsum(counts, 0) - counts
-        h = self.embed(nodes[real][:, :_STATIC])
-        links, edges = _edges(observation, first) if self.options.message_passing else (None, None)
-        for step in self.rounds:
-            h = step(h, links, edges)
-        return h, first if graph is None else first[graph]
 
 
 class _Round(nn.Module):
@@ -157,6 +175,11 @@ class _Round(nn.Module):
         if self.attend is not None:
             h = h + self.attend(self.before(h), links, edges)
         return h + self.update(h)
+
+
+def _real(nodes: Tensor, counts: Tensor) -> Tensor:
+    """Which rows are no padding, bool (batch, N)."""
+    return torch.arange(nodes.shape[1], device=nodes.device) < counts[:, None]
 
 
 def _update(hidden: int) -> nn.Sequential:

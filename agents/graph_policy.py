@@ -15,6 +15,7 @@ from torch.distributions import Categorical
 from backdoor_gym.errors import DataError
 
 from .encoder import EncoderOptions, GraphActorCritic
+from .remembering import Remembering
 
 OBSERVED = ("nodes", "edges", "edge_links", "num_nodes", "num_edges", "globals")
 
@@ -56,6 +57,7 @@ class GraphPolicy(MaskableActorCriticPolicy):
 
     def _build(self, lr_schedule: Any) -> None:
         self.network = GraphActorCritic(self.options)
+        self._remembering = Remembering(self.network)
         options = {"lr": lr_schedule(1), **self.optimizer_kwargs}
         self.optimizer = self.optimizer_class(self.parameters(), **options)
 
@@ -79,10 +81,14 @@ class GraphPolicy(MaskableActorCriticPolicy):
         return self._decide(obs, action_masks)[0]
 
     def predict_values(self, obs: Any) -> Tensor:
-        return self.network(obs)[1]
+        return self._evaluate(obs)[1]
+
+    def _evaluate(self, obs: Any) -> tuple[Tensor, Tensor]:
+        alone = torch.is_grad_enabled() or "graph" in obs  # learning, or what shares its embeddings already
+        return self.network(obs) if alone else self._remembering(obs)
 
     def _decide(self, obs: Any, action_masks: Any) -> tuple[MaskableDistribution, Tensor]:
-        logits, values = self.network(obs)
+        logits, values = self._evaluate(obs)
         distribution = self.action_dist.proba_distribution(action_logits=logits)
         if action_masks is not None:
             distribution.apply_masking(action_masks)
