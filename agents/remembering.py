@@ -66,7 +66,7 @@ class Remembering:
                         "num_edges": length[None],
                     }
                 )
-                found = _Known(*(part.clone() for part in graph), embedded)
+                found = _Known(graph[0].clone(), graph[1].clone(), graph[2].clone(), embedded)
             self._known.append(found)
         embedded = torch.cat([one.embedded for one in self._known])
         return self.network.decide_from(observation, embedded)
