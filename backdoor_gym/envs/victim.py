@@ -199,6 +199,8 @@ class Victim:
 
     def neuron_mask(self, pruned: np.ndarray) -> np.ndarray:
         """Pruned units, bool (units,), as a mask of neurons, bool (neurons,), True where kept."""
+        if len(self.units) == len(self.neurons):
+            return ~pruned
         mask = np.ones(len(self.neurons), dtype=bool)
         for index in np.flatnonzero(pruned):
             mask[self.units[index]] = False

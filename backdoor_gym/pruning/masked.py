@@ -1,6 +1,5 @@
 """A network under changing masks, on fixed images: only what a changed neuron changes is computed again."""
 
-import operator
 from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..devices import find_device
-from .channels import mask_channels, module_of
+from .channels import mask_channels
 from .folding import fold_norms
 from .neurons import Neurons
+from .operations import Operations
 from .reversing import Kept, by_autograd, mask_derivatives
 from .selecting import select
 
@@ -44,13 +44,13 @@ class MaskedNetwork:
     def __init__(
         self, neurons: Neurons, images: Tensor, device: str | torch.device = "cpu", kept_bytes: int = KEPT_BYTES
     ) -> None:
+        _let_memory_stay()
         self.neurons = neurons
         self.device = find_device(device)
         graph = _folded(neurons)
         self._graph = graph
-        self._interpreter = fx.Interpreter(
-            graph.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        )
+        graph.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._operations = Operations(graph)
         self._nodes = list(graph.graph.nodes)
         self._order = {node: position for position, node in enumerate(self._nodes)}
         self._inputs = [node for node in self._nodes if node.op == "placeholder"]
@@ -130,7 +130,7 @@ class MaskedNetwork:
         if rows is not None:
             of_images = {self._inputs[0]} | (self._behind[self._inputs[0]] & self._sizes.batched)
             kept = _Rows(self._base, rows.to(self.device), of_images)
-        found = mask_derivatives(self._graph, kept, named, quantity)
+        found = mask_derivatives(self._operations, kept, named, quantity)
         return torch.cat(
             [
                 found[mask] if mask in found else torch.zeros(layer.size, device=self.device)
@@ -157,12 +157,13 @@ class MaskedNetwork:
         self._pending_mask = mask.copy()
         self._pending = {}
         plan = self._plan(output, dirty)
-        last_use = {source: node for node in plan for source in node.all_input_nodes}
+        inputs = self._operations.inputs
+        last_use = {source: node for node in plan for source in inputs[node]}
         for node in plan:
             value = run.values[node] = run.value(node)
             if node in self._kept_nodes and node in dirty:
                 self._pending[node] = value
-            for source in node.all_input_nodes:
+            for source in inputs[node]:
                 if last_use[source] is node:
                     run.values.pop(source, None)
         return run.values[output] if output in run.values else self._base[output]
@@ -176,7 +177,7 @@ class MaskedNetwork:
             if node in needed or node.op == "placeholder" or (node not in dirty and node in self._base):
                 continue
             needed.add(node)
-            front.extend(node.all_input_nodes)
+            front.extend(self._operations.inputs[node])
         return sorted(needed, key=self._order.__getitem__)
 
     def _choose_kept(self, images: Tensor, kept_bytes: int) -> set[fx.Node]:
@@ -231,7 +232,7 @@ class _Pass:
         dirty: set[fx.Node],
     ) -> None:
         self.base, self.dirty, self.masks, self.differing = network._base, dirty, masks, differing
-        self.interpreter, self.graph = network._interpreter, network._graph
+        self.operations = network._operations
         self.base_mask, self.neurons, self.inputs = network._base_mask, network.neurons, network._inputs
         self.values: dict[fx.Node, Any] = {}
 
@@ -255,25 +256,24 @@ class _Pass:
         return found
 
     def _operate(self, node: fx.Node) -> Any:
-        arguments = fx.node.map_arg((node.args, node.kwargs), self.dense)
-        return getattr(self.interpreter, node.op)(node.target, *arguments)
+        return self.operations.run(node, self.dense)
 
     def _from_base(self, node: fx.Node) -> Any:
         """The value by what differs from the base, None where there is no such way."""
         if node.target is mask_channels:
             return self._masked(node)
-        inputs = node.all_input_nodes
+        inputs = self.operations.inputs[node]
         states = [self.values.get(source) for source in inputs]
-        if len(inputs) == 1 and _slices(self.graph, node):
+        if len(inputs) == 1 and _slices(self.operations, node):
             return self._on_channels(node, states[0])
-        if _is_sum(node):
+        if node in self.operations.sums:
             return self._sum(node, inputs, states)
-        if type(module_of(self.graph, node)) is nn.Conv2d:  # not one with a forward of its own
+        if type(self.operations.modules[node]) is nn.Conv2d:  # not one with a forward of its own
             return self._convolved(node, states[0])
         return None
 
     def _masked(self, node: fx.Node) -> _Some | None:
-        source, mask = node.all_input_nodes
+        source, mask = self.operations.inputs[node]
         channels = self.differing.get(mask)
         if node.args[2:] not in ((), (1,)) or source in self.dirty or source not in self.base or channels is None:
             return None
@@ -291,17 +291,14 @@ class _Pass:
     def _on_channels(self, node: fx.Node, state: Any) -> _Some | None:
         if not isinstance(state, _Some):
             return None
-        (source,) = node.all_input_nodes
+        (source,) = self.operations.inputs[node]
 
         def on(values: Tensor) -> Tensor:
-            arguments = fx.node.map_arg(
-                (node.args, node.kwargs), lambda one: values if one is source else self.dense(one)
-            )
-            return getattr(self.interpreter, node.op)(node.target, *arguments)
+            return self.operations.run(node, lambda one: values if one is source else self.dense(one))
 
         return _Some(state.size, state.channels, on(state.before), on(state.now))
 
-    def _sum(self, node: fx.Node, inputs: list[fx.Node], states: list[Any]) -> Any:
+    def _sum(self, node: fx.Node, inputs: tuple[fx.Node, ...], states: list[Any]) -> Any:
         for (state, source), other in zip(zip(states, inputs, strict=True), reversed(inputs), strict=True):
             if other in self.dirty or other is source:
                 continue
@@ -318,10 +315,10 @@ class _Pass:
         return None
 
     def _convolved(self, node: fx.Node, state: Any) -> Any:
-        module = module_of(self.graph, node)
+        module = self.operations.modules[node]
         if not isinstance(state, _Some) or not isinstance(module, nn.Conv2d) or module.groups > 1:
             return None
-        summed = len(node.users) == 1 and _is_sum(next(iter(node.users)))
+        summed = len(node.users) == 1 and next(iter(node.users)) in self.operations.sums
         if module.padding_mode != "zeros" or not (node in self.base or summed):
             return None
         weight = module.weight.index_select(1, state.channels)
@@ -373,6 +370,15 @@ class _Sizes(fx.Interpreter):
         return value
 
 
+def _let_memory_stay() -> None:
+    """Where the C library is glibc: let it keep up to 64 MiB of freed memory, of which every operation asks for some anew.
+
+    It otherwise gives most of it back to the system, and the next operation waits until the system has cleared it. How much
+    it keeps follows from the largest piece below 32 MiB that was freed so far; this one is never written to.
+    """
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
+
+
 #: What is folded of each network, for as long as the network is used.
 _FOLDED: WeakKeyDictionary[Neurons, fx.GraphModule] = WeakKeyDictionary()
 
@@ -391,16 +397,11 @@ _SLICED_MODULES = (
 _SLICED_FUNCTIONS = {F.relu, torch.relu, "relu", F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.gelu, F.silu}
 
 
-def _slices(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+def _slices(operations: Operations, node: fx.Node) -> bool:
     """Whether the operation may be done on some channels alone."""
     if node.op == "call_module":
-        return type(module_of(graph_module, node)) in _SLICED_MODULES
+        return type(operations.modules[node]) in _SLICED_MODULES
     return node.target in _SLICED_FUNCTIONS
-
-
-def _is_sum(node: fx.Node) -> bool:
-    """Whether the node adds two values, and does nothing else."""
-    return node.target in (operator.add, torch.add) and not node.kwargs and node.args == tuple(node.all_input_nodes)
 
 
 def _behind(nodes: Iterable[fx.Node]) -> dict[fx.Node, set[fx.Node]]:

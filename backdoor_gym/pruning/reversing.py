@@ -4,7 +4,6 @@ Only the masks' derivatives are wanted, so of each convolution only that by its 
 derivative needs: the input of each mask, and where a ReLU is open. What is not kept of them is computed from what is.
 """
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .channels import mask_channels, module_of
+from .channels import mask_channels
+from .operations import Operations
 from .selecting import in_order_of
-from .tracing import is_number
 
 
 class Kept(Protocol):
@@ -26,7 +25,7 @@ class Kept(Protocol):
 
 
 def mask_derivatives(
-    graph: fx.GraphModule,
+    operations: Operations,
     kept: Kept,
     masks: dict[fx.Node, Tensor | None],
     quantity: Callable[[Tensor], Tensor],
@@ -34,12 +33,12 @@ def mask_derivatives(
     """Derivative of a quantity of the logits by the mask of each layer, float32 (channels,); none where it has no part.
 
     Args:
-        graph: the traced network, with masks among its inputs.
+        operations: of the traced network, with masks among its inputs.
         kept: values under these masks, by node.
         masks: the mask of each layer, in network order; None where nothing is pruned.
         quantity: from logits (n, classes) to a scalar.
     """
-    return _Backward(graph, kept, masks).run(quantity)
+    return _Backward(operations, kept, masks).run(quantity)
 
 
 def by_autograd(
@@ -68,29 +67,23 @@ def by_autograd(
 
 
 class _Backward:
-    def __init__(self, graph: fx.GraphModule, kept: Kept, masks: dict[fx.Node, Tensor | None]) -> None:
-        self.graph, self.kept, self.masks = graph, kept, masks
-        self.interpreter = fx.Interpreter(graph)
-        self.nodes = list(self.graph.graph.nodes)
+    def __init__(self, operations: Operations, kept: Kept, masks: dict[fx.Node, Tensor | None]) -> None:
+        self.operations, self.kept, self.masks = operations, kept, masks
         self.values: dict[fx.Node, Any] = {**masks}
         self.gradients: dict[fx.Node, Tensor] = {}
         #: Tensors that have a mask before them: only there a gradient is needed.
-        self.wanted: set[fx.Node] = set()
-        for node in self.nodes:
-            behind = node.target is mask_channels or any(source in self.wanted for source in node.all_input_nodes)
-            if behind and not is_number(node):
-                self.wanted.add(node)
+        self.wanted = operations.behind_masks
 
     def run(self, quantity: Callable[[Tensor], Tensor]) -> dict[fx.Node, Tensor]:
         """The derivatives by each mask."""
-        output = self.nodes[-1]
-        (answer,) = output.all_input_nodes
+        output = self.operations.nodes[-1]
+        (answer,) = self.operations.inputs[output]
         logits = self.value(output).detach().requires_grad_()
         with torch.enable_grad():
             (self.gradients[answer],) = torch.autograd.grad(quantity(logits), [logits])
         found: dict[fx.Node, Tensor] = {}
         with torch.no_grad():
-            for node in reversed(self.nodes):
+            for node in reversed(self.operations.nodes):
                 gradient = self.gradients.pop(node, None)
                 if gradient is not None and node.target is mask_channels:
                     mask, here = self._through_mask(node, gradient)
@@ -105,7 +98,9 @@ class _Backward:
         open_nodes = [node]  # not by recursion: deep networks of which little is kept would exceed its limit
         while open_nodes:
             last = open_nodes[-1]
-            missing = [] if last in self.kept else [one for one in last.all_input_nodes if one not in self.values]
+            missing = (
+                [] if last in self.kept else [one for one in self.operations.inputs[last] if one not in self.values]
+            )
             if last in self.values or not missing:
                 open_nodes.pop()
                 if last not in self.values:
@@ -116,15 +111,14 @@ class _Backward:
 
     @torch.no_grad()
     def _operate(self, node: fx.Node) -> Any:
-        arguments = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
-        return getattr(self.interpreter, node.op)(node.target, *arguments)
+        return self.operations.run(node, self.values.__getitem__)
 
     def _add(self, node: fx.Node, gradient: Tensor) -> None:
         if node in self.wanted:
             self.gradients[node] = self.gradients[node] + gradient if node in self.gradients else gradient
 
     def _through_mask(self, node: fx.Node, gradient: Tensor) -> tuple[fx.Node, Tensor]:
-        source, mask = node.all_input_nodes
+        source, mask = self.operations.inputs[node]
         values = self.value(source)
         axis: Any = node.args[2] if len(node.args) > 2 else 1
         if source in self.wanted:
@@ -132,8 +126,7 @@ class _Backward:
         return mask, (gradient * values).sum([one for one in range(values.ndim) if one != axis % values.ndim])
 
     def _through(self, node: fx.Node, gradient: Tensor) -> None:
-        module = module_of(self.graph, node)
-        inputs = node.all_input_nodes
+        module, inputs = self.operations.modules[node], self.operations.inputs[node]
         if self._is_relu(node):
             known = node if node in self.kept or node in self.values else inputs[0]
             # ReLU's own operation: a comparison and a fill take longer than a convolution.
@@ -147,7 +140,7 @@ class _Backward:
         ):
             if inputs[0] in self.wanted:
                 self._add(inputs[0], _conv_input_gradient(module, gradient, self._size(inputs[0])))
-        elif node.target in (operator.add, torch.add) and not node.kwargs and node.args == tuple(inputs):
+        elif node in self.operations.sums:
             for source in inputs:
                 if source in self.wanted:
                     self._add(source, gradient.sum_to_size(self.value(source).shape))
@@ -156,7 +149,7 @@ class _Backward:
 
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":  # whose target is its name, which may be anything
-            return type(module_of(self.graph, node)) is nn.ReLU
+            return type(self.operations.modules[node]) is nn.ReLU
         return node.target in (F.relu, torch.relu, "relu")
 
     def _size(self, node: fx.Node) -> torch.Size:
@@ -164,19 +157,16 @@ class _Backward:
         while node not in self.values and node not in self.kept:
             if node.target is not mask_channels and not self._is_relu(node):
                 break
-            node = node.all_input_nodes[0]
+            node = self.operations.inputs[node][0]
         return self.value(node).shape[2:]
 
     def _through_any(self, node: fx.Node, gradient: Tensor) -> None:
         """By autograd, which takes the operation a second time."""
-        read = [source for source in node.all_input_nodes if source in self.wanted]
+        read = [source for source in self.operations.inputs[node] if source in self.wanted]
         wanted = [one for one in read if isinstance(self.value(one), Tensor) and self.value(one).is_floating_point()]
         leaves = {source: self.value(source).detach().requires_grad_() for source in wanted}
-        arguments = fx.node.map_arg(
-            (node.args, node.kwargs), lambda one: leaves[one] if one in leaves else self.value(one)
-        )
         with torch.enable_grad():
-            result = getattr(self.interpreter, node.op)(node.target, *arguments)
+            result = self.operations.run(node, lambda one: leaves[one] if one in leaves else self.value(one))
             found = torch.autograd.grad(result, list(leaves.values()), gradient, allow_unused=True)
         for source, one in zip(wanted, found, strict=True):
             if one is not None:

@@ -63,7 +63,7 @@ def test_only_what_lies_behind_a_pruned_neuron_is_computed(network_of):
     neurons = find_neurons(network_of("resnet18"))
     masked = MaskedNetwork(neurons, images_for("resnet18"))
     calls = []
-    for name, module in masked._interpreter.module.named_modules():
+    for name, module in masked._graph.named_modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
     mask = np.ones(len(neurons), dtype=bool)
