@@ -15,7 +15,7 @@ def benchmark(
     policies: Annotated[
         list[str],
         typer.Option(
-            help="NAME[:THRESHOLD][:OPTION=VALUE] (onp, clp:auto, anp:steps=500, ...), the file of a policy, or "
+            help="NAME, NAME:THRESHOLD or NAME:OPTION=VALUE (onp, clp:auto, anp:steps=500, ...), the file of a policy, or "
             "package.module:factory; repeat the option, or separate by commas."
         ),
     ] = ["onp", "clp", "bnp", "random"],  # noqa: B006 (typer copies it)
