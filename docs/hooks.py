@@ -25,7 +25,7 @@ OUTSIDE = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "benchmarks/README.md",
-    "benchmarks/results/*.png",
+    "benchmarks/results/**/*.png",
     "tutorials/README.md",
 )
 COMMANDS = re.compile(r"<!-- commands.*?-->")

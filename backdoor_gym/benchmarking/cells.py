@@ -19,7 +19,7 @@ from ..policies import BUDGETS, POLICIES, SUFFIX, check_policy, kind_of_policy, 
 
 #: The budget of a policy that runs as it was published: its own stopping rule and its own default guard.
 OWN = None
-#: Those whose seed changes nothing: a policy that was trained already acts as it does.
+#: Those whose seed changes nothing, unless they learn on the network: a policy that was trained already acts as it does.
 UNSEEDED = ("onp",)
 
 Factory = Callable[[Any, int], Any]
@@ -270,7 +270,7 @@ def _is_seeded(made_by: str | Factory) -> bool:
     if callable(factory):
         return True
     kind = kind_of_policy(factory[0])
-    return "seed" in POLICIES[kind] and kind not in UNSEEDED
+    return "seed" in POLICIES[kind] and (kind not in UNSEEDED or bool(factory[1].get("finetune")))
 
 
 def _source(model: str, made_by: str | Factory) -> str:

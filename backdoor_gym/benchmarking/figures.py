@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .cells import OWN, Result
-from .tables import over_seeds
+from .tables import over_seeds, points
 
 DPI = 120
 #: With ten colours, what policies are told apart by.
@@ -144,7 +144,7 @@ def _short(model: str) -> str:
 
 
 def _title(budget: float | None) -> str:
-    return "as published" if budget is OWN else f"budget {100 * budget:g} points"
+    return "as published" if budget is OWN else f"budget of {points(budget)}"
 
 
 def _colour(index: int) -> str:

@@ -64,7 +64,12 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def _title(budget: float | None) -> str:
-    return "As published" if budget is OWN else f"Budget of {100 * budget:g} points on the defender's images"
+    return "As published" if budget is OWN else f"Budget of {points(budget)} on the defender's images"
+
+
+def points(budget: float) -> str:
+    """A share of accuracy in words: "1 point", "2 points"."""
+    return f"{100 * budget:g} point{'' if f'{100 * budget:g}' == '1' else 's'}"
 
 
 def infected_table(results: Sequence[Result]) -> list[str]:

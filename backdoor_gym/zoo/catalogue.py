@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
+from glob import glob
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def list_infected(pattern: str = "*") -> list[str]:
 
 
 def resolve(name: str) -> list[str]:
-    """The models that a name, a pattern or a file stands for.
+    """The models that a name, a pattern (of names, or of ``.safetensors`` files) or a file stands for.
 
     Raises:
         UnknownNameError: nothing of that name.
@@ -47,9 +48,12 @@ def resolve(name: str) -> list[str]:
     if _is_file(name):
         return [name]
     if any(sign in name for sign in "*?["):
-        found = list_infected(name)
+        found = list_infected(name) or sorted(
+            file for file in glob(str(Path(name).expanduser())) if file.endswith(SUFFIX)
+        )
         if not found:
-            raise UnknownNameError("pattern", name, [*_embedded(), *(f"{split}/*" for split in family.SPLITS)])
+            known = [*_embedded(), *(f"{split}/*" for split in family.SPLITS)]
+            raise UnknownNameError("pattern", name, known, f"or one of files that exist, {SUFFIX}")
         return found
     if name in _embedded() or family.is_member(name):
         return [name]

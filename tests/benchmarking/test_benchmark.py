@@ -16,7 +16,7 @@ import backdoor_gym
 from backdoor_gym.baselines import BNP, RandomPolicy
 from backdoor_gym.benchmarking import OWN, Result
 from backdoor_gym.benchmarking.cells import CellFile, all_cells, make, named, own_budget
-from backdoor_gym.benchmarking.tables import infected_table, markdown
+from backdoor_gym.benchmarking.tables import infected_table, markdown, points
 from backdoor_gym.envs.masked_victim import MaskedVictim
 from backdoor_gym.errors import DataError, UnknownNameError
 from backdoor_gym.repairing import run_episode
@@ -248,6 +248,7 @@ def test_the_table_has_means_spreads_and_the_best_in_bold():
     assert "**0.885** ± 0.078" in good
     text = markdown([*results, result("c", "good", 0.9, None), replace(results[0], error="ValueError: no", model="d")])
     assert "Budget of 2 points" in text
+    assert [points(budget) for budget in (0.01, 0.005, 0.1)] == ["1 point", "0.5 points", "10 points"]
     assert "| good | 1 | 0.00 | 0.00 | 5.0 |" in text
     assert "good on d (Budget of 2 points on the defender's images, seed 0): ValueError: no" in text
 
@@ -302,10 +303,13 @@ def test_the_command_prints_the_table_and_json(run, files, tmp_path):
 
 
 def test_published_thresholds_are_those_of_own_cells(infected):
+    trained = ("onp", "onp:look_ahead=false", "onp:finetune=0", "onp:finetune=8")  # the last goes on learning
     seeded = {
-        cell.policy for cell in all_cells(["m"], {"onp": "onp", "anp": "anp", "mine": mine}, [0.02], 2) if cell.seed
+        cell.policy
+        for cell in all_cells(["m"], {"anp": "anp", "mine": mine, **{one: one for one in trained}}, [0.02], 2)
+        if cell.seed
     }
-    assert seeded == {"anp", "mine"}
+    assert seeded == {"anp", "mine", "onp:finetune=8"}
     assert own_budget("bnp") is None
     assert own_budget("magnitude") == own_budget(mine) == 0.02
     assert own_budget("onp") == 0.01

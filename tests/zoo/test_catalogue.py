@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from backdoor_gym import list_infected, load_infected
@@ -35,6 +37,15 @@ def test_names_are_resolved(infected_file):
     for absent in ("absent.safetensors", "./absent", "~/absent"):
         with pytest.raises(ModelFileError, match="no file"):
             resolve(absent)
+
+
+def test_a_pattern_stands_for_files_too(infected_file, tmp_path):
+    for name in ("b-one", "a-one", "other"):
+        shutil.copy(infected_file, tmp_path / f"{name}.safetensors")
+    (tmp_path / "c-one.safetensors.lock").touch()
+    assert resolve(f"{tmp_path}/*-one*") == [f"{tmp_path}/{name}-one.safetensors" for name in "ab"]
+    with pytest.raises(UnknownNameError, match=r"or one of files that exist, \.safetensors"):
+        resolve(f"{tmp_path}/*-two*")
 
 
 def test_a_pattern_is_not_a_model():
