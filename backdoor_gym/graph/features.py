@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from ..metrics import target_margin
 from ..pruning.channels import WEIGHTED
 from ..pruning.neurons import Neurons
+from ..pruning.sizes import Sizes
 from .batch_norms import class_weights
 from .mask_gradient import mask_gradient
 from .trigger_inversion import InvertedTrigger
@@ -45,7 +46,7 @@ STATIC_FEATURES = (
     "depth",
 )
 CLAMP = 6.0
-#: Images in one forward and backward pass, which keeps every activation.
+#: Most images in one forward and backward pass, which keeps every activation.
 BATCH = 100
 
 
@@ -126,7 +127,8 @@ def observe(neurons: Neurons, images: Tensor, labels: Tensor) -> list[dict[str, 
     device = next(neurons.graph.parameters()).device
     total: list[dict[str, Tensor]] = [{} for _ in neurons.layers]
     weights = class_weights(labels.to(device)).double()
-    for batch, targets, weight in zip(images.split(BATCH), labels.split(BATCH), weights.split(BATCH), strict=True):
+    at_once = min(BATCH, Sizes(neurons.graph, images[:1].to(device)).images_at_once)
+    for batch, targets, weight in zip(*(one.split(at_once) for one in (images, labels, weights)), strict=True):
         masks = [torch.ones(layer.size, device=device, requires_grad=True) for layer in neurons.layers]
         observer = _Observer(neurons, weight)
         with torch.enable_grad():

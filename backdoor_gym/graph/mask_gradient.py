@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..pruning.neurons import Neurons
-from ..pruning.reversing import by_autograd
+from ..pruning.reversing import by_autograd, by_logits
+from ..pruning.sizes import Sizes
 
 
 def mask_gradient(
@@ -24,4 +25,19 @@ def mask_gradient(
     kept = torch.ones(len(neurons)) if mask is None else torch.from_numpy(mask).float()
     kept = kept.to(images.device)
     masks = [kept[layer.neurons] for layer in neurons.layers]
-    return by_autograd(neurons.graph, images, masks, [layer.size for layer in neurons.layers], quantity)
+    sizes = [layer.size for layer in neurons.layers]
+    at_once = Sizes(neurons.graph, images[:1]).images_at_once
+    if len(images) <= at_once:
+        return by_autograd(neurons.graph, images, masks, sizes, quantity)
+    batches = images.split(at_once)
+    with torch.no_grad():
+        logits = torch.cat([neurons.graph(batch, *masks) for batch in batches])
+    gradients = by_logits(quantity, logits).split(at_once)
+    found = torch.zeros(len(neurons), device=images.device)
+    for batch, gradient in zip(batches, gradients, strict=True):
+
+        def share(logits: Tensor, gradient: Tensor = gradient) -> Tensor:
+            return (logits * gradient).sum()
+
+        found += by_autograd(neurons.graph, batch, masks, sizes, share)
+    return found

@@ -28,7 +28,7 @@ def mask_derivatives(
     operations: Operations,
     kept: Kept,
     masks: dict[fx.Node, Tensor | None],
-    quantity: Callable[[Tensor], Tensor],
+    gradient: Tensor,
 ) -> dict[fx.Node, Tensor]:
     """Derivative of a quantity of the logits by the mask of each layer, float32 (channels,); none where it has no part.
 
@@ -36,9 +36,17 @@ def mask_derivatives(
         operations: of the traced network, with masks among its inputs.
         kept: values under these masks, by node.
         masks: the mask of each layer, in network order; None where nothing is pruned.
-        quantity: from logits (n, classes) to a scalar.
+        gradient: the derivative by the logits, float32 (n, classes).
     """
-    return _Backward(operations, kept, masks).run(quantity)
+    return _Backward(operations, kept, masks).run(gradient)
+
+
+def by_logits(quantity: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """Derivative of a quantity of logits (n, classes) by them, float32 (n, classes)."""
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(quantity(leaf), [leaf])
+    return gradient
 
 
 def by_autograd(
@@ -74,13 +82,10 @@ class _Backward:
         #: Tensors that have a mask before them: only there a gradient is needed.
         self.wanted = operations.behind_masks
 
-    def run(self, quantity: Callable[[Tensor], Tensor]) -> dict[fx.Node, Tensor]:
-        """The derivatives by each mask."""
-        output = self.operations.nodes[-1]
-        (answer,) = self.operations.inputs[output]
-        logits = self.value(output).detach().requires_grad_()
-        with torch.enable_grad():
-            (self.gradients[answer],) = torch.autograd.grad(quantity(logits), [logits])
+    def run(self, of_logits: Tensor) -> dict[fx.Node, Tensor]:
+        """The derivatives by each mask, from that by the logits."""
+        (answer,) = self.operations.inputs[self.operations.nodes[-1]]
+        self.gradients[answer] = of_logits
         found: dict[fx.Node, Tensor] = {}
         with torch.no_grad():
             for node in reversed(self.operations.nodes):

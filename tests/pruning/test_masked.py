@@ -9,6 +9,7 @@ from backdoor_gym.pruning.applying import write_mask
 from backdoor_gym.pruning.masked import MaskedNetwork
 from backdoor_gym.pruning.neurons import find_neurons
 from backdoor_gym.pruning.selecting import is_channels_last, select
+from backdoor_gym.pruning.sizes import Sizes
 
 CASES = [
     ("resnet18", {}),
@@ -38,8 +39,9 @@ def close(found, expected):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-@pytest.mark.parametrize("kept_bytes", [1 << 30, 20_000])
-def test_masked_logits_are_those_of_the_edited_network(network_of, name, options, kept_bytes):
+@pytest.mark.parametrize(("kept_bytes", "at_once"), [(1 << 30, 12), (1 << 30, 5), (20_000, 12)])
+def test_masked_logits_are_those_of_the_edited_network(monkeypatch, network_of, name, options, kept_bytes, at_once):
+    monkeypatch.setattr(Sizes, "images_at_once", at_once)
     network = network_of(name, **options)
     neurons = find_neurons(network)
     images = images_for(name)
@@ -63,7 +65,7 @@ def test_only_what_lies_behind_a_pruned_neuron_is_computed(network_of):
     neurons = find_neurons(network_of("resnet18"))
     masked = MaskedNetwork(neurons, images_for("resnet18"))
     calls = []
-    for name, module in masked._graph.named_modules():
+    for name, module in masked._structure.graph.named_modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
     mask = np.ones(len(neurons), dtype=bool)
@@ -73,8 +75,11 @@ def test_only_what_lies_behind_a_pruned_neuron_is_computed(network_of):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-@pytest.mark.parametrize("kept_bytes", [1 << 30, 20_000])
-def test_derivatives_from_what_is_kept_are_those_of_the_graph(network_of, name, options, kept_bytes):
+@pytest.mark.parametrize(("kept_bytes", "at_once"), [(1 << 30, 12), (1 << 30, 5), (20_000, 12)])
+def test_derivatives_from_what_is_kept_are_those_of_the_graph(
+    monkeypatch, network_of, name, options, kept_bytes, at_once
+):
+    monkeypatch.setattr(Sizes, "images_at_once", at_once)
     network = network_of(name, **options)
     neurons = find_neurons(network)
     images = images_for(name)
@@ -102,7 +107,7 @@ def test_activations_stay_channels_last(network_of, name, options):
         mask[pruned] = False
         masked.logits(mask)
         masked.keep()
-    maps = [value for value in masked._base.values() if value.ndim == 4 and value.shape[1] > 1]
+    maps = [value for value in masked._parts[0]._base.values() if value.ndim == 4 and value.shape[1] > 1]
     assert maps
     assert all(is_channels_last(value) for value in maps)
 
@@ -118,6 +123,18 @@ def test_a_selection_has_the_order_of_the_whole(channels, axis):
     assert torch.equal(found, expected)
     assert is_channels_last(found)
     assert torch.equal(select(values.flatten(1), axis, index), values.flatten(1).index_select(axis, index))
+
+
+def test_a_large_network_computes_some_images_after_the_others(monkeypatch, network_of):
+    neurons = find_neurons(network_of("small_cnn", shape="plain"))
+    images = images_for("small_cnn")
+    calls = []
+    neurons.graph.register_forward_hook(lambda _, read, __: calls.append(len(read[0])))
+    quantity = lambda logits: F.cross_entropy(logits, torch.arange(len(logits)) % 10)  # noqa: E731
+    whole = mask_gradient(neurons, images, quantity)
+    monkeypatch.setattr("backdoor_gym.pruning.sizes.PASS_BYTES", 5 * Sizes(neurons.graph, images[:1]).image_bytes)
+    torch.testing.assert_close(mask_gradient(neurons, images, quantity), whole, rtol=1e-4, atol=1e-6)
+    assert [count for count in calls if count > 1] == [12, 5, 5, 2, 5, 5, 2]  # the logits, then their derivatives
 
 
 class InPlace(nn.Module):
