@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -55,13 +55,15 @@ class MaskedVictim:
         victim: the model.
         score_samples: how many triggered test images ASR and RA are measured on, and half of how many clean ones the
             accuracy on test images; 0 for none.
+        precision: of ``MaskedNetwork``.
     """
 
-    def __init__(self, victim: Victim, score_samples: int = SCORE_SAMPLES) -> None:
+    def __init__(self, victim: Victim, score_samples: int = SCORE_SAMPLES, precision: str = "float32") -> None:
         self.victim = victim
         self.score_samples = score_samples
         self._origin: MaskedVictim | None = None  # keeps alive what is shared
-        device, inverted = victim.options.device, victim.inverted
+        inverted = victim.inverted
+        network = partial(MaskedNetwork, victim.neurons, device=victim.options.device, precision=precision)
         fragile, clean = torch.from_numpy(victim.fragile), victim.clean
         sloping, foreign = torch.arange(len(clean)) < SLOPE_IMAGES, _foreign(victim)
         #: The fragile clean images, then the others, of both those that derivatives are taken on apart; all together keep
@@ -74,30 +76,29 @@ class MaskedVictim:
             (~fragile & ~sloping, False),
         ):
             if part.any():
-                network = MaskedNetwork(
-                    victim.neurons, clean.images[part], device, KEPT_BYTES * int(part.sum()) // len(clean)
-                )
+                masked = network(clean.images[part], kept_bytes=KEPT_BYTES * int(part.sum()) // len(clean))
                 rows = None if foreign is None or not sloped else torch.nonzero(foreign[part]).flatten()
-                self._clean.append(_Part(network, clean.labels[part].to(device), sloped, rows))
+                self._clean.append(_Part(masked, clean.labels[part].to(masked.device), sloped, rows))
         #: The images that ``Slopes.clean_pull`` is taken on, where they are none of the clean ones.
         self._corrected = None
         if inverted is not None and foreign is None:
-            self._corrected = MaskedNetwork(victim.neurons, inverted.clean, device)
-        self._inverted = None if inverted is None else MaskedNetwork(victim.neurons, inverted.images, device)
+            self._corrected = network(inverted.clean)
+        self._inverted = None if inverted is None else network(inverted.images)
         self._triggered = self._test = None
         if len(self.triggered[0]):
-            self._triggered = MaskedNetwork(victim.neurons, self.triggered[0], device)
+            self._triggered = network(self.triggered[0])
         if self.tested is not None:
-            self._test = MaskedNetwork(victim.neurons, self.tested.images, device)
+            self._test = network(self.tested.images)
 
     @classmethod
-    def begin(cls, victim: Victim, score_samples: int = SCORE_SAMPLES) -> Self:
+    def begin(cls, victim: Victim, score_samples: int = SCORE_SAMPLES, precision: str = "float32") -> Self:
         """One with nothing pruned, made from what there is of that model."""
         with victim.preparing:
             known = _WHOLE.setdefault(victim, WeakValueDictionary())
-            whole = known.get(score_samples)
+            key = (score_samples, precision)
+            whole = known.get(key)
             if whole is None:
-                whole = known[score_samples] = cls(victim, score_samples)
+                whole = known[key] = cls(victim, score_samples, precision)
             return whole._fork()
 
     def _fork(self) -> Self:
@@ -248,5 +249,5 @@ def _foreign(victim: Victim) -> Tensor | None:
     return foreign if torch.equal(victim.clean.images[foreign], inverted.clean.cpu()) else None
 
 
-#: Whole networks by model and ``score_samples``, for as long as an environment uses them.
-_WHOLE: WeakKeyDictionary[Victim, WeakValueDictionary[int, Any]] = WeakKeyDictionary()
+#: Whole networks by model, ``score_samples`` and precision, for as long as an environment uses them.
+_WHOLE: WeakKeyDictionary[Victim, WeakValueDictionary[tuple[int, str], Any]] = WeakKeyDictionary()

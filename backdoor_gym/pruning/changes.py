@@ -59,7 +59,7 @@ class Evaluation:
         self.structure = structure
         self.neurons, self.operations, self.inputs = structure.neurons, structure.operations, structure.inputs
         self.base, self.base_mask = base, base_mask
-        self.masks = dict(zip(self.inputs[1:], self.neurons.layer_masks(mask, structure.device), strict=True))
+        self.masks = dict(zip(self.inputs[1:], structure.masks(mask), strict=True))
         self.differing = {
             self.inputs[1 + layer]: np.flatnonzero(
                 mask[self.neurons.layers[layer].neurons] != base_mask[self.neurons.layers[layer].neurons]
@@ -145,7 +145,7 @@ class Evaluation:
         index = torch.from_numpy(channels).to(values.device)
         some = select(values, 1, index)
         shape = (-1, *[1] * (some.ndim - 2))
-        kept_before = kept_before.to(values.device).view(shape)
+        kept_before = kept_before.to(values).view(shape)
         return SomeChannels(layer.size, index, some * kept_before, some * (1 - kept_before))
 
     def _on_channels(self, node: fx.Node, state: Any) -> SomeChannels | None:

@@ -18,6 +18,10 @@ from .structure import Structure
 #: Upper bound of the activations kept between calls, in bytes: of the whole network, of the base and of the last mask
 #: together. What is given up first is what costs least to compute again.
 KEPT_BYTES = 1 << 30
+#: What weights and activations may be.
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+#: Distance of an image's two largest logits, over the size of the largest, up to which bfloat16 does not tell which it is.
+UNSURE = 0.05
 
 
 class MaskedNetwork:
@@ -25,22 +29,30 @@ class MaskedNetwork:
 
     The activations of one mask, the *base*, are kept: those that a mask multiplies and those that several operations
     read. ``logits(mask)`` computes only what differs from the base; ``keep()`` makes the last mask the new base. A large
-    network computes some of the images after the others.
+    network computes some of the images after the others. With bfloat16, the logits of an image whose answer hangs on
+    rounding are computed again, in float32: answers are those of float32, logits of the others and derivatives are not.
 
     Args:
         neurons: of the network.
         images: float32 (n, C, H, W) in [0, 1].
         device: where to compute.
         kept_bytes: bound of the kept activations.
+        precision: "float32" or "bfloat16", which takes less time where the processor has it.
     """
 
     def __init__(
-        self, neurons: Neurons, images: Tensor, device: str | torch.device = "cpu", kept_bytes: int = KEPT_BYTES
+        self,
+        neurons: Neurons,
+        images: Tensor,
+        device: str | torch.device = "cpu",
+        kept_bytes: int = KEPT_BYTES,
+        precision: str = "float32",
     ) -> None:
         _let_memory_stay()
         self.neurons = neurons
         self.device = find_device(device)
-        self._structure = Structure(neurons, images[:1], self.device, kept_bytes / (3 * len(images)))
+        kept = kept_bytes / (3 * len(images))
+        self._structure = Structure(neurons, images[:1], self.device, kept, PRECISIONS[precision])
         at_once = self._structure.sizes.images_at_once
         self._parts = [_Part(self._structure, some) for some in images.split(at_once)]
         self._starts = [0, *np.cumsum([len(part) for part in self._parts]).tolist()]
@@ -108,17 +120,16 @@ class _Part:
     """Some of the images, which are computed at once."""
 
     def __init__(self, structure: Structure, images: Tensor) -> None:
-        self._structure, self._count = structure, len(images)
-        self._base: dict[fx.Node, Any] = {
-            structure.inputs[0]: images.to(structure.device, memory_format=torch.channels_last)
-        }
+        self._structure = structure
+        self._images = images.to(structure.device, memory_format=torch.channels_last)
+        self._base: dict[fx.Node, Any] = {structure.inputs[0]: self._images.to(structure.dtype)}
         self.base_mask = np.ones(len(structure.neurons), dtype=bool)
-        self._base |= Evaluation(structure, self._base, self.base_mask, self.base_mask).run()
+        self._base |= self._evaluate(self.base_mask)
         self._whole = self._base
         self.reset()
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._images)
 
     @property
     def base_logits(self) -> Tensor:
@@ -137,7 +148,7 @@ class _Part:
 
     def logits(self, mask: np.ndarray) -> Tensor:
         if not np.array_equal(mask, self._pending_mask):
-            self._pending = Evaluation(self._structure, self._base, self.base_mask, mask).run()
+            self._pending = self._evaluate(mask)
             self._pending_mask = mask.copy()
         output = self._structure.output
         return self._pending[output] if output in self._pending else self._base[output]
@@ -154,11 +165,12 @@ class _Part:
         """By each neuron's mask, float32 (neurons,), from that by the logits of the images, or of some of them."""
         structure = self._structure
         layers, images = structure.neurons.layers, structure.inputs[0]
-        masks = structure.neurons.layer_masks(self.base_mask, structure.device)
+        masks = structure.masks(self.base_mask)
+        gradient = gradient.to(structure.dtype)
         if structure.sizes.several:
             read = self._base[images] if rows is None else self._base[images][rows]
             sizes = [layer.size for layer in layers]
-            return by_autograd(structure.graph, read, masks, sizes, lambda logits: (logits * gradient).sum())
+            return by_autograd(structure.graph, read, masks, sizes, lambda logits: (logits * gradient).sum()).float()
         kept: Kept = self._base
         if rows is not None:
             of_images = {images} | (structure.behind[images] & structure.sizes.batched)
@@ -171,6 +183,20 @@ class _Part:
                 for mask, layer in zip(structure.inputs[1:], layers, strict=True)
             ]
         )
+
+    @torch.no_grad()
+    def _evaluate(self, mask: np.ndarray) -> dict[fx.Node, Any]:
+        structure = self._structure
+        found = Evaluation(structure, self._base, self.base_mask, mask).run()
+        if structure.dtype != torch.float32 and structure.output in found:
+            logits = found[structure.output].float()
+            first, second = logits.topk(2).values.unbind(1)
+            unsure = first - second <= UNSURE * logits.abs().amax(1)
+            if unsure.any():
+                masks = structure.neurons.layer_masks(mask, structure.device)
+                logits[unsure] = structure.exact(self._images[unsure], *masks)
+            found[structure.output] = logits
+        return found
 
 
 class _Rows:

@@ -128,7 +128,8 @@ class _Backward:
         axis: Any = node.args[2] if len(node.args) > 2 else 1
         if source in self.wanted:
             self._add(source, mask_channels(gradient, self.masks[mask], axis))
-        return mask, (gradient * values).sum([one for one in range(values.ndim) if one != axis % values.ndim])
+        others = [one for one in range(values.ndim) if one != axis % values.ndim]
+        return mask, (gradient * values).sum(others, dtype=torch.float32)
 
     def _through(self, node: fx.Node, gradient: Tensor) -> None:
         module, inputs = self.operations.modules[node], self.operations.inputs[node]

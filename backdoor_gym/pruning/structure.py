@@ -1,8 +1,10 @@
 """What all evaluations of a network under masks have in common, whatever the images and the mask."""
 
 from collections.abc import Iterable
+from copy import deepcopy
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -21,9 +23,11 @@ class Structure:
         image: one that it takes, float32 (1, C, H, W).
         device: where it runs.
         kept_bytes: bound of the activations of an image that are kept, in bytes.
+        dtype: of weights and activations, float32 or bfloat16.
 
     Attributes:
         graph: the traced network, with masks among its inputs.
+        exact: the same in float32.
         nodes: in order.
         order: position of each node.
         inputs: that of the images, then the masks of the layers.
@@ -32,22 +36,31 @@ class Structure:
             as far as there is room, and the logits.
     """
 
-    def __init__(self, neurons: Neurons, image: Tensor, device: torch.device, kept_bytes: float) -> None:
-        self.neurons, self.device = neurons, device
-        self.graph = _folded(neurons)
-        self.graph.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def __init__(
+        self, neurons: Neurons, image: Tensor, device: torch.device, kept_bytes: float, dtype: torch.dtype
+    ) -> None:
+        self.neurons, self.device, self.dtype = neurons, device, dtype
+        self.exact = _folded(neurons, torch.float32)
+        self.graph = _folded(neurons, dtype)
+        for graph in (self.exact, self.graph):
+            graph.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.operations = Operations(self.graph)
         self.nodes = self.operations.nodes
         self.order = {node: position for position, node in enumerate(self.nodes)}
         self.inputs = [node for node in self.nodes if node.op == "placeholder"]
         self.behind = _behind(self.nodes)
-        self.sizes = Sizes(self.graph, image.to(device))
+        self.sizes = Sizes(self.graph, image.to(device, dtype))
         self.kept = self._choose_kept(kept_bytes)
 
     @property
     def output(self) -> fx.Node:
         """The logits."""
         return self.nodes[-1]
+
+    def masks(self, mask: np.ndarray) -> list[Tensor | None]:
+        """``Neurons.layer_masks`` of this device and dtype."""
+        masks = self.neurons.layer_masks(mask, self.device)
+        return [None if one is None else one.to(self.dtype) for one in masks]
 
     def _choose_kept(self, kept_bytes: float) -> set[fx.Node]:
         masked = {node.all_input_nodes[0] for node in self.nodes if node.target is mask_channels}
@@ -67,14 +80,17 @@ class Structure:
         return kept
 
 
-#: What is folded of each network, for as long as the network is used.
-_FOLDED: WeakKeyDictionary[Neurons, fx.GraphModule] = WeakKeyDictionary()
+#: What is folded of each network, by dtype, for as long as the network is used.
+_FOLDED: WeakKeyDictionary[Neurons, dict[torch.dtype, fx.GraphModule]] = WeakKeyDictionary()
 
 
-def _folded(neurons: Neurons) -> fx.GraphModule:
-    if neurons not in _FOLDED:
-        _FOLDED[neurons] = fold_norms(neurons.graph)
-    return _FOLDED[neurons]
+def _folded(neurons: Neurons, dtype: torch.dtype) -> fx.GraphModule:
+    folded = _FOLDED.setdefault(neurons, {})
+    if not folded:
+        folded[torch.float32] = fold_norms(neurons.graph)
+    if dtype not in folded:
+        folded[dtype] = deepcopy(folded[torch.float32]).to(dtype)
+    return folded[dtype]
 
 
 def _behind(nodes: Iterable[fx.Node]) -> dict[fx.Node, set[fx.Node]]:

@@ -137,6 +137,49 @@ def test_a_large_network_computes_some_images_after_the_others(monkeypatch, netw
     assert [count for count in calls if count > 1] == [12, 5, 5, 2, 5, 5, 2]  # the logits, then their derivatives
 
 
+def test_bfloat16_gives_the_answers_of_float32(infected):
+    neurons = find_neurons(infected.network)
+    clean = infected.clean
+    exact, quick = (MaskedNetwork(neurons, clean.images, precision=one) for one in ("float32", "bfloat16"))
+    assert quick.pass_bytes < 0.6 * exact.pass_bytes
+    random = np.random.default_rng(0)
+    mask = np.ones(len(neurons), dtype=bool)
+    for _ in range(30):
+        mask = mask.copy()
+        mask[random.choice(np.flatnonzero(mask))] = False
+        expected, found = exact.logits(mask), quick.logits(mask)
+        assert found.dtype == torch.float32
+        assert torch.equal(found.argmax(1), expected.argmax(1))
+        assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+        assert not torch.equal(found, expected)
+        exact.keep()
+        quick.keep()
+    quantity = lambda logits: F.cross_entropy(logits, clean.labels)  # noqa: E731
+    some = torch.arange(0, len(clean), 3)
+    for rows, of_rows in (
+        (None, quantity),
+        (some, lambda logits: F.cross_entropy(logits, clean.labels[some])),
+    ):
+        expected, found = (network.mask_gradient(mask, of_rows, rows) for network in (exact, quick))
+        assert np.corrcoef(expected, found)[0, 1] > 0.99
+
+
+def test_what_bfloat16_is_not_sure_of_is_computed_again(monkeypatch, network_of):
+    neurons = find_neurons(network_of("small_cnn", shape="plain"))
+    images = images_for("small_cnn")
+    mask = np.ones(len(neurons), dtype=bool)
+    mask[5] = False
+    expected = MaskedNetwork(neurons, images).logits(mask)
+    first, second = expected.topk(2).values.unbind(1)
+    distance = (first - second) / expected.abs().amax(1)
+    monkeypatch.setattr("backdoor_gym.pruning.masked.UNSURE", distance.median().item())
+    found = MaskedNetwork(neurons, images, precision="bfloat16").logits(mask)
+    again = (found - expected).abs().amax(1) < 1e-5
+    order = distance.argsort()
+    assert again[order[:4]].all()  # rounding may move those in the middle to the other side
+    assert not again[order[8:]].any()
+
+
 class InPlace(nn.Module):
     """Overwrites its activations in every way that a network can."""
 
