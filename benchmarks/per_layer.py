@@ -40,7 +40,7 @@ VALIDATION = [f"digits-val/{seed}" for seed in range(20)]
 POLICIES = OTHERS / "per_layer"
 SEEDS = (0, 1, 2)
 #: Steps of agents, and of the single agent: about as many tried prunes (the logs say how many).
-LAYER_STEPS, STEPS = 7_040, 3_072
+LAYER_STEPS, STEPS = 7_040, 1_920
 ROWS = RESULTS / "per_layer.jsonl"
 BUDGET, MAX_STEPS = 0.02, 100
 #: First of the test models; no other table has used them.

@@ -169,15 +169,19 @@ def test_what_bfloat16_is_not_sure_of_is_computed_again(monkeypatch, network_of)
     images = images_for("small_cnn")
     mask = np.ones(len(neurons), dtype=bool)
     mask[5] = False
-    expected = MaskedNetwork(neurons, images).logits(mask)
-    first, second = expected.topk(2).values.unbind(1)
-    distance = (first - second) / expected.abs().amax(1)
-    monkeypatch.setattr("backdoor_gym.pruning.masked.UNSURE", distance.median().item())
-    found = MaskedNetwork(neurons, images, precision="bfloat16").logits(mask)
-    again = (found - expected).abs().amax(1) < 1e-5
-    order = distance.argsort()
-    assert again[order[:4]].all()  # rounding may move those in the middle to the other side
-    assert not again[order[8:]].any()
+
+    def logits(unsure):
+        monkeypatch.setattr("backdoor_gym.pruning.masked.UNSURE", unsure)
+        return MaskedNetwork(neurons, images, precision="bfloat16").logits(mask)
+
+    expected, rounded = MaskedNetwork(neurons, images).logits(mask), logits(-1)
+    first, second = rounded.topk(2).values.unbind(1)
+    distance = (first - second) / rounded.abs().amax(1)
+    least = distance.median().item()
+    found = logits(least)
+    assert close(found[distance <= least], expected[distance <= least])
+    assert torch.equal(found[distance > least], rounded[distance > least])
+    assert not close(rounded[distance <= least], expected[distance <= least])
 
 
 class InPlace(nn.Module):
