@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, fx
 
 import backdoor_gym
@@ -103,6 +104,7 @@ def draw(found: list[dict[str, Any]]) -> None:
         axes.bar(range(len(one["correlations"])), one["correlations"])
         axes.set_title(f"{one['model']} (mean {np.mean(one['correlations']):.2f})", fontsize=9)
         axes.set_ylim(-1, 1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", alpha=0.3)
     changes.supxlabel("layer, from the images to the logits: UCLC against the change by the trigger")
     changes.supylabel("correlation")
