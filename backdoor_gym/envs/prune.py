@@ -136,8 +136,9 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             accuracy on test images; 0 switches them off.
         data: data set to read the images of model files from, instead of the one they name.
         device: where the network runs.
-        precision: "float32", or "bfloat16" for masked evaluations in less time where the processor has it; accuracies stay
-            those of float32, suspected danger and derivatives are rounded.
+        precision: "float32", or "bfloat16" for masked evaluations in less time where the processor has it: answers that hang
+            on rounding are computed again, so that accuracies are those of float32; danger, loss and derivatives are rounded
+            (those of the whole network, which an episode begins with, are not).
         render_mode: "human", "rgb_array", "ansi" or None.
 
     ## Version history

@@ -36,7 +36,7 @@ def mask_derivatives(
         operations: of the traced network, with masks among its inputs.
         kept: values under these masks, by node.
         masks: the mask of each layer, in network order; None where nothing is pruned.
-        gradient: the derivative by the logits, float32 (n, classes).
+        gradient: the derivative by the logits (n, classes), of their dtype in the pass.
     """
     return _Backward(operations, kept, masks).run(gradient)
 
@@ -56,7 +56,7 @@ def by_autograd(
     sizes: Sequence[int],
     quantity: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The same by whole passes, float32 (neurons,), for networks in which an operation gives several tensors.
+    """The same by whole passes, (neurons,) of the masks' dtype, for networks in which an operation gives several tensors.
 
     Args:
         graph: the traced network, with masks among its inputs.

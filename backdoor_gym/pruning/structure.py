@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from .channels import mask_channels
+from ..errors import DataError
+from ..zoo.preprocessing import Preprocess
+from .channels import mask_channels, module_of
 from .folding import fold_norms
 from .neurons import Neurons
 from .operations import Operations
@@ -25,9 +27,15 @@ class Structure:
         kept_bytes: bound of the activations of an image that are kept, in bytes.
         dtype: of weights and activations, float32 or bfloat16.
 
+    Raises:
+        DataError: the network cannot be run in bfloat16.
+
     Attributes:
-        graph: the traced network, with masks among its inputs.
+        graph: the traced network, with masks among its inputs. It takes float32 images in any case.
         exact: the same in float32.
+        operations: of the graph.
+        sizes: of its values.
+        at_once: of how many images a pass is.
         nodes: in order.
         order: position of each node.
         inputs: that of the images, then the masks of the layers.
@@ -49,7 +57,14 @@ class Structure:
         self.order = {node: position for position, node in enumerate(self.nodes)}
         self.inputs = [node for node in self.nodes if node.op == "placeholder"]
         self.behind = _behind(self.nodes)
-        self.sizes = Sizes(self.graph, image.to(device, dtype))
+        try:
+            self.sizes = Sizes(self.graph, image.to(device))
+        except Exception as error:  # a network's own operations can raise anything on what they were not made for
+            if dtype == torch.float32:
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(f'this network cannot be run in bfloat16 ({reason}); use precision="float32"') from error
+        self.at_once = max(1, self.sizes.images_at_once * dtype.itemsize // 4)  # some may be computed again in float32
         self.kept = self._choose_kept(kept_bytes)
 
     @property
@@ -89,8 +104,22 @@ def _folded(neurons: Neurons, dtype: torch.dtype) -> fx.GraphModule:
     if not folded:
         folded[torch.float32] = fold_norms(neurons.graph)
     if dtype not in folded:
-        folded[dtype] = deepcopy(folded[torch.float32]).to(dtype)
+        folded[dtype] = _converted(folded[torch.float32], dtype)
     return folded[dtype]
+
+
+def _converted(exact: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
+    """The network in another dtype, behind images, and what they are made of first, in float32."""
+    converted = deepcopy(exact).to(dtype)
+    images = next(iter(converted.graph.nodes))
+    front = next((user for user in images.users if isinstance(module_of(converted, user), Preprocess)), images)
+    if front is not images:
+        module_of(converted, front).function = module_of(exact, front).function  # type: ignore[union-attr]
+    with converted.graph.inserting_after(front):
+        inside = converted.graph.call_method("to", (front, dtype))
+    front.replace_all_uses_with(inside, lambda user: user is not inside)
+    converted.recompile()
+    return converted
 
 
 def _behind(nodes: Iterable[fx.Node]) -> dict[fx.Node, set[fx.Node]]:

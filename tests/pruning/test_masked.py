@@ -4,12 +4,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from backdoor_gym.errors import DataError, UnknownNameError
 from backdoor_gym.graph.mask_gradient import mask_gradient
 from backdoor_gym.pruning.applying import write_mask
 from backdoor_gym.pruning.masked import MaskedNetwork
 from backdoor_gym.pruning.neurons import find_neurons
 from backdoor_gym.pruning.selecting import is_channels_last, select
 from backdoor_gym.pruning.sizes import Sizes
+from backdoor_gym.zoo.preprocessing import Preprocessed
+
+from ..tiny import tiny, tiny_images
 
 CASES = [
     ("resnet18", {}),
@@ -164,6 +168,56 @@ def test_bfloat16_gives_the_answers_of_float32(infected):
         assert np.corrcoef(expected, found)[0, 1] > 0.99
 
 
+@pytest.mark.parametrize("name", ["resnet18", "small_cnn", "vit"])
+@pytest.mark.parametrize("at_once", [12, 5])
+def test_bfloat16_of_all_kinds_of_networks_and_of_parts_of_the_images(monkeypatch, name, at_once):
+    torch.manual_seed(0)
+    network = Preprocessed(lambda images: images * torch.tensor(0.5), tiny(name))
+    images = tiny_images(12)
+    neurons = find_neurons(network, images)
+    exact = MaskedNetwork(neurons, images)
+    monkeypatch.setattr("backdoor_gym.pruning.structure.Sizes.images_at_once", 2 * at_once)
+    quick = MaskedNetwork(neurons, images, precision="bfloat16")
+    rows = torch.tensor([0, 4, 5, 11])
+    for masked in (quick, quick.fork()):
+        exact.reset()
+        mask = np.ones(len(neurons), dtype=bool)
+        for neuron in (3, len(neurons) - 1):
+            mask = mask.copy()
+            mask[neuron] = False
+            expected, found = exact.logits(mask), masked.logits(mask)
+            assert torch.equal(found.argmax(1), expected.argmax(1))
+            assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+            for one in (exact, masked):
+                one.keep()
+            expected, found = (
+                one.mask_gradient(mask, lambda logits: logits[:, 0].sum(), rows) for one in (exact, masked)
+            )
+            assert found.dtype == torch.float32
+            assert np.corrcoef(expected, found)[0, 1] > 0.98
+
+
+class OfFloats(nn.Module):
+    """Makes float32 of whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu().float()).mean((2, 3))
+
+
+def test_a_network_that_bfloat16_does_not_go_through_is_named():
+    neurons = find_neurons(OfFloats().eval())
+    images = images_for("small_cnn")
+    assert len(MaskedNetwork(neurons, images)) == len(images)
+    with pytest.raises(DataError, match="cannot be run in bfloat16"):
+        MaskedNetwork(neurons, images, precision="bfloat16")
+    with pytest.raises(UnknownNameError, match="bfloat16"):
+        MaskedNetwork(neurons, images, precision="half")
+
+
 def test_what_bfloat16_is_not_sure_of_is_computed_again(monkeypatch, network_of):
     neurons = find_neurons(network_of("small_cnn", shape="plain"))
     images = images_for("small_cnn")
@@ -171,7 +225,7 @@ def test_what_bfloat16_is_not_sure_of_is_computed_again(monkeypatch, network_of)
     mask[5] = False
 
     def logits(unsure):
-        monkeypatch.setattr("backdoor_gym.pruning.masked.UNSURE", unsure)
+        monkeypatch.setattr("backdoor_gym.pruning.masked.ROUNDING", unsure)
         return MaskedNetwork(neurons, images, precision="bfloat16").logits(mask)
 
     expected, rounded = MaskedNetwork(neurons, images).logits(mask), logits(-1)
