@@ -1,5 +1,6 @@
 """The results as pictures: ACC against ASR, DER by attack, DER by model."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -37,6 +38,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
 def acc_against_asr(results: Sequence[Result]) -> Figure:
     """A panel for each budget: mean accuracy lost and mean ASR of each policy; the lower left corner is best."""
     budgets, policies = _budgets(results), _policies(results)
+    labels = _labels(policies)
     figure = Figure(figsize=(1.2 + 3.4 * len(budgets), 4.2), layout="constrained")
     panels = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
     for axes, budget in zip(panels, budgets, strict=True):
@@ -46,7 +48,12 @@ def acc_against_asr(results: Sequence[Result]) -> Figure:
                 continue
             lost, asr = (over_seeds(mine, key) for key in (lambda one: one.acc_lost, lambda one: one.asr))
             axes.plot(
-                [100 * mean(lost)], [100 * mean(asr)], _marker(index), color=_colour(index), markersize=8, label=policy
+                [100 * mean(lost)],
+                [100 * mean(asr)],
+                _marker(index),
+                color=_colour(index),
+                markersize=8,
+                label=labels[policy],
             )
         axes.set_title(_title(budget))
         axes.set_xlabel("ACC lost (points)")
@@ -60,6 +67,7 @@ def acc_against_asr(results: Sequence[Result]) -> Figure:
 def der_by_attack(results: Sequence[Result]) -> Figure:
     """A panel for each budget: mean DER of each policy on the models of each attack."""
     budgets, policies = _budgets(results), _policies(results)
+    labels = _labels(policies)
     attacks = sorted({result.attack for result in results})
     figure = Figure(
         figsize=(max(6.4, 0.22 * len(policies) * len(attacks) + 3), 2.6 * len(budgets)), layout="constrained"
@@ -71,7 +79,9 @@ def der_by_attack(results: Sequence[Result]) -> Figure:
             mine = [one for one in results if one.policy == policy and one.budget == budget]
             heights = [over_seeds([one for one in mine if one.attack == attack], _der) for attack in attacks]
             places = np.arange(len(attacks)) + (index - (len(policies) - 1) / 2) * width
-            axes.bar(places, [mean(one) if one else 0 for one in heights], width, color=_colour(index), label=policy)
+            axes.bar(
+                places, [mean(one) if one else 0 for one in heights], width, color=_colour(index), label=labels[policy]
+            )
         axes.set_title(_title(budget))
         axes.set_ylabel("DER")
         axes.set_ylim(_least(results), 1.0)  # doing nothing is 0.5
@@ -84,6 +94,7 @@ def der_by_attack(results: Sequence[Result]) -> Figure:
 def der_by_model(results: Sequence[Result]) -> Figure:
     """A heat map for each budget: DER of each policy on each model, models in order of attack."""
     budgets, policies = _budgets(results), _policies(results)
+    labels = _labels(policies)
     models = list(dict.fromkeys(one.model for one in sorted(results, key=lambda one: one.attack)))
     attack_of = {one.model: one.attack for one in results}
     columns = 1.1 + 0.32 * len(policies)
@@ -102,7 +113,7 @@ def der_by_model(results: Sequence[Result]) -> Figure:
             values, aspect="auto", vmin=_least(results), vmax=1.0, cmap="viridis", interpolation="nearest"
         )
         axes.set_title(_title(budget), fontsize=9)
-        axes.set_xticks(range(len(policies)), policies, rotation=90, fontsize=8)
+        axes.set_xticks(range(len(policies)), list(labels.values()), rotation=90, fontsize=8)
     panels[0].set_yticks(
         range(len(models)),
         [f"{_short(model)} ({attack_of[model]})" for model in models],
@@ -138,9 +149,15 @@ def _policies(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(result.policy for result in results))
 
 
-def _short(model: str) -> str:
+def _labels(policies: Sequence[str]) -> dict[str, str]:
+    """What each policy is called, in their order; files of the same name by all of their paths."""
+    count = Counter(map(_short, policies))
+    return {policy: _short(policy) if count[_short(policy)] == 1 else policy for policy in policies}
+
+
+def _short(name: str) -> str:
     """A file is called by its name alone."""
-    return Path(model).stem if model.endswith(".safetensors") else model
+    return Path(name).stem if name.endswith(".safetensors") else name
 
 
 def _title(budget: float | None) -> str:

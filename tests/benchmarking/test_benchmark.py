@@ -16,6 +16,7 @@ import backdoor_gym
 from backdoor_gym.baselines import BNP, RandomPolicy
 from backdoor_gym.benchmarking import OWN, Result
 from backdoor_gym.benchmarking.cells import CellFile, all_cells, make, named, own_budget
+from backdoor_gym.benchmarking.figures import der_by_attack
 from backdoor_gym.benchmarking.tables import infected_table, markdown, points
 from backdoor_gym.envs.masked_victim import MaskedVictim
 from backdoor_gym.errors import DataError, UnknownNameError
@@ -58,6 +59,14 @@ def test_every_cell_is_what_repair_does(files, tmp_path):
     for name in ("table.md", "acc_asr.png", "der_by_attack.png", "der_by_model.png"):
         assert tmp_path / "out" / name in done.files
         assert (tmp_path / "out" / name).stat().st_size > 100
+
+
+def test_figures_call_files_of_policies_by_their_names(files, tmp_path):
+    (one,) = backdoor_gym.benchmark(files[:1], ["random"], [0.02], out=tmp_path / "out", jobs=1).results
+    names = ["bnp", "a/mine.safetensors", "a/same.safetensors", "b/same.safetensors"]
+    figure = der_by_attack([replace(one, policy=name) for name in names])
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == ["bnp", "mine", "a/same.safetensors", "b/same.safetensors"]
 
 
 def test_what_is_done_is_not_done_again(files, tmp_path, monkeypatch):
