@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-#: Size of all values of a pass, one after the other, up to which its images are computed at once: more of them gain nothing,
-#: and need more memory than a pass gives back to the next one.
+#: Size of all values of a pass, one after the other, up to which its images are computed at once: with more of them little is
+#: gained, and large values do not fit into the memory that others gave back.
 PASS_BYTES = 256 << 20
 
 

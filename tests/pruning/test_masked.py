@@ -139,6 +139,14 @@ def test_a_large_network_computes_some_images_after_the_others(monkeypatch, netw
     monkeypatch.setattr("backdoor_gym.pruning.sizes.PASS_BYTES", 5 * Sizes(neurons.graph, images[:1]).image_bytes)
     torch.testing.assert_close(mask_gradient(neurons, images, quantity), whole, rtol=1e-4, atol=1e-6)
     assert [count for count in calls if count > 1] == [12, 5, 5, 2, 5, 5, 2]  # the logits, then their derivatives
+    masked, counts = MaskedNetwork(neurons, images), []
+    for module in masked._structure.graph.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, read, __: counts.append(len(read[0])))
+    mask = np.ones(len(neurons), dtype=bool)
+    mask[: neurons.layers[0].size // 2] = False  # too many to be followed channel by channel
+    masked.logits(mask)
+    assert max(counts) == masked._structure.at_once < len(images)
 
 
 def test_bfloat16_gives_the_answers_of_float32(infected):
