@@ -31,7 +31,7 @@ class BNP(Rule):
         for layer in defender.neurons.layers:
             if not layer.normalised:
                 continue
-            norm = defender.network.get_submodule(layer.module)
+            norm = defender.neurons.graph.get_submodule(layer.module)
             assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
             assert norm.running_mean is not None
             assert norm.running_var is not None

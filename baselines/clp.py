@@ -50,7 +50,7 @@ class CLP(Rule):
         super().__init__(env, u, accuracy_budget)
 
     def scores(self, defender: Defender) -> np.ndarray:
-        bounds = uclc(defender.network, defender.neurons)
+        bounds = uclc(defender.neurons.graph, defender.neurons)
         return np.concatenate([standardise(layer).cpu().numpy() for layer in bounds])
 
     def _unit_scores(self, observation: Observation, environment: int) -> np.ndarray:

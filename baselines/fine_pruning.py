@@ -33,7 +33,7 @@ def last_convolution(defender: Defender) -> int:
     """
 
     def is_wide(layer: NeuronLayer) -> bool:
-        convs = [defender.network.get_submodule(feeder.module) for feeder in layer.feeders]
+        convs = [defender.neurons.graph.get_submodule(feeder.module) for feeder in layer.feeders]
         return any(isinstance(conv, nn.Conv2d) and max(conv.kernel_size) > 1 for conv in convs)
 
     wide = [index for index, layer in enumerate(defender.neurons.layers) if is_wide(layer)]

@@ -21,11 +21,10 @@ class Magnitude(Rule):
         for layer in defender.neurons.layers:
             norms = torch.zeros(layer.size, dtype=torch.float64)
             for feeder in layer.feeders:
-                weight = defender.network.get_submodule(feeder.module).weight
+                weight = defender.neurons.graph.get_submodule(feeder.module).weight
                 assert isinstance(weight, torch.Tensor)
-                norms[feeder.start : feeder.start + len(weight)] += (
-                    weight.detach().double().cpu().abs().flatten(1).sum(1)
-                )
+                rows, found = feeder.of_rows(weight.detach().double().cpu().abs().flatten(1).sum(1))
+                norms.index_add_(0, rows, found)
             scores[layer.neurons] = -(norms / norms.mean().clamp(min=1e-12)).numpy()
         return scores
 

@@ -41,15 +41,16 @@ class SoftMasks:
         """
         changed = {}
         for layer in self.layers:
-            module = self.network.get_submodule(layer.module)
             factor = self.mask[layer.neurons]
             if scale is not None:
                 factor = factor + scale[layer.neurons]
-            weight, bias = module.weight, module.bias
-            assert isinstance(weight, Tensor)
-            changed[f"{layer.module}.weight"] = weight * factor.view(-1, *[1] * (weight.ndim - 1))
-            if shift is not None and isinstance(bias, Tensor):
-                changed[f"{layer.module}.bias"] = bias * (1 + shift[layer.neurons])
+            for part in layer.parts:
+                module = self.network.get_submodule(part.module)
+                weight, bias = module.weight, module.bias
+                assert isinstance(weight, Tensor)
+                changed[f"{part.module}.weight"] = weight * part.by_row(factor, 1).view(-1, *[1] * (weight.ndim - 1))
+                if shift is not None and isinstance(bias, Tensor):
+                    changed[f"{part.module}.bias"] = bias * (1 + part.by_row(shift[layer.neurons], 0))
         return F.cross_entropy(functional_call(self.network, changed, (images,)), labels)
 
     @torch.no_grad()

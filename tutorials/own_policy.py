@@ -33,7 +33,7 @@ class VarianceGap(Rule):
         scores = np.full(len(defender.neurons), -np.inf)  # minus infinity is never pruned
         found = moments(defender)  # mean and variance of each channel on the clean images
         for layer in defender.neurons.layers:
-            norm = defender.network.get_submodule(layer.module)
+            norm = defender.neurons.graph.get_submodule(layer.module)
             if isinstance(norm, nn.BatchNorm2d):
                 _, variance = found[layer.node]
                 gap = norm.running_var.double().log() - variance.clamp(min=1e-12).log()

@@ -122,7 +122,7 @@ class Victim:
     def features(self) -> np.ndarray:
         """Static features of each unit, float32 (units, F); of a group the largest of its neurons."""
         images = self.clean.images if self.reading is None else self.reading.images
-        features = neuron_features(self.model.network, self.neurons, images, self.clean.labels, self.inverted)
+        features = neuron_features(self.neurons.graph, self.neurons, images, self.clean.labels, self.inverted)
         if len(self.units) == len(self.neurons):
             return features
         return np.stack([features[unit].max(axis=0) for unit in self.units])
@@ -130,7 +130,7 @@ class Victim:
     @cached_property
     def uclc_scores(self) -> np.ndarray:
         """UCLC of each neuron, standardised within its layer, float64 (neurons,)."""
-        return torch.cat([standardise(bounds) for bounds in uclc(self.model.network, self.neurons)]).numpy()
+        return torch.cat([standardise(bounds) for bounds in uclc(self.neurons.graph, self.neurons)]).numpy()
 
     @cached_property
     def neuron_features(self) -> np.ndarray:
@@ -148,7 +148,7 @@ class Victim:
     @cached_property
     def strengths(self) -> np.ndarray:
         """Connection strength of each neuron over the largest of its layer, float64 in [0, 1] (neurons,)."""
-        return input_strengths(self.model.network, self.neurons)
+        return input_strengths(self.neurons.graph, self.neurons)
 
     @cached_property
     def fragile(self) -> np.ndarray:
@@ -176,7 +176,7 @@ class Victim:
     def graph(self) -> NeuronGraph:
         """Edges between units."""
         graph = neuron_graph(
-            self.model.network, self.neurons, connections=self.options.connections, similar=self.options.similar
+            self.neurons.graph, self.neurons, connections=self.options.connections, similar=self.options.similar
         )
         if len(self.units) == len(self.neurons):
             return graph

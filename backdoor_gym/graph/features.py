@@ -67,7 +67,7 @@ def neuron_features(
     """Features of each neuron, float32 (neurons, len(STATIC_FEATURES)), always finite.
 
     Args:
-        network: the network that the neurons were found in.
+        network: the network that the neurons were found in, or its traced copy ``neurons.graph``.
         neurons: its neurons.
         images: the defender's clean images, float32 (n, C, H, W) in [0, 1].
         labels: int64 (n,).
@@ -84,7 +84,7 @@ def neuron_features(
         module = network.get_submodule(layer.module)
         if layer.normalised:
             columns |= _statistics_gap(module, columns.pop("mean"), columns.pop("variance"))
-        if not isinstance(module, WEIGHTED):
+        if not isinstance(module, WEIGHTED):  # a normalisation
             affine = {"weight": module.weight, "bias": module.bias}
             columns |= {name: value.detach() for name, value in affine.items() if isinstance(value, Tensor)}
         features = torch.zeros(layer.size, len(STATIC_FEATURES), dtype=torch.float64)
@@ -159,7 +159,7 @@ class _Observer(fx.Interpreter):
         self.weights = weights
         self.layer_of = {layer.node: index for index, layer in enumerate(neurons.layers)}
         self.normalised = [layer.normalised for layer in neurons.layers]
-        self.axes = [layer.axis for layer in neurons.layers]
+        self.layers = neurons.layers
         self.found: list[dict[str, Tensor]] = [{} for _ in neurons.layers]
 
     def run_node(self, n: fx.Node) -> Tensor:
@@ -171,7 +171,7 @@ class _Observer(fx.Interpreter):
                 read = self.env[n.all_input_nodes[0]].detach()
                 values = read.double().flatten(2) if read.ndim > 2 else read.double().unsqueeze(2)
                 found["mean"], found["square"] = self.weights @ values.mean(2), self.weights @ values.square().mean(2)
-            channels = self.axes[index] % value.ndim
-            positions = [axis for axis in range(value.ndim) if axis != channels]
-            found["activation"] = value.detach().clamp(min=0).mean(dim=positions)
+            layer = self.layers[index]
+            positions = [axis for axis in range(value.ndim) if axis != layer.axis % value.ndim]
+            found["activation"] = layer.parts[0].by_neuron(value.detach().clamp(min=0).mean(dim=positions), layer.size)
         return value

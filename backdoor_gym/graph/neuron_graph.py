@@ -72,7 +72,7 @@ def input_strengths(network: nn.Module, neurons: Neurons) -> np.ndarray:
         total = np.zeros(layer.size)
         for feeder in layer.feeders:
             strength = connection_strengths(network, feeder).sum(axis=1)
-            total[feeder.start : feeder.start + len(strength)] += strength
+            np.add.at(total, feeder.rows[feeder.rows >= 0], strength[feeder.rows >= 0])
         found.append(total / total.max() if total.any() else np.ones(layer.size))
     return np.concatenate(found)
 
@@ -101,13 +101,13 @@ _NONE: Found = (np.zeros(0), np.zeros((0, 2), dtype=np.int64))
 def _connections(layer: NeuronLayer, strengths: list[np.ndarray], neurons: Neurons, most: int) -> Found:
     blocks, senders = [], []
     for feeder, strength in zip(layer.feeders, strengths, strict=True):
-        if strength.shape[1] % feeder.reads:  # not whole channels
-            continue
-        by_channel = strength.reshape(len(strength), feeder.reads, -1).sum(2)
-        for index, offset in zip(feeder.upstream, feeder.offsets, strict=True):
+        by_neuron = _rows(layer, feeder, strength)
+        for index, columns in zip(feeder.upstream, feeder.columns, strict=True):
             upstream = neurons.layers[index]
-            blocks.append(_rows(layer, feeder, by_channel[:, offset : offset + upstream.size]))
-            senders.append(np.arange(upstream.start, upstream.start + blocks[-1].shape[1]))
+            block = np.zeros((upstream.size, layer.size))
+            np.add.at(block, columns[columns >= 0], by_neuron[:, columns >= 0].T)
+            blocks.append(block.T)
+            senders.append(np.arange(upstream.start, upstream.start + upstream.size))
     if not blocks or most < 1:
         return _NONE
     return _strongest(np.concatenate(blocks, axis=1), np.concatenate(senders), layer, most)
@@ -115,10 +115,8 @@ def _connections(layer: NeuronLayer, strengths: list[np.ndarray], neurons: Neuro
 
 def _rows(layer: NeuronLayer, feeder: Feeder, strength: np.ndarray) -> np.ndarray:
     """Strengths of a feeder's channels as those of the layer's neurons, zeros where others feed them."""
-    if len(strength) == layer.size:
-        return strength
     rows = np.zeros((layer.size, strength.shape[1]))
-    rows[feeder.start : feeder.start + len(strength)] = strength
+    np.add.at(rows, feeder.rows[feeder.rows >= 0], strength[feeder.rows >= 0])
     return rows
 
 

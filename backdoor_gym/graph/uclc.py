@@ -21,6 +21,7 @@ paper, by the same argument:
   layer by ||W_k||_2 |gamma_k| / sigma(x). sigma(x) is that of the image (and position), not of
   training, so no number stands for it; but it is the same for all neurons that read the same normalisation, and CLP
   compares within a layer: it is left out, as if it were 1.
+- *A head of an attention* has the largest bound of its queries, keys and values.
 - *A layer that is used several times* has the bound of each single use.
 - A running variance of zero: the square root of the layer's epsilon stands in for sigma, so that the bound is finite.
 """
@@ -33,7 +34,13 @@ from ..pruning.neurons import Feeder, NeuronLayer, Neurons
 
 @torch.no_grad()
 def uclc(network: nn.Module, neurons: Neurons) -> list[Tensor]:
-    """UCLC of each neuron, one float64 tensor (size,) a layer."""
+    """UCLC of each neuron, one float64 tensor (size,) a layer.
+
+    Args:
+        network: the network whose neurons these are, or its traced copy ``neurons.graph``; a layer whose weights are computed
+            from others has plain ones in that alone.
+        neurons: its neurons.
+    """
     return bounds(network, neurons)
 
 
@@ -74,7 +81,8 @@ def _layer_uclc(network: nn.Module, layer: NeuronLayer) -> Tensor:
         part = spectral_norms(_scaled_weight(network, feeder))
         for name in feeder.norms:
             part = part * norm_gain(network.get_submodule(name))
-        bound[feeder.start : feeder.start + len(part)] += part.cpu()
+        rows, found = feeder.of_rows(part.cpu())
+        bound += torch.zeros_like(bound).scatter_reduce(0, rows, found, "amax")  # of a head the largest of its channels
     if all(feeder.module != layer.module for feeder in layer.feeders):
         gain = norm_gain(network.get_submodule(layer.module))
         bound *= gain.cpu() if isinstance(gain, Tensor) else gain

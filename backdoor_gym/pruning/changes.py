@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .channels import mask_channels
-from .operations import Operations
+from .channels import mask_channels, operation
 from .selecting import select
 from .structure import Structure
 
@@ -124,7 +123,7 @@ class Evaluation:
             return self._masked(node)
         inputs = self.operations.inputs[node]
         states = [self.values.get(source) for source in inputs]
-        if len(inputs) == 1 and _slices(self.operations, node):
+        if len(inputs) == 1 and node.op != "call_module" and operation(node) in _SLICED:
             return self._on_channels(node, states[0])
         if node in self.operations.sums:
             return self._sum(node, inputs, states)
@@ -133,7 +132,7 @@ class Evaluation:
         return None
 
     def _masked(self, node: fx.Node) -> SomeChannels | None:
-        source, mask = self.operations.inputs[node]
+        source, mask = self.operations.inputs[node][:2]
         channels = self.differing.get(mask)
         if node.args[2:] not in ((), (1,)) or source in self.dirty or source not in self.base or channels is None:
             return None
@@ -189,16 +188,7 @@ class Evaluation:
         return by.add_(self.base[node]) if node in self.base else _Shifted(by)
 
 
-#: What may be done to some channels of a value alone: neither their number nor their places matter.
-_SLICED_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.Tanh, nn.Identity, nn.Dropout, nn.MaxPool2d,
-    nn.AvgPool2d, nn.AdaptiveAvgPool2d,
-)  # fmt: skip
-_SLICED_FUNCTIONS = {F.relu, torch.relu, "relu", F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.gelu, F.silu}
-
-
-def _slices(operations: Operations, node: fx.Node) -> bool:
-    """Whether the operation may be done on some channels alone."""
-    if node.op == "call_module":
-        return type(operations.modules[node]) in _SLICED_MODULES
-    return node.target in _SLICED_FUNCTIONS
+#: What may be done to some channels of a map alone: neither their number nor their places matter.
+_SLICED = frozenset({
+    "relu", "relu6", "leaky_relu", "gelu", "silu", "hardswish", "elu", "tanh", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
+})  # fmt: skip

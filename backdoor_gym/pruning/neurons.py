@@ -1,22 +1,21 @@
-"""The prunable neurons of any network that torch.fx can trace.
+"""The prunable neurons of any network whose forward can be recorded.
 
-A neuron is an output channel of a convolution with its normalisation, or a hidden unit of a linear layer. Pruning it
-makes that channel zero. Which layers have neurons:
+A neuron is an output channel of a convolution with its normalisation, a hidden unit of a linear layer, or a head of an
+attention. Pruning it makes that channel, or all channels of the head, zero. Which layers have neurons:
 
 - *Batch normalisation* (group and instance normalisation alike): where it reads exactly one convolution that nothing else
   reads, the neuron is named after the convolution (``layer3.0.conv1[57]``); where it reads a residual sum or a
   concatenation, the neuron is that channel of the normalisation (``layer3.1.bn1[57]``).
 - *Layer normalisation* that reads exactly one layer which nothing else reads: likewise, as its weight and bias are of one
-  channel each. What writes into a sum that a layer normalisation reads (the residual stream of a transformer) is no neuron:
-  its channels are coordinates that all later blocks share, and zeros there change the statistics of all others.
-- Any other convolution or linear layer has neurons of its own, but those that the logits come from, those whose values
-  attention compares or averages as they are (queries, keys, values), and those that only gate other channels.
+  channel each.
+- *Attention* whose heads can be told apart: a neuron is a head, with its queries, keys and values (``blocks.3.attn.qkv[2]``).
+- Any other convolution or linear layer has neurons of its own, but those that the logits come from.
 
-A layer that is used several times in one pass is one layer of neurons, masked at each use.
+A layer that is used several times in one pass is one layer of neurons, masked at each use. ``accounts`` says of every layer with
+weights how many of its channels belong to a neuron, and why others do not.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,58 +25,132 @@ from torch import Tensor, fx, nn
 
 from ..errors import UnknownNameError, UntraceableError
 from ..zoo.preprocessing import Preprocessed
-from .channels import WEIGHTED, Channels, Kind, mask_channels, module_of
-from .sources import Source, Spaces, gates, last_layers, projections, sources
+from .channels import Channels, Kind, mask_channels, module_of
+from .lowering import Lowered
+from .sources import Source, classes, heads, last_layers, sources
 from .tracing import trace
 
 RESIDUAL_MODES = ("channel", "group")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Feeder:
-    """A convolution or linear layer that writes into what a neuron layer reads."""
+    """A convolution or linear layer that writes into what a neuron layer reads.
+
+    Attributes:
+        module: its name in the graph.
+        norms: normalisations between it and the neuron layer's own.
+        rows: the neuron of the layer that each of its output channels is, -1 for none; int64 (channels,).
+        upstream: indices of the neuron layers whose (masked) channels it reads, nearest first.
+        columns: for each of these, its neuron that each input is of, -1 for none; int64 (inputs,). A linear layer behind a
+            flattened image has several inputs for each.
+        scale: normalisation that it reads directly and that has no neurons itself, None for none.
+    """
 
     module: str
-    #: Normalisations between it and the neuron layer's own.
     norms: tuple[str, ...]
-    #: Indices of the neuron layers whose (masked) channels it reads, nearest first.
+    rows: np.ndarray
     upstream: tuple[int, ...]
-    #: For each of these, the channel read that its first one is: not 0 where channels were concatenated.
-    offsets: tuple[int, ...]
-    #: How many channels it reads; a linear layer behind a flattened image has several inputs for each.
-    reads: int
-    #: The neuron of the layer that its first channel is: not 0 where channels were concatenated.
-    start: int = 0
-    #: Normalisation that it reads directly and that has no neurons itself, None for none.
+    columns: tuple[np.ndarray, ...]
     scale: str | None = None
 
+    def of_rows(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The neuron of each output channel that is of one, int64, and what that channel has in ``values`` (channels, ...)."""
+        rows = torch.from_numpy(self.rows)
+        return rows[rows >= 0], values[rows >= 0]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A layer whose weights hold the mask.
+
+    Attributes:
+        module: its name in the graph.
+        weight: the parameter of the network in whose rows zeros are written.
+        bias: likewise, None where there is none.
+        units: the neuron that each row is of, -1 for none, int64 (rows,); None where row and neuron have the same number.
+    """
+
+    module: str
+    weight: str
+    bias: str | None
+    units: np.ndarray | None = None
+
+    def by_neuron(self, values: Tensor, count: int) -> Tensor:
+        """Of each neuron the mean of what its rows have, (rows,) to (neurons,)."""
+        if self.units is None:
+            return values
+        units = torch.from_numpy(self.units).to(values.device)
+        inside = units >= 0
+        sums, sizes = (values.new_zeros(count).index_add(0, units[inside], one[inside]) for one in (values, torch.ones_like(values)))
+        return sums / sizes.clamp(min=1)
+
+    def by_row(self, values: Tensor, rest: float) -> Tensor:
+        """Of each row what its neuron has, (neurons,) to (rows,); ``rest`` for rows of none."""
+        if self.units is None:
+            return values
+        units = torch.from_numpy(self.units).to(values.device)
+        return torch.where(units >= 0, values[units], torch.full((), rest, dtype=values.dtype, device=values.device))
+
+
+@dataclass(frozen=True, eq=False)
 class NeuronLayer:
     """The neurons of one layer."""
 
     name: str
-    #: Module whose weights hold the mask: a normalisation, or the convolution or linear layer itself.
-    module: str
-    #: Whether that module is a batch normalisation.
+    #: The layers whose weights hold the mask: a normalisation, or the convolution or linear layer itself; several for heads.
+    parts: tuple[Part, ...]
+    #: Whether that is a batch normalisation.
     normalised: bool
-    #: Name of the node of the traced graph whose value is masked; of a layer that is used several times the first one.
+    #: Name of the node of the traced graph whose value is masked; of several the first one.
     node: str
     size: int
     #: Index of the first neuron of the layer.
     start: int
     feeders: tuple[Feeder, ...]
-    #: Layers of the same number share channels through residual sums,
-    space: int
-    #: of which the first one of this layer is that of this number.
-    shift: int = 0
+    #: The class of each neuron, int64 (size,): those of one class share a residual sum.
+    classes: np.ndarray
     #: Where the channels are in the node's value: 1, or -1 for the last axis.
     axis: int = 1
+
+    @property
+    def module(self) -> str:
+        """Name in the graph of the layer whose weights hold the mask; of several the first one."""
+        return self.parts[0].module
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the parameters in whose rows zeros are written."""
+        return tuple(part.weight for part in self.parts)
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The biases among them."""
+        return tuple(part.bias for part in self.parts if part.bias is not None)
 
     @property
     def neurons(self) -> slice:
         """The neurons of this layer among all."""
         return slice(self.start, self.start + self.size)
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of a layer with weights.
+
+    Attributes:
+        name: of the layer.
+        channels: how many it gives.
+        units: how many of these belong to a neuron.
+        is_output: whether the logits come from it.
+        reason: why not all of them do, None where they do.
+    """
+
+    name: str
+    channels: int
+    units: int
+    is_output: bool = False
+    reason: str | None = None
 
 
 class Neurons:
@@ -87,11 +160,17 @@ class Neurons:
         layers: the neuron layers.
         graph: a traced copy of the network, without in-place operations, that takes the images and one mask a layer
             (float (size,), or None for nothing pruned).
+        accounts: of every layer with weights.
+        notes: what else is worth knowing, a sentence each: batch normalisations without neurons.
     """
 
-    def __init__(self, layers: Sequence[NeuronLayer], graph: fx.GraphModule) -> None:
+    def __init__(
+        self, layers: Sequence[NeuronLayer], graph: fx.GraphModule, accounts: Sequence[Account] = (), notes: Sequence[str] = ()
+    ) -> None:
         self.layers = tuple(layers)
         self.graph = graph
+        self.accounts = tuple(accounts)
+        self.notes = tuple(notes)
 
     def __len__(self) -> int:
         return sum(layer.size for layer in self.layers)
@@ -105,6 +184,12 @@ class Neurons:
     def layer_index(self) -> np.ndarray:
         """The index of the layer of each neuron, int64 (neurons,)."""
         return np.repeat(np.arange(len(self.layers)), [layer.size for layer in self.layers])
+
+    @property
+    def coverage(self) -> float:
+        """Share of the channels of all layers with weights but the output that belong to a neuron."""
+        inner = [account for account in self.accounts if not account.is_output]
+        return sum(account.units for account in inner) / max(1, sum(account.channels for account in inner))
 
     def index(self, name: str) -> int:
         """The neuron of that name.
@@ -127,10 +212,10 @@ class Neurons:
             raise UnknownNameError("residual mode", residual, RESIDUAL_MODES)
         if residual == "channel":
             return [np.array([neuron]) for neuron in range(len(self))]
-        units: dict[tuple[int, int], list[int]] = {}
+        units: dict[int, list[int]] = {}
         for layer in self.layers:
-            for channel in range(layer.size):
-                units.setdefault((layer.space, layer.shift + channel), []).append(layer.start + channel)
+            for channel, number in enumerate(layer.classes.tolist()):
+                units.setdefault(number, []).append(layer.start + channel)
         return [np.array(members) for members in units.values()]
 
     def layer_masks(self, mask: np.ndarray, device: torch.device | str = "cpu") -> list[Tensor | None]:
@@ -144,196 +229,332 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
 
     Args:
         network: module from images (n, C, H, W) to logits.
-        images: some that it takes, float32 (n, C, H, W); only needed where its forward branches on the shapes of tensors.
+        images: some that it takes, float32 (n, C, H, W); without any, images of usual sizes are tried.
 
     Raises:
-        UntraceableError: the network cannot be traced, or a layer of it cannot be handled; the message names it.
+        UntraceableError: the network cannot be traced, or has no neuron; the message says why.
     """
     graph_module = trace(network, images)
-    inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder" and node.users]
-    if len(inputs) != 1:
-        raise UntraceableError(f"{type(network).__name__}.forward must take images alone, not {len(inputs)} arguments")
-    channels = Channels(graph_module)
-    feeders = _find_sites(channels)
-    sites = [node for node in channels.nodes if node in feeders]
-    if not sites:
-        raise UntraceableError(
-            f"{type(network).__name__} has no prunable neuron: no convolution or linear layer before its last one"
-        )
-    uses = _gather_uses(channels, sites)
-    _refuse_tied(network, [str(nodes[0].target) for nodes in uses])
-    index_of = {node: index for index, nodes in enumerate(uses) for node in nodes}
-    spaces, numbers = Spaces(channels), dict[fx.Node, int]()
-    called = Counter(node.target for node in channels.nodes if node.op == "call_module")
-    layers: list[NeuronLayer] = []
-    in_front = (
-        Preprocessed.PREFIX if isinstance(network, Preprocessed) else ""
-    )  # names are those of the network behind it
-    for index, nodes in enumerate(uses):
-        site, found = nodes[0], feeders[nodes[0]]
-        space, shift = spaces.of(site)
-        layers.append(
-            NeuronLayer(
-                name=str((found[0].node if _is_alone(site, found, called) else site).target).removeprefix(in_front),
-                module=str(site.target),
-                normalised=channels.kinds[site] is Kind.NORM,
-                node=site.name,
-                size=_size(channels, site),
-                start=layers[-1].start + layers[-1].size if layers else 0,
-                feeders=tuple(_feeder(channels, one, index_of, index) for one in found),
-                space=numbers.setdefault(space, len(numbers)),
-                shift=shift,
-                axis=_axis(channels, site),
+    prefix = Preprocessed.PREFIX if isinstance(network, Preprocessed) else ""  # names are those of the network behind it
+    return _Finder(graph_module, type(network).__name__, prefix).find()
+
+
+@dataclass(frozen=True, eq=False)
+class _Site:
+    """Nodes of one layer whose values are masked alike, and the layers that write into what they read."""
+
+    node: fx.Node
+    feeders: tuple[Source, ...]
+    #: The neuron of each channel, None where they have the same number.
+    units: np.ndarray | None = None
+
+
+class _Finder:
+    def __init__(self, graph_module: fx.GraphModule, network: str, prefix: str) -> None:
+        self.channels = Channels(graph_module)
+        self.network, self.prefix = network, prefix
+        self.lowered: Mapping[str, Lowered] = graph_module.meta["lowered"]
+        self.last = last_layers(self.channels)
+        self.reasons: dict[fx.Node, str] = {}
+        #: The normalisation that each convolution or linear layer is masked at.
+        self.normalised_by: dict[fx.Node, fx.Node] = {}
+
+    def find(self) -> Neurons:
+        layers_of_sites = self._layers_of_sites()
+        if not layers_of_sites:
+            raise UntraceableError(
+                f"{self.network} has no prunable neuron: {self._why_none()}"
             )
-        )
-    _insert_masks(channels, uses, layers)
-    return Neurons(layers, graph_module)
+        index_of = {site.node: index for index, sites in enumerate(layers_of_sites) for site in sites}
+        units_of = {site.node: site.units for sites in layers_of_sites for site in sites}
+        numbers = classes(self.channels)
+        layers: list[NeuronLayer] = []
+        for index, sites in enumerate(layers_of_sites):
+            start = layers[-1].start + layers[-1].size if layers else 0
+            layers.append(self._layer(sites, start, index, index_of, units_of, numbers))
+        accounts = self._accounts(layers_of_sites)
+        notes = self._notes(index_of)
+        self._insert_masks(layers_of_sites, layers)
+        return Neurons(layers, self.channels.graph_module, accounts, notes)
 
+    def _why_none(self) -> str:
+        said = list(dict.fromkeys(f"{self._name(node)} ({reason})" for node, reason in self.reasons.items()))
+        weighted = [node for node in self.channels.nodes if self.channels.kinds[node] is Kind.WEIGHTED]
+        if said:
+            return f"of its layers none can be pruned: {'; '.join(said[:3])}"
+        if weighted:
+            return f"its only layer with weights, {self._name(weighted[0])}, gives the logits"
+        return "it computes its logits without any convolution or linear layer whose weights are parameters"
 
-def _find_sites(channels: Channels) -> dict[fx.Node, list[Source]]:
-    """The nodes whose values are masked, with the layers that write into what each of them reads."""
-    last = last_layers(channels)
-    feeders: dict[fx.Node, list[Source]] = {}
-    written: set[fx.Node] = set()
-    for node in channels.nodes:
-        if channels.kinds[node] not in (Kind.NORM, Kind.LIVE_NORM):
-            continue
-        found = list(sources(channels, channels.inputs(node)[0]))
-        if all(one.node in last for one in found):
-            continue
-        norm = module_of(channels.graph_module, node)
-        assert norm is not None
-        if channels.kinds[node] is Kind.NORM:
-            _check_norm(node, norm)
-        elif norm.weight is None:  # nothing to write zeros into
-            continue
-        if isinstance(norm, nn.LayerNorm) and not _reads_alone(node, found):
-            written |= {one.node for one in found}
-            continue
-        feeders[node] = found
-        written |= {one.node for one in found}
-    left_out = last | written | projections(channels) | gates(channels)
-    for node in channels.nodes:
-        if channels.kinds[node] is Kind.WEIGHTED and node not in left_out:
-            feeders[node] = [Source(node, (), 0)]
-    return feeders
+    def _name(self, node: fx.Node) -> str:
+        known = self.lowered.get(str(node.target))
+        return (str(node.target) if known is None else known.name).removeprefix(self.prefix)
 
+    def _layers_of_sites(self) -> list[list[_Site]]:
+        """What is masked, layer by layer, in network order."""
+        channels = self.channels
+        sites: dict[fx.Node, _Site] = {}
+        for node in channels.nodes:
+            if channels.kinds[node] in (Kind.NORM, Kind.LIVE_NORM):
+                site = self._norm_site(node)
+                if site is not None:
+                    sites[node] = site
+                    self.normalised_by.update(dict.fromkeys((one.node for one in site.feeders), node))
+        attentions = self._attentions(sites)
+        taken = {node for attention in attentions for node in attention}
+        for node in channels.nodes:
+            if channels.kinds[node] is not Kind.WEIGHTED or node in self.last or node in taken | self.normalised_by.keys():
+                continue
+            if self._can_be_written(node):
+                sites[node] = _Site(node, (Source(node, (), np.arange(channels.block_of_node(node).size)),))
+        grouped = self._by_layer(sites)
+        for attention in attentions:
+            first = next(iter(attention))
+            grouped.append([
+                _Site(node, tuple(Source(one, (), np.arange(len(units))) for one, units in attention.items()) if node is first else (), units)
+                for node, units in attention.items()
+            ])  # fmt: skip
+        order = {node: place for place, node in enumerate(channels.nodes)}
+        return sorted(grouped, key=lambda group: order[group[0].node])
 
-def _reads_alone(norm: fx.Node, found: Sequence[Source]) -> bool:
-    """Whether a normalisation reads one layer, and alone."""
-    if len(found) != 1 or found[0].norms:
-        return False
-    node = found[0].node
-    while node is not norm:
-        if len(node.users) != 1:
+    def _norm_site(self, node: fx.Node) -> _Site | None:
+        channels = self.channels
+        module = module_of(channels.graph_module, node)
+        if not isinstance(module, nn.Module) or module.weight is None:
+            return None
+        axis = -1 if isinstance(module, nn.LayerNorm) else 1
+        feeders = tuple(sources(channels, channels.vector(channels.inputs(node)[0], axis)))
+        if not feeders or all(one.node in self.last for one in feeders) or channels.labels[node] is None:
+            return None
+        if channels.block_of(int(channels.vector(node, axis)[0])).node is not node:  # it has no channels of its own
+            return None
+        if isinstance(module, nn.LayerNorm) and not self._reads_alone(node, feeders):
+            return None
+        if not self._can_be_written(node):
+            return None
+        return _Site(node, feeders)
+
+    def _can_be_written(self, node: fx.Node) -> bool:
+        known = self.lowered[str(node.target)]
+        if not known.writable:
+            self.reasons[node] = "its weights are computed from others in a way that no zeros can be written into"
+        return known.writable
+
+    def _reads_alone(self, norm: fx.Node, found: Sequence[Source]) -> bool:
+        """Whether a normalisation reads one layer, and alone."""
+        if len(found) != 1 or found[0].norms:
             return False
-        node = next(iter(node.users))
-    return True
+        node = found[0].node
+        while node is not norm:
+            if len(node.users) != 1:
+                return False
+            node = next(iter(node.users))
+        return True
 
+    def _attentions(self, sites: Mapping[fx.Node, _Site]) -> list[dict[fx.Node, np.ndarray]]:
+        """The attentions whose heads are neurons: those whose layers serve nothing else."""
+        found: list[dict[fx.Node, np.ndarray]] = []
+        taken: set[fx.Node] = set()
+        for attention in heads(self.channels):
+            free = all(
+                node not in self.last and node not in self.normalised_by and node not in taken and self._uses(node) == 1
+                and self._can_be_written(node)
+                for node in attention
+            )  # fmt: skip
+            if free:
+                found.append(attention)
+                taken.update(attention)
+        return found
 
-def _is_alone(site: fx.Node, found: Sequence[Source], called: Counter) -> bool:
-    """Whether the neurons of a site are those of one convolution or linear layer, whose name they bear."""
-    if len(found) != 1 or found[0].norms:
-        return False
-    node = found[0].node
-    return node is site or (len(node.users) == 1 and called[node.target] == 1)
+    def _weight(self, node: fx.Node) -> str:
+        return self.lowered[str(node.target)].weight or str(node.target)
 
-
-def _gather_uses(channels: Channels, sites: Sequence[fx.Node]) -> list[list[fx.Node]]:
-    """The sites by layer, in network order: a layer without normalisation may be used several times."""
-    by_layer: dict[str, list[fx.Node]] = {}
-    for node in sites:
-        by_layer.setdefault(str(node.target), []).append(node)
-    for name, nodes in by_layer.items():
-        calls = sum(node.op == "call_module" and node.target == name for node in channels.nodes)
-        weighted = channels.kinds[nodes[0]] is Kind.WEIGHTED
-        if calls > 1 and not (weighted and len(nodes) == calls):
-            raise UntraceableError(f"layer {name} is used twice in one pass; give each use a layer of its own")
-    return list(by_layer.values())
-
-
-def _refuse_tied(network: nn.Module, names: Sequence[str]) -> None:
-    """Zeros written into a weight that two layers share would prune the other one too."""
-    owners: dict[int, list[str]] = {}
-    for name, module in network.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    for name in names:
-        for parameter in network.get_submodule(name)._parameters.values():
-            others = [other for other in owners.get(id(parameter), ()) if other != name]
-            if parameter is not None and others:
-                raise UntraceableError(
-                    f"layer {name} shares its weights with layer {others[0]}; give each of them weights of its own (a copy)"
-                )
-
-
-def _check_norm(node: fx.Node, norm: nn.Module) -> None:
-    if norm.weight is None or norm.running_var is None:
-        raise UntraceableError(
-            f"the batch normalisation {node.target} needs affine=True and track_running_stats=True to be pruned"
+    def _uses(self, node: fx.Node) -> int:
+        name = self._weight(node)
+        return sum(
+            one.op == "call_module" and str(one.target) in self.lowered and self._weight(one) == name
+            for one in self.channels.nodes
         )
 
+    def _by_layer(self, sites: Mapping[fx.Node, _Site]) -> list[list[_Site]]:
+        """The sites of each layer; one that is used several times must be masked at each use."""
+        by_layer: dict[str, list[_Site]] = {}
+        for site in sites.values():
+            by_layer.setdefault(self._weight(site.node), []).append(site)
+        grouped = []
+        for group in by_layer.values():
+            if self._uses(group[0].node) == len(group):
+                grouped.append(group)
+                continue
+            for site in group:
+                self.reasons[site.node] = "it is used several times in one pass, and not alike; give each use a layer of its own"
+                for source in site.feeders:
+                    if self.normalised_by.get(source.node) is site.node:
+                        self.reasons[source.node] = f"it is normalised by {self._name(site.node)}, which is used several times"
+        return grouped
 
-def _size(channels: Channels, node: fx.Node) -> int:
-    weight = channels.graph_module.get_submodule(str(node.target)).weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0]
+    def _layer(
+        self,
+        sites: Sequence[_Site],
+        start: int,
+        index: int,
+        index_of: Mapping[fx.Node, int],
+        units_of: Mapping[fx.Node, np.ndarray | None],
+        numbers: np.ndarray,
+    ) -> NeuronLayer:
+        channels, site = self.channels, sites[0]
+        axis = self._axis(site.node)
+        labels = channels.vector(site.node, axis)
+        if site.units is None:
+            size, own = len(labels), numbers[labels]
+        else:
+            size = int(site.units.max()) + 1
+            own = channels.count + start + np.arange(size)  # heads share no sum
+        feeders: dict[str, Feeder] = {}
+        for one in sites:
+            for source in one.feeders:
+                feeders.setdefault(str(source.node.target), self._feeder(source, one, units_of, index_of, index))
+        is_alone = len(site.feeders) == 1 and not site.feeders[0].norms and self._is_alone(site)
+        parts: dict[tuple[str, str | None], Part] = {}
+        for one in sites:
+            known = self.lowered[str(one.node.target)]
+            assert known.weight is not None
+            parts.setdefault((known.weight, known.bias), Part(str(one.node.target), known.weight, known.bias, one.units))
+        return NeuronLayer(
+            name=self._name(site.feeders[0].node if is_alone else site.node),
+            parts=tuple(parts.values()),
+            normalised=channels.kinds[site.node] is Kind.NORM,
+            node=site.node.name,
+            size=size,
+            start=start,
+            feeders=tuple(feeders.values()),
+            classes=own,
+            axis=axis,
+        )
+
+    def _is_alone(self, site: _Site) -> bool:
+        """Whether the neurons of a site are those of one convolution or linear layer, whose name they bear."""
+        node = site.feeders[0].node
+        return node is site.node or (len(node.users) == 1 and self._uses(node) == 1)
+
+    def _axis(self, node: fx.Node) -> int:
+        return -1 if isinstance(module_of(self.channels.graph_module, node), nn.Linear | nn.LayerNorm) else 1
+
+    def _feeder(
+        self,
+        source: Source,
+        site: _Site,
+        units_of: Mapping[fx.Node, np.ndarray | None],
+        index_of: Mapping[fx.Node, int],
+        own: int,
+    ) -> Feeder:
+        """A layer that feeds a site, with the neurons it reads at any of its uses."""
+        channels = self.channels
+        rows = np.full(channels.block_of_node(source.node).size, -1)
+        places = np.flatnonzero(source.channels >= 0)
+        units = units_of[site.node]
+        if units is None:
+            rows[source.channels[places]] = places
+        else:
+            rows[:] = units_of[source.node]
+        name = self._weight(source.node)
+        upstream: dict[int, np.ndarray] = {}
+        for use in channels.nodes:
+            if use.op != "call_module" or str(use.target) not in self.lowered or self._weight(use) != name:
+                continue
+            axis = -1 if isinstance(module_of(channels.graph_module, use), nn.Linear) else 1
+            for reached in sources(channels, channels.vector(channels.inputs(use)[0], axis), set(index_of)):
+                number = index_of.get(reached.node)
+                if number is not None and number != own:
+                    theirs = units_of[reached.node]
+                    columns = reached.channels if theirs is None else np.where(reached.channels >= 0, theirs[reached.channels], -1)
+                    upstream.setdefault(number, columns)
+        return Feeder(
+            module=str(source.node.target),
+            norms=tuple(str(norm.target) for norm in source.norms),
+            rows=rows,
+            upstream=tuple(upstream),
+            columns=tuple(upstream.values()),
+            scale=self._scale(source.node, index_of),
+        )
+
+    def _scale(self, node: fx.Node, index_of: Mapping[fx.Node, int]) -> str | None:
+        """The normalisation without neurons that a layer reads directly."""
+        node = self.channels.inputs(node)[0]
+        while self.channels.kinds[node] is Kind.ZERO_PRESERVING:
+            node = self.channels.inputs(node)[0]
+        is_norm = self.channels.kinds[node] is Kind.LIVE_NORM and node.op == "call_module"
+        return str(node.target) if is_norm and node not in index_of else None
+
+    def _accounts(self, layers_of_sites: Sequence[Sequence[_Site]]) -> list[Account]:
+        channels = self.channels
+        units = {site.node: site.units for sites in layers_of_sites for site in sites}
+        accounts: dict[str, Account] = {}
+        for node in channels.nodes:
+            kind = channels.kinds[node]
+            if kind is Kind.WEIGHTED:
+                name, size = self._name(node), channels.block_of_node(node).size
+                reason = self.reasons.get(node)
+                if node in self.last:
+                    account = Account(name, size, 0, True, "the logits come from it")
+                elif node in units:
+                    own = units[node]
+                    count = size if own is None else int((own >= 0).sum())
+                    account = Account(name, size, count, reason=None if count == size else "some of its channels are of no head")
+                elif self.normalised_by.get(node) in units:
+                    account = Account(name, size, size)
+                else:
+                    account = Account(name, size, 0, reason=reason or "its channels could not be followed")
+                accounts.setdefault(name, account)
+            elif kind is Kind.OPAQUE:
+                for source in node.all_input_nodes:
+                    shape = source.meta.get("shape", ())
+                    if source.op == "get_attr" and len(shape) > 1:
+                        name = str(source.target).removeprefix(self.prefix).removesuffix(".weight")
+                        reason = f"its weights are used by {getattr(node.target, '__name__', node.target)}, in which no neurons are looked for"
+                        accounts.setdefault(name, Account(name, shape[0], 0, reason=reason))
+        return list(accounts.values())
+
+    def _notes(self, index_of: Mapping[fx.Node, int]) -> list[str]:
+        """Batch normalisations that no neuron is masked at."""
+        notes = []
+        for node in self.channels.nodes:
+            module = module_of(self.channels.graph_module, node)
+            if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) or node in index_of:
+                continue
+            if module.weight is None:
+                why = "it has no weight (affine=False), so what it reads is pruned before it"
+            else:
+                why = self.reasons.get(node) or "it reads no layer that has neurons"
+            notes.append(f"The batch normalisation {self._name(node)} has no neurons: {why}.")
+        if self.channels.graph_module.meta["live"]:
+            notes.append(
+                "A batch normalisation without running statistics makes answers depend on the other images of a batch; masks are "
+                "right for whole batches alone."
+            )
+        return notes
+
+    def _insert_masks(self, layers_of_sites: Sequence[Sequence[_Site]], layers: Sequence[NeuronLayer]) -> None:
+        """Give the graph one more input a layer, and multiply the layer's values by it wherever it is used."""
+        graph_module = self.channels.graph_module
+        graph = graph_module.graph
+        last_input = next(node for node in graph.nodes if node.op == "placeholder")
+        for index, sites in enumerate(layers_of_sites):
+            with graph.inserting_after(last_input):
+                last_input = graph.placeholder(f"neuron_mask_{index}", default_value=None)
+            for place, site in enumerate(sites):
+                arguments: tuple = (site.node, last_input, self._axis(site.node))
+                if site.units is not None:
+                    name = f"_units_{index}_{place}"
+                    graph_module.register_buffer(name, torch.from_numpy(site.units), persistent=False)
+                    with graph.inserting_before(site.node):
+                        arguments = (*arguments, graph.get_attr(name))
+                with graph.inserting_after(site.node):
+                    masked = graph.call_function(mask_channels, arguments)
+                masked.meta["shape"] = site.node.meta["shape"]
+                for reader in list(site.node.users):
+                    if reader is not masked:
+                        reader.replace_input_with(site.node, masked)
+        graph_module.recompile()
 
 
-def _axis(channels: Channels, node: fx.Node) -> int:
-    module = module_of(channels.graph_module, node)
-    layout = channels.layouts[node]
-    last = isinstance(module, nn.Linear) or (isinstance(module, nn.LayerNorm) and (layout is None or layout.is_last))
-    return -1 if last else 1
-
-
-def _feeder(channels: Channels, one: Source, index_of: dict[fx.Node, int], own: int) -> Feeder:
-    """A layer that feeds a site, with the neurons it reads at any of its uses."""
-    name = str(one.node.target)
-    uses = [node for node in channels.nodes if node.op == "call_module" and node.target == one.node.target]
-    upstream: dict[int, int] = {}
-    for use in uses:
-        for source in sources(channels, channels.inputs(use)[0], set(index_of)):
-            index = index_of.get(source.node)
-            if index is not None and index != own:
-                upstream.setdefault(index, source.offset)
-    read = channels.layouts[channels.inputs(one.node)[0]]
-    module = channels.graph_module.get_submodule(name)
-    assert isinstance(module, WEIGHTED)
-    inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels
-    return Feeder(
-        module=name,
-        norms=tuple(str(norm.target) for norm in one.norms),
-        upstream=tuple(upstream),
-        offsets=tuple(upstream.values()),
-        reads=inputs if read is None or read.size is None else read.size,
-        start=one.offset,
-        scale=_scale(channels, one.node, index_of),
-    )
-
-
-def _scale(channels: Channels, node: fx.Node, index_of: dict[fx.Node, int]) -> str | None:
-    """The normalisation without neurons that a layer reads directly."""
-    node = channels.inputs(node)[0]
-    while channels.kinds[node] is Kind.ZERO_PRESERVING:
-        node = channels.inputs(node)[0]
-    return str(node.target) if channels.kinds[node] is Kind.LIVE_NORM and node not in index_of else None
-
-
-def _insert_masks(channels: Channels, uses: Sequence[Sequence[fx.Node]], layers: Sequence[NeuronLayer]) -> None:
-    """Give the graph one more input a layer, and multiply the layer's value by it wherever it is used."""
-    graph = channels.graph_module.graph
-    for unused in [node for node in graph.nodes if node.op == "placeholder" and not node.users]:
-        graph.erase_node(unused)
-    last_input = next(node for node in graph.nodes if node.op == "placeholder")
-    for index, (sites, layer) in enumerate(zip(uses, layers, strict=True)):
-        with graph.inserting_after(last_input):
-            last_input = graph.placeholder(f"neuron_mask_{index}", default_value=None)
-        for site in sites:
-            with graph.inserting_after(site):
-                masked = graph.call_function(mask_channels, (site, last_input, layer.axis))
-            for reader in list(site.users):
-                if reader is not masked:
-                    reader.replace_input_with(site, masked)
-    channels.graph_module.recompile()

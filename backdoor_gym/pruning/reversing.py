@@ -123,13 +123,18 @@ class _Backward:
             self.gradients[node] = self.gradients[node] + gradient if node in self.gradients else gradient
 
     def _through_mask(self, node: fx.Node, gradient: Tensor) -> tuple[fx.Node, Tensor]:
-        source, mask = self.operations.inputs[node]
+        source, mask, *rest = self.operations.inputs[node]
         values = self.value(source)
         axis: Any = node.args[2] if len(node.args) > 2 else 1
+        units = self.value(rest[0]) if rest else None
         if source in self.wanted:
-            self._add(source, mask_channels(gradient, self.masks[mask], axis))
+            self._add(source, mask_channels(gradient, self.masks[mask], axis, units))
         others = [one for one in range(values.ndim) if one != axis % values.ndim]
-        return mask, (gradient * values).sum(others, dtype=torch.float32)
+        found = (gradient * values).sum(others, dtype=torch.float32)
+        if units is not None:
+            inside = units >= 0
+            found = found.new_zeros(int(units.max()) + 1).index_add(0, units[inside], found[inside])
+        return mask, found
 
     def _through(self, node: fx.Node, gradient: Tensor) -> None:
         module, inputs = self.operations.modules[node], self.operations.inputs[node]
@@ -154,9 +159,7 @@ class _Backward:
             self._through_any(node, gradient)
 
     def _is_relu(self, node: fx.Node) -> bool:
-        if node.op == "call_module":  # whose target is its name, which may be anything
-            return type(self.operations.modules[node]) is nn.ReLU
-        return node.target in (F.relu, torch.relu, "relu")
+        return node.op != "call_module" and node.target in (F.relu, torch.relu, "relu")
 
     def _size(self, node: fx.Node) -> torch.Size:
         """Height and width of a value; masks and ReLUs change neither, so that it need not be computed."""

@@ -1,68 +1,64 @@
-"""Where the channels of a value come from, and which values have the same channels."""
+"""Where the channels of a value come from, and which channels belong together."""
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import fx, nn
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import fx
 
-from .channels import ATTENTION, CHANNELWISE, Channels, Kind, module_of
-
-#: What only moves values elsewhere, or cuts them in pieces.
-MOVES = {
-    operator.getitem, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.chunk, torch.split, torch.unbind,
-    "flatten", "view", "reshape", "permute", "transpose", "chunk", "split", "unbind", "unflatten", "contiguous", "unsqueeze",
-}  # fmt: skip
+from .channels import PRODUCTS_OF_MATRICES, Channels, Kind, module_of, operation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
-    """A layer that writes into a value, or a value met on the way to one.
+    """A layer that writes into some channels.
 
     Attributes:
         node: of the graph.
         norms: the normalisations passed on the way, the last one first.
-        offset: the channel of the value that its first channel becomes.
+        channels: for each place asked about, the channel of that layer that is there, -1 for none; int64 (places,).
     """
 
     node: fx.Node
     norms: tuple[fx.Node, ...]
-    offset: int
+    channels: np.ndarray
 
 
 def sources(
-    channels: Channels, start: fx.Node, stop: set[fx.Node] | frozenset[fx.Node] = frozenset()
+    channels: Channels, labels: np.ndarray, stop: set[fx.Node] | frozenset[fx.Node] = frozenset()
 ) -> Iterator[Source]:
-    """Walk back from a value to where its channels come from, the nearest first.
+    """Walk back from labels to the layers that their channels come from, the nearest first.
 
     Args:
         channels: of the graph.
-        start: the node whose value is asked about.
+        labels: int64 (places,).
         stop: nodes to yield and not to pass, beside weighted layers.
 
     Yields:
-        Each weighted or ``stop`` node reached, once; what lies behind an operation that mixes channels is not.
+        Each weighted or ``stop`` node reached, once.
     """
-    front = [Source(start, (), 0)]
-    seen = set()
+    front: list[tuple[np.ndarray, tuple[fx.Node, ...]]] = [(labels, ())]
+    seen: set[tuple[int, bytes]] = set()
     while front:
-        one = front.pop(0)
-        node, kind = one.node, channels.kinds[one.node]
-        if node in seen:
-            continue
-        seen.add(node)
-        if node in stop or kind is Kind.WEIGHTED:
-            yield one
-        elif kind is Kind.CONCATENATION:
-            front.extend(
-                Source(piece, one.norms, one.offset + begin)
-                for piece, begin in channels.pieces(node)
-                if begin is not None
-            )
-        elif kind in CHANNELWISE:
-            passed = (*one.norms, node) if kind in (Kind.NORM, Kind.LIVE_NORM) else one.norms
-            front.extend(Source(source, passed, one.offset) for source in channels.carriers(node))
+        places, norms = front.pop(0)
+        open_places = places > 0
+        while open_places.any():
+            block = channels.block_of(int(places[np.argmax(open_places)]))
+            inside = (places >= block.start) & (places < block.start + block.size)
+            open_places &= ~inside
+            found = np.where(inside, places - block.start, -1)
+            key = (block.start, found.tobytes())
+            if key in seen:
+                continue
+            seen.add(key)
+            kind = channels.kinds[block.node]
+            if block.node in stop or kind is Kind.WEIGHTED:
+                yield Source(block.node, norms, found)
+                continue
+            passed = (*norms, block.node) if kind in (Kind.NORM, Kind.LIVE_NORM) else norms
+            front.extend((np.where(inside, parents[found], -1), passed) for parents in block.carriers)
 
 
 def last_layers(channels: Channels) -> set[fx.Node]:
@@ -81,83 +77,92 @@ def last_layers(channels: Channels) -> set[fx.Node]:
     return found
 
 
-def projections(channels: Channels) -> set[fx.Node]:
-    """The layers whose values attention reads as they are: queries, keys and values."""
-    return {node for node in channels.nodes if channels.kinds[node] is Kind.WEIGHTED and _is_attended(channels, node)}
-
-
-def _is_attended(channels: Channels, start: fx.Node) -> bool:
-    front, seen = [start], set()
-    while front:
-        node = front.pop()
-        for user in node.users:
-            module = module_of(channels.graph_module, user)
-            if isinstance(module, nn.MultiheadAttention) or (module is None and user.target in ATTENTION):
-                return True
-            scaled = user.target in (operator.mul, operator.truediv) and len(channels.inputs(user)) == 1
-            if module is None and (user.target in MOVES or scaled) and user not in seen:
-                seen.add(user)
-                front.append(user)
-    return False
-
-
-def gates(channels: Channels) -> set[fx.Node]:
-    """The layers that only say how much of other channels passes, such as the last one of squeeze-and-excitation."""
-    found = set()
-    for node in channels.nodes:
-        if channels.kinds[node] is Kind.PRODUCT:
-            carriers = channels.carriers(node)
-            carried = {one.node for source in carriers for one in sources(channels, source)}
-            gated = [source for source in channels.inputs(node) if source not in carriers]
-            found |= {one.node for source in gated for one in sources(channels, source)} - carried
-    return found
-
-
-class Spaces:
-    """Values that have the same channels, because operations on them join these one by one, are of one space.
+def classes(channels: Channels, depthwise: bool = False) -> np.ndarray:
+    """For each label the number of its class: channels that sums, products and normalisations join one by one are of one.
 
     Args:
         channels: of the graph.
-        joining: kinds of the nodes that join their inputs' channels with their own, beside concatenations.
-        depthwise: whether a depthwise convolution joins its inputs' channels with its own too.
+        depthwise: whether a depthwise convolution joins what it reads with what it writes, too.
     """
-
-    def __init__(self, channels: Channels, joining: frozenset[Kind] = CHANNELWISE, depthwise: bool = False) -> None:
-        self._parent = {node: (node, 0) for node in channels.nodes}
-        #: Spaces of which some value has the same channels twice, at different places.
-        self.twisted: set[fx.Node] = set()
-        for node in channels.nodes:
-            kind = channels.kinds[node]
-            if kind is Kind.CONCATENATION:
-                for piece, begin in channels.pieces(node):
-                    if begin is not None:
-                        self._join(piece, node, begin)
-            elif kind in joining or (depthwise and kind is Kind.WEIGHTED and is_depthwise(channels, node)):
-                for source in channels.inputs(node):
-                    if channels.kinds[source] is not Kind.IMAGES:
-                        self._join(source, node, 0)
-        self.twisted = {self.of(node)[0] for node in self.twisted}
-
-    def of(self, node: fx.Node) -> tuple[fx.Node, int]:
-        """The space of a value, named by one of its nodes, and the channel of it that the value's first one is."""
-        shift = 0
-        while self._parent[node][0] is not node:
-            node, step = self._parent[node]
-            shift += step
-        return node, shift
-
-    def _join(self, source: fx.Node, node: fx.Node, begin: int) -> None:
-        """Let channel c of ``source`` be channel c + ``begin`` of ``node``."""
-        (top, shift), (other, other_shift) = self.of(source), self.of(node)
-        by = begin + other_shift - shift
-        if top is not other:
-            self._parent[top] = (other, by)
-        elif by:
-            self.twisted.add(top)
+    pairs = [(np.arange(channels.count), np.arange(channels.count))]
+    for block in channels.blocks:
+        parents = block.parents
+        if depthwise and channels.kinds[block.node] is Kind.WEIGHTED and is_depthwise(channels, block.node):
+            parents = (channels.vector(channels.inputs(block.node)[0], 1),)
+        own = np.arange(block.start, block.start + block.size)
+        pairs += [(own[one > 0], one[one > 0]) for one in parents]
+    first, second = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    links = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(channels.count, channels.count))
+    return connected_components(links, directed=False)[1]
 
 
 def is_depthwise(channels: Channels, node: fx.Node) -> bool:
     """Whether the node is a convolution each of whose outputs reads the one input of the same number."""
-    module = channels.graph_module.get_submodule(str(node.target))
+    module = module_of(channels.graph_module, node)
     groups = getattr(module, "groups", 1)
     return groups > 1 and groups == getattr(module, "in_channels", 0) == getattr(module, "out_channels", 0)
+
+
+def heads(channels: Channels) -> list[dict[fx.Node, np.ndarray]]:
+    """The heads of each attention: for its layers of values, queries and keys, in this order, the head of each channel.
+
+    A head is what is multiplied apart from the others: one matrix of the batch of matrices. -1 is a channel of none.
+    """
+    found = []
+    for node in channels.nodes:
+        operands = _operands(channels, node)
+        if operands is None:
+            continue
+        values, queries, keys = operands
+        layers: dict[fx.Node, np.ndarray] = {}
+        counts = set()
+        for operand in (values, queries, keys):
+            rows = None if operand is None else _rows(channels, operand)
+            if rows is None:
+                continue
+            for head, labels in enumerate(rows):
+                for source in sources(channels, labels):
+                    size = channels.block_of_node(source.node).size
+                    own = layers.setdefault(source.node, np.full(size, -1))
+                    own[source.channels[source.channels >= 0]] = head
+            counts.add(len(rows))
+        if layers and len(counts) == 1 and counts.pop() > 1:
+            found.append(layers)
+    return found
+
+
+def _operands(channels: Channels, node: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node | None] | None:
+    """Values, queries and keys of an attention whose product with the values the node is."""
+    name = operation(node)
+    arguments = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    if name == "scaled_dot_product_attention" and len(arguments) >= 3:
+        return arguments[2], arguments[0], arguments[1]
+    if name not in ("matmul", "bmm") or len(arguments) != 2:
+        return None
+    weights, values = arguments
+    if channels.labels.get(weights) is not None:
+        weights, values = values, weights
+    if channels.labels.get(weights) is not None or channels.labels.get(values) is None:
+        return None
+    while weights is not None and operation(weights) not in PRODUCTS_OF_MATRICES:  # back over softmax, scale and bias
+        read = channels.inputs(weights)
+        if not read or channels.kinds[weights] is Kind.WEIGHTED:
+            return None
+        weights = read[0]
+    compared = [arg for arg in weights.args if isinstance(arg, fx.Node) and channels.labels.get(arg) is not None]
+    return (values, compared[0], compared[1]) if len(compared) == 2 else None
+
+
+def _rows(channels: Channels, node: fx.Node) -> list[np.ndarray] | None:
+    """The labels of each matrix of a batch of matrices, those of one image."""
+    labels = channels.labels[node]
+    if labels is None or len(labels.shape) < 3:
+        return None
+    full = labels.full.flatten(0, -3)
+    rows: dict[bytes, np.ndarray] = {}
+    for matrix in full:
+        unique = np.unique(matrix.long().numpy())
+        rows.setdefault(unique.tobytes(), unique)
+    found = list(rows.values())
+    together = np.concatenate(found)
+    return found if len(np.unique(together)) == len(together) else None  # heads share no channel

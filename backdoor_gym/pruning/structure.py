@@ -51,7 +51,10 @@ class Structure:
         self.exact = _folded(neurons, torch.float32)
         self.graph = _folded(neurons, dtype)
         for graph in (self.exact, self.graph):
-            graph.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            graph.to(device)
+            for parameter in graph.parameters():
+                if parameter.ndim == 4:  # of other constants some may have five dimensions
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.operations = Operations(self.graph)
         self.nodes = self.operations.nodes
         self.order = {node: position for position, node in enumerate(self.nodes)}

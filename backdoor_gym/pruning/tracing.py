@@ -1,249 +1,360 @@
-"""A network as a torch.fx graph without in-place operations, in which every layer with neurons is one node."""
+"""A network as a torch.fx graph without in-place operations, in which every layer with neurons is one module.
 
-import copy
-import inspect
+Two passes are recorded, of two and of three images. What is alike in both is right for any number of images; a number that
+grows with them is computed from how many there are; a record that differs otherwise is refused.
+"""
+
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Lock, get_ident
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import UntraceableError
-from ..zoo.preprocessing import Preprocess
+from .copying import plain_copy
+from .lowering import Lowered, lower
+from .recording import Call, Named, Recorder, Ref, Tape, Value, named_tensors
 
-#: Layers that stay one node, those that are derived from them and answer a mask as they do among them.
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
-
-#: Functions whose second argument says whether they work in place.
-_INPLACE_SECOND = {F.relu, F.relu6, F.selu, F.silu, F.mish, F.hardswish, F.hardsigmoid}
-
-#: torch.fx patches ``nn.Module`` of the whole process while it traces.
-_TRACING = Lock()
+#: Sides of images that are tried where none are given: usual ones, then all small ones.
+USUAL_SIDES = (32, 28, 224, 64, 96, 128, 8, 16, 299, 256, 112, 160, 192, 240, 288, 300, 320, 384, 448, 512)
+SIDES = (*USUAL_SIDES, *(side for side in range(4, 80) if side not in USUAL_SIDES))
+#: Largest difference of logits, over the largest of them, that rounding may make.
+ROUNDING = 1e-3
 
 
 def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
-    """A traced copy of the network in eval mode, without in-place operations.
+    """A traced copy of the network in eval mode and float32, without in-place operations.
 
     Args:
         network: it is left as it is.
-        images: some that it takes, float32 (n, C, H, W); needed where its forward branches on the shapes of tensors, and
-            the graph is then right for images of that size.
+        images: some that it takes, float32 (n, C, H, W). The graph is right for images of that size. Without any, images of
+            usual sizes are tried.
+
+    Returns:
+        The graph. Its ``meta["lowered"]`` says of each layer which parameters of the network it has (``Lowered``), and
+        ``meta["live"]`` whether a batch normalisation takes the statistics of the batch; a node's ``meta["shape"]`` is that of
+        its value for two images.
 
     Raises:
         UntraceableError: the network cannot be traced; the message names the layer.
     """
-    _refuse_computed_weights(network)
-    network = copy.deepcopy(network).eval()
-    for parameter in network.parameters():
-        parameter.requires_grad_(False)
-    tracer = _Tracer(None if images is None else images[:2].clone())
-    try:
-        with _TRACING:
-            graph = tracer.trace(network, concrete_args=_defaults(network))
-    except Exception as error:  # tracing runs the user's code, which can raise anything on symbolic values
-        where = f"layer {tracer.path[-1]}" if tracer.path else "the network's own forward"
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UntraceableError(
-            f"torch.fx cannot trace {where} ({reason}); its forward must not branch or loop on the values of tensors"
-            f"{', nor on their shapes where no images are given to trace with' if images is None else ''}: move such code "
-            "out of the network"
-        ) from error
-    graph_module = fx.GraphModule(network, graph)
-    _without_inplace(graph_module)
-    # Assertions, tracing's own among them, and what only they read.
-    for node in reversed(list(graph_module.graph.nodes)):
-        if node.target is torch._assert or (node.op in ("call_function", "get_attr") and not node.users):
-            graph_module.graph.erase_node(node)
-    if images is not None:
-        _check_number(graph_module, images)
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UntraceableError(
+                f"{f'layer {name}' if name else 'the network'} is TorchScript, which does not show its layers; give the Python "
+                "module that it was made from, and load its state dict"
+            )
+    copied = plain_copy(network).eval().float()
+    three = _three(_guess(copied) if images is None else images)
+    with torch.no_grad():
+        try:
+            expected = copied(three.clone())  # also fills what the network keeps for later
+        except Exception as error:  # the user's code, which can raise anything
+            raise UntraceableError(_cannot_take(type(network).__name__, three, error)) from error
+    graph_module = _Build(copied, _record(copied, three[:2]), _record(copied, three)).run()
+    _check(graph_module, expected, three)
     return graph_module
 
 
-@torch.no_grad()
-def _check_number(graph_module: fx.GraphModule, images: Tensor) -> None:
-    """What was decided by the two images that were traced with must be right for any number of them."""
-    try:
-        right = len(graph_module(images[:1].clone())) == 1
-    except Exception:  # the user's code
-        right = False
-    if not right:
-        raise UntraceableError(
-            "the network's forward depends on how many images it is given; it must treat each on its own"
-        )
-
-
 def is_number(node: fx.Node) -> bool:
-    """Whether the node computes shapes, or something from shapes alone, rather than values of tensors."""
-    if node.op == "call_method" and node.target in ("size", "dim", "numel"):
-        return True
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "device", "dtype")
+    """Whether the node computes how many images there are, or where they are."""
+    return bool(node.meta.get("number"))
+
+
+def _three(images: Tensor) -> Tensor:
+    """Three different images."""
+    three = torch.cat([images[:3].detach().cpu().float()] * 3)[:3]
+    return three * torch.tensor([1, 0.9, 0.8]).view(-1, *[1] * (three.ndim - 1))
+
+
+def _record(network: nn.Module, images: Tensor) -> Tape:
+    images = images.clone()
+    recorder = Recorder(network, images)
+    try:
+        return recorder.run(network, images)
+    except UntraceableError:
+        raise
+    except Exception as error:  # the user's code, which can raise anything
+        raise UntraceableError(_cannot_take(recorder.where, images, error)) from error
+
+
+def _cannot_take(what: str, images: Tensor, error: Exception) -> str:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
     return (
-        node.op in ("call_function", "call_method")
-        and bool(node.all_input_nodes)
-        and all(is_number(source) for source in node.all_input_nodes)
+        f"{what} cannot take {len(images)} images of shape {tuple(images.shape[1:])} ({reason}); are these the images that it "
+        "was made for (clean=, --image-size)?"
     )
 
 
-class _Tracer(fx.Tracer):
-    """Names the module whose forward fails, decides by shapes, and lets other threads go on as they would."""
-
-    def __init__(self, images: Tensor | None) -> None:
-        super().__init__()
-        self.path: list[str] = []
-        self._thread = get_ident()
-        self._images = images
-        self._values: dict[fx.Node, Any] = {}
-        self._evaluating = False
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, Preprocess) or super().is_leaf_module(m, module_qualified_name):
-            return True
-        if not isinstance(m, LAYERS) or list(m.children()):
-            return False
-        with self._untraced():
-            return _answers_a_mask(m)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if get_ident() != self._thread or self._evaluating:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if get_ident() != self._thread or self._evaluating:
-            return forward(*args, **kwargs)
-        self.path.append(self.path_of_module(m))
-        result = super().call_module(m, forward, args, kwargs)
-        self.path.pop()
-        return result
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        """The truth of what depends on shapes alone, as it is for the images given; refused for anything else."""
-        if self._images is None or not is_number(obj.node):
-            return super().to_bool(obj)
-        with self._untraced():
-            return bool(self._value(obj.node))
-
-    def iter(self, obj: fx.Proxy) -> Iterator:
-        """The parts of what is taken apart, as many as there are for the images given."""
-        if self._images is None:
-            return super().iter(obj)
-        with self._untraced():
-            count = len(self._value(obj.node))
-        return iter([operator.getitem(obj, index) for index in range(count)])
-
-    @contextmanager
-    def _untraced(self) -> Iterator[None]:
-        """Modules that are called here compute."""
-        self._evaluating = True
-        try:
-            yield
-        finally:
-            self._evaluating = False
-
-    @torch.no_grad()
-    def _value(self, wanted: fx.Node) -> Any:
-        """What the graph so far gives for the images."""
-        for node in self.graph.nodes:
-            if node in self._values:
-                continue
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)
-            if node.op == "placeholder":
-                value = self._images if not self._values else (node.args[0] if node.args else None)
-            elif node.op == "get_attr":
-                value = operator.attrgetter(str(node.target))(self.root)
-            elif node.op == "call_module":
-                value = self.root.get_submodule(str(node.target))(*args, **kwargs)
-            elif node.op == "call_method":
-                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                assert callable(node.target)
-                value = node.target(*args, **kwargs)
-            self._values[node] = value
-        return self._values[wanted]
+def _guess(network: nn.Module) -> Tensor:
+    """Images that the network takes: of as many channels as its first layer reads, of the first size that works."""
+    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)), None)
+    counts = (first.in_channels, 3, 1) if isinstance(first, nn.Conv2d) else (3, 1)
+    generator = torch.Generator().manual_seed(0)
+    for channels in dict.fromkeys(counts):
+        for side in SIDES:
+            images = torch.rand(2, channels, side, side, generator=generator)
+            with torch.no_grad(), suppress(Exception):  # of another size; the user's code can raise anything
+                network(images.clone())
+                return images
+    raise UntraceableError(
+        f"{type(network).__name__} takes no images of a usual size; show it some: clean=(images, labels), or --clean and "
+        "--image-size on the command line"
+    )
 
 
 @torch.no_grad()
-def _answers_a_mask(module: nn.Module) -> bool:
-    """Whether zeros in the weight and the bias of one output channel make that channel zero and leave the others.
-
-    A layer with a forward of its own may do anything with its weights; it is tried on one random input.
-    """
-    module = copy.deepcopy(module).eval().double()
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        side = 8 + 2 * max(module.kernel_size)
-        shape, axis = (2, module.in_channels, *[side] * len(module.kernel_size)), 1
-    elif isinstance(module, nn.Linear):
-        shape, axis = (2, module.in_features), 1
-    elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
-        shape, axis = (2, module.normalized_shape[0], 3, 5), 1
-    else:
-        count = getattr(module, "num_features", getattr(module, "num_channels", 0))
-        shape, axis = ((2, count, 5) if isinstance(module, nn.BatchNorm1d) else (2, count, 5, 5)), 1
-    if not isinstance(module.weight, Tensor) or len(module.weight) < 2:
-        return False
-    inputs = torch.randn(shape, generator=generator, dtype=torch.float64)
+def _check(graph_module: fx.GraphModule, expected: Any, images: Tensor) -> None:
+    """The graph must answer as the network does, in another order in memory and for a single image too."""
+    wrong = "the record of its forward does not give the same logits"
     try:
-        whole = module(inputs.clone())
-        for parameter in (module.weight, module.bias):
-            if isinstance(parameter, Tensor):
-                parameter[0] = 0
-        masked = module(inputs.clone())
-    except Exception:  # the user's code, on an input that it may not have been made for
-        return False
-    if not isinstance(whole, Tensor) or whole.ndim <= axis or whole.shape[axis] != len(module.weight):
-        return False
-    return bool((masked.select(axis, 0) == 0).all()) and torch.allclose(whole[:, 1:], masked[:, 1:])
+        found = graph_module(images.contiguous(memory_format=torch.channels_last))
+        alone = found[:1] if graph_module.meta["live"] else graph_module(images[:1].clone())
+    except Exception as error:  # the user's operations
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UntraceableError(
+            f"the network's forward cannot be run again from its record ({reason}); it must treat each image on its own, and "
+            "work on no tensor through the memory of another"
+        ) from error
+    bound = ROUNDING * expected.abs().max() + 1e-6
+    if not isinstance(found, Tensor) or found.shape != expected.shape or not (found - expected).abs().max() <= bound:
+        raise UntraceableError(f"{wrong}: it must give the same each time, and write into no tensor that others look at")
+    if alone.shape != expected[:1].shape or not (alone - expected[:1]).abs().max() <= bound:
+        raise UntraceableError(f"{wrong} for a single image: it depends on how many images it is given")
 
 
-def _refuse_computed_weights(network: nn.Module) -> None:
-    """Zeros written into a weight that is computed from other parameters would be lost."""
-    for name, module in network.named_modules():
-        hooks = module._forward_pre_hooks.values()
-        if is_parametrized(module) or any(type(hook).__name__ in ("WeightNorm", "SpectralNorm") for hook in hooks):
-            raise UntraceableError(
-                f"the weights of layer {name} are computed from others (weight or spectral normalisation); make them "
-                "plain first (torch.nn.utils.parametrize.remove_parametrizations, or remove_weight_norm)"
-            )
+class _Build:
+    """The graph of two records of one network, the second of one image more."""
+
+    def __init__(self, network: nn.Module, first: Tape, second: Tape) -> None:
+        self.first, self.second = first, second
+        self.tensors = named_tensors(network)
+        self.modules = dict(network.named_modules())
+        self.graph = fx.Graph()
+        self.root: dict[str, Any] = {}
+        self.lowered: dict[str, Lowered] = {}
+        self.images = self.graph.placeholder("images")
+        self.images.meta["shape"] = first.shape
+        self.nodes: dict[Ref, fx.Node] = {Ref(-1): self.images}
+        self.constant: list[bool] = []
+        self._numbers: dict[str, fx.Node] = {}
+
+    def run(self) -> fx.GraphModule:
+        live = False
+        for index, (one, other) in enumerate(zip(self.first.calls, self.second.calls, strict=False)):
+            if (one.op, one.target) != (other.op, other.target):
+                raise self._depends(one)
+            varies = one.of_images or self._varies((one.args, one.kwargs), (other.args, other.kwargs))
+            self.constant.append(not varies)
+            if varies:
+                live |= getattr(one.target, "__name__", "") == "batch_norm" and one.kwargs.get("training", False)
+                self.nodes[Ref(index)] = self._add(one, other)
+        if len(self.first.calls) != len(self.second.calls) or self.first.output != self.second.output:
+            raise self._depends(self.first.calls[-1])
+        self.graph.output(self._node(self.first.output))
+        for node in reversed(list(self.graph.nodes)):
+            if node.op not in ("placeholder", "output") and not node.users:
+                self.graph.erase_node(node)
+        used = {str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
+        graph_module = fx.GraphModule({name: value for name, value in self.root.items() if name in used}, self.graph).eval()
+        for parameter in graph_module.parameters():
+            parameter.requires_grad_(False)
+        graph_module.meta.update(lowered={key: one for key, one in self.lowered.items() if key in used}, live=live)
+        return graph_module
+
+    def _add(self, one: Call, other: Call) -> fx.Node:
+        found = lower(one, self._value)
+        if found is None:
+            args, kwargs = self._join(one, (one.args, one.kwargs), (other.args, other.kwargs))
+            node = self.graph.create_node(one.op, one.target, args, kwargs)
+            if one.op == "call_module":
+                self.root[one.target] = self.modules[one.target]
+        else:
+            module, bound = found
+            node = self.graph.call_module(self._place(one, module, bound), (self._node(bound["input"]),))
+        if isinstance(one.result, Tensor):
+            node.meta["shape"] = one.result.shape
+        node.meta["where"] = one.where
+        return node
+
+    def _place(self, call: Call, module: nn.Module, bound: Mapping[str, Any]) -> str:
+        """Put a layer into the graph; its name there."""
+        rows = len(module.weight) if isinstance(module.weight, Tensor) else 0
+        weight, bias = (self._parameter(bound[key], rows) for key in ("weight", "bias"))
+        name = weight or self._any_name(bound.get("running_mean")) or f"{call.where}.weight"
+        name = name.removesuffix(".weight") if name.endswith(".weight") else name.removesuffix("_weight")
+        free = name
+        number = 1
+        while free in self.root and not self._same(self.root[free], module):
+            number += 1
+            free = f"{name}_use{number}"
+        self.root.setdefault(free, module)
+        writable = weight is not None and (bias is not None or bound["bias"] is None)
+        tensors = [one for key in ("weight", "bias", "running_mean", "running_var") for one in self._read(bound.get(key))]
+        self.lowered[free] = Lowered(name, weight, bias, writable, tuple(dict.fromkeys(tensors)))
+        return free
+
+    def _same(self, one: nn.Module, other: nn.Module) -> bool:
+        return repr(one) == repr(other) and all(
+            (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+            for a, b in ((getattr(one, key, None), getattr(other, key, None)) for key in ("weight", "bias"))
+        )
+
+    def _any_name(self, value: Any) -> str | None:
+        return value.name.removesuffix(".running_mean") + ".weight" if isinstance(value, Named) else None
+
+    def _value(self, value: Any) -> Tensor | None:
+        """The tensor that an argument is in every pass, None where there is no such."""
+        if isinstance(value, Named):
+            return self.tensors[value.name]
+        if isinstance(value, Value):
+            return value.tensor
+        if isinstance(value, Ref) and value.call >= 0 and self.constant[value.call]:
+            return self._result(self.first, value)
+        return None
+
+    def _result(self, tape: Tape, ref: Ref) -> Tensor:
+        result = tape.calls[ref.call].result
+        return result if ref.part is None else result[ref.part]
+
+    def _parameter(self, value: Any, rows: int) -> str | None:
+        """The name of the parameter in which zeros in a row are zeros in that row of the value, and change no other."""
+        if isinstance(value, Named):
+            return value.name
+        if not isinstance(value, Ref):
+            return None
+        whole = self._value(value)
+        candidates = [name for name in self._read(value) if self.tensors[name].ndim and len(self.tensors[name]) == rows]
+        for name in sorted(candidates, key=lambda name: -self.tensors[name].numel()):
+            pruned = self.tensors[name].clone()
+            pruned[0] = 0
+            changed = self._computed(value, {name: pruned})
+            if whole is not None and not changed[0].any() and torch.allclose(changed[1:], whole[1:]):
+                return name
+        return None
+
+    def _read(self, value: Any) -> list[str]:
+        """The parameters that a constant value is computed from."""
+        found: dict[str, None] = {}
+        front = [value]
+        while front:
+            one = front.pop()
+            if isinstance(one, Named):
+                found[one.name] = None
+            elif isinstance(one, Ref):
+                call = self.first.calls[one.call]
+                fx.node.map_aggregate((call.args, call.kwargs), front.append)  # type: ignore[arg-type]
+        return list(found)
+
+    def _computed(self, value: Any, instead: Mapping[str, Tensor]) -> Any:
+        """A constant value, computed from other parameters."""
+        if isinstance(value, Named):
+            return instead.get(value.name, self.tensors[value.name])
+        if isinstance(value, Value):
+            return value.tensor
+        if not isinstance(value, Ref):
+            return value
+        call = self.first.calls[value.call]
+        args, kwargs = fx.node.map_aggregate((call.args, call.kwargs), lambda one: self._computed(one, instead))
+        result = getattr(args[0], call.target)(*args[1:], **kwargs) if call.op == "call_method" else call.target(*args, **kwargs)
+        return result if value.part is None else result[value.part]
+
+    def _varies(self, one: Any, other: Any) -> bool:
+        """Whether arguments that are not of the images depend on how many there are."""
+        if isinstance(one, Ref):
+            return not self.constant[one.call]
+        if isinstance(one, tuple | list):
+            return len(one) != len(other) or any(map(self._varies, one, other))
+        if isinstance(one, dict):
+            return any(self._varies(one[key], other.get(key)) for key in one)
+        if isinstance(one, slice):
+            return self._varies((one.start, one.stop, one.step), (other.start, other.stop, other.step))
+        return type(one) is int and one != other
+
+    def _join(self, call: Call, one: Any, other: Any) -> Any:
+        """An argument in both records as one of the graph."""
+        if type(one) is not type(other):
+            raise self._depends(call)
+        if isinstance(one, Ref):
+            if one != other:
+                raise self._depends(call)
+            return self._node(one)
+        if isinstance(one, Named | Value):
+            return self._attribute(call, one, other)
+        if isinstance(one, tuple | list):
+            if len(one) != len(other):
+                raise self._depends(call)
+            return type(one)(self._join(call, *pair) for pair in zip(one, other, strict=True))
+        if isinstance(one, dict):
+            return {key: self._join(call, one[key], other[key]) for key in one}
+        if isinstance(one, slice):
+            parts = ((one.start, other.start), (one.stop, other.stop), (one.step, other.step))
+            return slice(*(self._join(call, *pair) for pair in parts))
+        if isinstance(one, torch.device):
+            return self._number("device", lambda: self.graph.call_function(getattr, (self.images, "device")))
+        if type(one) is int and one != other:
+            return self._counted(one, other)
+        if one != other and not (one != one and other != other):  # not a number both times
+            raise self._depends(call)
+        return one
+
+    def _counted(self, one: int, other: int) -> fx.Node:
+        """A number that grows with how many images there are."""
+        step = other - one
+        offset = one - step * self.first.shape[0]
+        count = self._number("count", lambda: self.graph.call_method("size", (self.images, 0)))
+        many = count if step == 1 else self._number(
+            f"{step}", lambda: self.graph.call_function(operator.mul, (count, step))
+        )
+        return many if not offset else self._number(
+            f"{step}+{offset}", lambda: self.graph.call_function(operator.add, (many, offset))
+        )
+
+    def _number(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
+        if key not in self._numbers:
+            self._numbers[key] = make()
+            self._numbers[key].meta["number"] = True
+        return self._numbers[key]
+
+    def _node(self, ref: Ref) -> fx.Node:
+        if ref not in self.nodes:
+            if self.constant[ref.call]:
+                self.nodes[ref] = self._attribute(
+                    self.first.calls[ref.call],
+                    *(Value(self._result(tape, ref)) for tape in (self.first, self.second)),
+                )
+            else:
+                self.nodes[ref] = self.graph.call_function(operator.getitem, (self.nodes[Ref(ref.call)], ref.part))
+                self.nodes[ref].meta["shape"] = self._result(self.first, ref).shape
+        return self.nodes[ref]
+
+    def _attribute(self, call: Call, one: Named | Value, other: Named | Value) -> fx.Node:
+        """A tensor that the network brings along."""
+        if isinstance(one, Named):
+            name, tensor = one.name, self.tensors[one.name]
+        else:
+            assert isinstance(other, Value)
+            tensor, again = one.tensor, other.tensor
+            if tensor.shape != again.shape or not torch.equal(tensor, again):
+                raise UntraceableError(
+                    f"{_where(call)} reads a tensor that is another one in each pass, and that no operation of PyTorch made: by a "
+                    "function of TorchScript, numpy or C++, or at random; write it with operations of PyTorch, or take it out"
+                )
+            name = f"_constant_{len(self.root)}"
+        if name not in self.root:
+            self.root[name] = tensor
+        node = self.graph.get_attr(name)
+        node.meta["shape"] = tensor.shape
+        return node
+
+    def _depends(self, call: Call) -> UntraceableError:
+        return UntraceableError(
+            f"{_where(call)} does other things with two images than with three: the network's forward must not depend on how "
+            "many images it is given, but treat each on its own"
+        )
 
 
-def _defaults(network: nn.Module) -> dict[str, Any]:
-    """The defaults of all arguments of ``forward`` but the first: it is traced as it is called with images alone."""
-    arguments = list(inspect.signature(network.forward).parameters.values())[1:]
-    return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
-
-
-def _without_inplace(graph_module: fx.GraphModule) -> None:
-    """Replace in-place operations, which would overwrite activations that are kept, and ``view``, which needs one layout.
-
-    What reads the overwritten value later reads the result instead, also where the code drops the returned value.
-    """
-    plain = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul, F.relu_: F.relu}
-    modules = {name: module for name, module in graph_module.named_modules() if getattr(module, "inplace", False)}
-    for module in modules.values():
-        module.inplace = False
-    order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
-    for node in order:
-        in_place = node.op == "call_module" and node.target in modules
-        if node.op == "call_function":
-            by_position = node.target in _INPLACE_SECOND and len(node.args) > 1
-            in_place = node.target in plain or bool(node.kwargs.get("inplace")) or (by_position and bool(node.args[1]))
-            node.target = plain.get(node.target, node.target)
-            node.args = node.args[:1] if by_position else node.args
-            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-        elif node.op == "call_method" and isinstance(node.target, str):
-            if node.target.endswith("_") and hasattr(Tensor, node.target[:-1]):
-                in_place, node.target = True, node.target[:-1]
-            if node.target == "view":
-                node.target = "reshape"
-        if in_place and isinstance(node.args[0], fx.Node):
-            overwritten = node.args[0]
-            for reader in list(overwritten.users):
-                if order[reader] > order[node]:
-                    reader.replace_input_with(overwritten, node)
+def _where(call: Call) -> str:
+    return f"layer {call.where}" if call.where else "the network's own forward"

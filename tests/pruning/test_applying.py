@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from backdoor_gym.errors import CompactionError
-from backdoor_gym.pruning.applying import cut_channels, write_mask
+from backdoor_gym.pruning.applying import write_mask
+from backdoor_gym.pruning.cutting import cut_channels
 from backdoor_gym.pruning.neurons import find_neurons
 
 from .test_masked import CASES, images_for
@@ -35,7 +36,7 @@ def test_cutting_keeps_the_outputs(network_of, name, options):
     for unit in neurons.units("group")[::4]:
         mask[unit] = False
     images = images_for(name)
-    smaller = cut_channels(network, neurons, mask, images)
+    smaller = cut_channels(network, neurons, mask, images).network
     edited = write_mask(network, neurons, mask)
     with torch.no_grad():
         torch.testing.assert_close(smaller(images), edited(images), rtol=1e-4, atol=1e-4)
@@ -48,7 +49,7 @@ def test_a_channel_that_a_residual_sum_still_needs_is_not_cut(network_of):
     neurons = find_neurons(network)
     mask = np.ones(len(neurons), dtype=bool)
     mask[neurons.index("layer1.0.conv2[2]")] = False  # conv1[2] and layer1.1.conv2[2] still write this channel
-    smaller = cut_channels(network, neurons, mask, images_for("resnet18"))
+    smaller = cut_channels(network, neurons, mask, images_for("resnet18")).network
     assert smaller.layer1[0].conv2.weight.shape == network.layer1[0].conv2.weight.shape
 
 
@@ -57,7 +58,7 @@ def test_a_layer_never_loses_its_last_channel(network_of):
     neurons = find_neurons(network)
     mask = np.ones(len(neurons), dtype=bool)
     mask[neurons.layers[3].neurons] = False
-    smaller = cut_channels(network, neurons, mask, images_for("vgg16"))
+    smaller = cut_channels(network, neurons, mask, images_for("vgg16")).network
     assert smaller.features[10].out_channels == 1
 
 
@@ -68,7 +69,7 @@ def test_channels_behind_a_sigmoid_are_not_cut_since_zero_does_not_stay_zero():
     neurons = find_neurons(network)
     mask = np.ones(len(neurons), dtype=bool)
     mask[[0, 5]] = False
-    smaller = cut_channels(network, neurons, mask, torch.rand(4, 1, 8, 8))
+    smaller = cut_channels(network, neurons, mask, torch.rand(4, 1, 8, 8)).network
     assert smaller[0].out_channels == 4
     assert smaller[2].out_channels == 3
 
@@ -82,7 +83,7 @@ def test_channels_that_a_depthwise_convolution_reads_stay_and_others_go():
     mask = np.ones(len(neurons), dtype=bool)
     mask[[1, 9]] = False
     images = torch.rand(4, 1, 8, 8)
-    smaller = cut_channels(network, neurons, mask, images)
+    smaller = cut_channels(network, neurons, mask, images).network
     assert (smaller[0].out_channels, smaller[4].out_channels) == (4, 5)
     torch.testing.assert_close(smaller(images), write_mask(network, neurons, mask)(images), rtol=1e-4, atol=1e-5)
 

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from backdoor_gym.errors import UntraceableError
 from backdoor_gym.graph.mask_gradient import mask_gradient
 from backdoor_gym.graph.neuron_graph import neuron_graph
-from backdoor_gym.pruning.applying import cut_channels, write_mask
+from backdoor_gym.pruning.applying import write_mask
+from backdoor_gym.pruning.cutting import cut_channels
 from backdoor_gym.pruning.masked import MaskedNetwork
 from backdoor_gym.pruning.neurons import find_neurons
 
@@ -66,7 +67,7 @@ def test_masks_act_as_edits_and_channels_are_cut(name, options):
     mask = np.random.default_rng(1).random(len(neurons)) > 0.2
     for unit in neurons.units("group")[::3]:
         mask[unit] = False
-    smaller = cut_channels(network, neurons, mask, images)
+    smaller = cut_channels(network, neurons, mask, images).network
     with torch.no_grad():
         torch.testing.assert_close(smaller(images), write_mask(network, neurons, mask)(images), rtol=1e-3, atol=1e-3)
     sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (smaller, network)]
@@ -224,7 +225,7 @@ def test_ways_to_write_a_network(way):
     edited = write_mask(network, neurons, mask)
     with torch.no_grad():
         torch.testing.assert_close(
-            cut_channels(network, neurons, mask, tiny_images())(tiny_images()),
+            cut_channels(network, neurons, mask, tiny_images()).network(tiny_images()),
             edited(tiny_images()),
             rtol=1e-3,
             atol=1e-3,

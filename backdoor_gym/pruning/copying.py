@@ -1,0 +1,40 @@
+"""Copies of a network whose weights are plain parameters, so that zeros written into them stay."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+
+#: Hooks of torch.nn.utils that compute a weight before each pass, by their class's name, and what takes them away.
+_OLD_NORMS = {"WeightNorm": remove_weight_norm, "SpectralNorm": remove_spectral_norm}
+
+
+@torch.no_grad()
+def plain_copy(network: nn.Module) -> nn.Module:
+    """A copy; weights that are computed from others (weight and spectral norm) are plain ones of that value.
+
+    The state dict of the copy has ``weight`` where the network's has ``weight_g``, ``parametrizations.weight.original0``, ...
+    """
+    for module, name, _ in _old_norms(network):  # what the last pass computed may hang on its graph, which no copy can
+        value = module.__dict__.get(name)
+        if isinstance(value, Tensor):
+            module.__dict__[name] = value.detach()
+    copied = copy.deepcopy(network)
+    for module, name, kind in list(_old_norms(copied)):
+        _OLD_NORMS[kind](module, name)
+    for module in list(copied.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return copied
+
+
+def _old_norms(network: nn.Module) -> list[tuple[nn.Module, str, str]]:
+    """Modules with such a hook, the name of the weight, and the hook's class."""
+    return [
+        (module, hook.name, type(hook).__name__)
+        for module in network.modules()
+        for hook in module._forward_pre_hooks.values()
+        if type(hook).__name__ in _OLD_NORMS and hasattr(hook, "name")
+    ]
