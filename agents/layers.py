@@ -13,7 +13,7 @@ from gymnasium import spaces
 from pettingzoo import ParallelEnv
 from stable_baselines3.common.vec_env import VecEnv
 
-from backdoor_gym.baselines.policy import Policy, ask, stop_action
+from backdoor_gym.baselines.policy import Policy, ask, check_env, stop_action
 from backdoor_gym.envs.ahead import core_threads
 from backdoor_gym.envs.generator import InfectedGenerator
 from backdoor_gym.envs.layers import BackdoorPruneLayersEnv, Layers, owners
@@ -49,10 +49,15 @@ class LayerPolicy(Policy):
 
     def __init__(self, onp: ONP, env: Any = None) -> None:
         self.onp = onp
-        self.env = env
+        self._env = env
         self._layers: dict[int, Layers] = {}
         self._stopped: dict[int, set[str]] = {}
         self._wanted: dict[int, list[int]] = {}
+
+    def set_env(self, env: Any) -> None:
+        super().set_env(env)
+        for environment in list(self._layers):
+            self.begin(environment)
 
     def begin(self, environment: int) -> None:
         for memory in (self._layers, self._stopped, self._wanted):
@@ -60,8 +65,9 @@ class LayerPolicy(Policy):
 
     def act(self, observation: Mapping[str, np.ndarray], environment: int) -> int:
         if environment not in self._layers:
+            check_env(self, self._env, environment, observation)
             self._layers[environment] = Layers.of(
-                ask(self.env, environment, "consult", owners), observation["edges"], observation["edge_links"]
+                ask(self._env, environment, "consult", owners), observation["edges"], observation["edge_links"]
             )
             self._stopped[environment], self._wanted[environment] = set(), []
         layers, stopped = self._layers[environment], self._stopped[environment]

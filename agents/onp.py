@@ -15,6 +15,7 @@ import torch
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback
 
+from backdoor_gym.baselines.policy import check_env
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.errors import DataError, ModelFileError
@@ -167,6 +168,9 @@ class ONP:
 
         Observations may be of another size than those learned from. Where actions are deterministic a look-ahead asks the
         environment that the observations come from, see ``set_env``, and when the episode is over ``finish`` belongs to it.
+
+        Raises:
+            DataError: a look-ahead, and an observation that is not the last one of the environment.
         """
         single = np.ndim(observation["nodes"]) == 2
         logits = self.logits(observation)
@@ -190,6 +194,8 @@ class ONP:
         stop = len(logits) - 1
         odds = np.logaddexp.reduce(logits[:-1].astype(np.float64)) - logits[-1]
         look = self.look_ahead
+        if look is not None and self.env is not None:
+            check_env(self, self.env, environment, observation)
         begun = bool(observation["nodes"][:, [_PRUNED, _TRIED]].any())
         threshold = self.threshold if begun else self.verdict_threshold
         if odds < np.log(threshold / (1 - threshold)) or (

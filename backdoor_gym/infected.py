@@ -13,9 +13,9 @@ from .errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from .metrics import Metrics, evaluate
 from .zoo.architectures import build_from_spec
 from .zoo.attacks import Attack, attack_from_state
-from .zoo.datasets import DataSource, LabelledImages, check_labels, fingerprint
+from .zoo.datasets import DIGITS, DataSource, LabelledImages, check_labels, fingerprint
 from .zoo.files import read_tensors, write_tensors
-from .zoo.own_images import Source, all_images, own_images
+from .zoo.own_images import Source, all_images, fit_channels, own_images
 from .zoo.preprocessing import Normalise, Preprocessed, own_module
 from .zoo.targets import Target, check_target
 
@@ -55,8 +55,16 @@ class InfectedModel:
     def __post_init__(self) -> None:
         self.network.eval()
         check_finite(self.network)
+        given, self.clean = self.clean, fit_channels(self.network, self.clean)
+        if self.clean is not given:
+            counts = given.images.shape[1], self.clean.images.shape[1]
+            self.facts = {**self.facts, "channels": f"images of {counts[0]} equal channels were taken as {counts[1]}"}
+        self._check_classes(self.clean)
         check_labels(self.clean.labels, self.num_classes)
         if self.test is not None:
+            colour = self.clean.images.shape[1] == 3
+            if self.test.loaded or (colour and self.test.source is not None and self.test.source.dataset == DIGITS):
+                self.test = fit_channels(self.network, self.test)
             self._check_test(self.test)
         if self.target is not None:
             check_target(self.target, self.num_classes)
@@ -82,7 +90,8 @@ class InfectedModel:
         Args:
             module: from images, or what ``preprocess`` makes of them, to logits (n, classes). It is not copied.
             clean: the defender's images: a pair (images float32 (n, C, H, W) in [0, 1], labels int64 (n,)), a ``Dataset`` or
-                ``DataLoader`` of these, or a file, a folder or the name of a data set (see ``zoo.own_images.own_images``).
+                ``DataLoader`` of these, or a file, a folder or the name of a data set (see ``zoo.own_images.own_images``). Grey
+                images for a network of colours get three equal channels, and the other way round.
             test: images to score on, in the same forms; by default none, or the rest where ``clean`` names a data set.
             trigger: stamps the trigger on images (n, C, H, W) in [0, 1] and gives such images; for scoring alone.
             target: the attacker's label, or "all-to-all".
@@ -128,6 +137,7 @@ class InfectedModel:
             same = (ours.dataset, ours.split) == (theirs.dataset, theirs.split)
             if same and set(ours.indices) & set(theirs.indices):
                 raise DataError("some of the test images are the defender's clean images")
+        self._check_classes(test)
         if test.loaded:
             self._check_fit(test)
 
@@ -138,6 +148,13 @@ class InfectedModel:
                 f"{tuple(self.clean.images.shape[1:])}"
             )
         check_labels(test.labels, self.num_classes)
+
+    def _check_classes(self, images: LabelledImages) -> None:
+        if images.classes not in (None, self.num_classes):
+            raise DataError(
+                f"the {'clean' if images is self.clean else 'test'} images have {images.classes} classes and the network "
+                f"{self.num_classes}, so that labels may mean other classes; an empty folder stands for a class without images"
+            )
 
     def evaluate(self, network: nn.Module | None = None, on_batch: Callable[[int, int], None] | None = None) -> Metrics:
         """ACC, ASR and RA of a network (by default this one) on the test images; None for what is not known.

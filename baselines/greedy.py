@@ -11,7 +11,7 @@ import numpy as np
 
 from backdoor_gym.envs.observation import NODE_FEATURES
 
-from .policy import Observation, Policy, ask, stop_action
+from .policy import Observation, Policy, ask, check_env, stop_action
 
 _HARM = NODE_FEATURES.index("harm_now")
 
@@ -34,6 +34,7 @@ class GreedyACC(Policy):
         harm = observation["nodes"][: int(observation["num_nodes"][0]), _HARM]
         legal = np.flatnonzero(observation["action_mask"][: len(harm)])
         options = []
+        check_env(self, self._env, environment, observation)
         for unit in legal[np.argsort(harm[legal], kind="stable")[: self.candidates]]:
             clean = ask(self._env, environment, "clean_also", [int(unit)])
             if clean is not None:

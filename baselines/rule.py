@@ -16,7 +16,7 @@ from backdoor_gym.pruning.masked import MaskedNetwork
 from backdoor_gym.pruning.neurons import find_neurons
 from backdoor_gym.zoo.datasets import check_images
 
-from .policy import Observation, Policy, ask, stop_action
+from .policy import Observation, Policy, ask, check_env, stop_action
 from .thresholds import AUTO, BUDGET, Threshold, check_threshold, choose_threshold
 
 ACCURACY_BUDGET = 0.02
@@ -75,6 +75,10 @@ class Rule(Policy):
             return {}
         return {self.symbol: self._chosen[0] if np.isfinite(self._chosen[0]) else "all"}
 
+    def set_env(self, env: Any) -> None:
+        super().set_env(env)
+        self._scores.clear()
+
     def begin(self, environment: int) -> None:
         self._scores.pop(environment, None)
 
@@ -102,9 +106,8 @@ class Rule(Policy):
         if self._env is None:
             name = type(self).__name__
             raise DataError(f"{name} needs the environment that it acts in: {name}(env)")
+        check_env(self, self._env, environment, observation)
         scores: np.ndarray = ask(self._env, environment, "consult", self.unit_scores)
-        if len(scores) != observation["num_nodes"][0]:
-            raise DataError(f"{type(self).__name__} was made for another environment than the one it acts in")
         return scores
 
     def _choose(self, scores: np.ndarray, observation: Observation, environment: int) -> float:
@@ -116,6 +119,7 @@ class Rule(Policy):
             return -np.inf
         if self.threshold != AUTO:
             return float(self.threshold)
+        check_env(self, self._env, environment, observation)
         return choose_threshold(
             scores,
             lambda pruned: ask(self._env, environment, "evaluate_also", np.flatnonzero(pruned)).acc,

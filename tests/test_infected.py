@@ -68,7 +68,7 @@ def test_a_module_of_your_own():
     [
         ({"clean": (torch.rand(4, 3, 8, 8), torch.zeros(4).long())}, DataError, "cannot take images"),
         ({"clean": (torch.rand(4, 1, 9, 9), torch.zeros(4).long())}, DataError, "cannot take images"),
-        ({"clean": (torch.rand(4, 1, 8, 8).half(), torch.zeros(4).long())}, DataError, "float32"),
+        ({"clean": (torch.ones(4, 1, 8, 8).long(), torch.zeros(4).long())}, DataError, "divide by 255"),
         ({"clean": (torch.rand(4, 1, 8, 8), torch.full((4,), 5))}, DataError, "labels must be 0 to 4"),
         ({"clean": (torch.rand(0, 1, 8, 8), torch.zeros(0).long())}, DataError, "no image"),
         ({"clean": CLEAN, "target": 5}, DataError, "target 5"),

@@ -1,6 +1,7 @@
 """BackdoorPrune-v0: prune the backdoor out of an infected network, one neuron a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,10 @@ DEFAULT_INFECTED = "digits-badnets"
 #: Slack in comparing accuracies, which are shares of a few hundred images.
 TOLERANCE = 1e-9
 _RESET = "call reset() before anything else"
+#: By which keys ``gave`` knows an observation.
+OBSERVED = ("num_nodes", "nodes", "globals")
+#: What a copy makes anew, or takes from the models that are ready, instead of carrying it.
+_MADE_ANEW = ("generator", "_observer", "observation_space", "_reward", "_viewer", "_victim", "_masked")
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     *Terminated*: stop, ``max_failures`` prunes undone, or no neuron left to prune. *Truncated*: ``max_steps`` steps (by
     default as many as the network has neurons).
+
+    ``copy.deepcopy`` or ``pickle`` in mid-episode gives an environment that goes on where this one was.
 
     ## Info
 
@@ -219,6 +226,43 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._viewer: Viewer | None = None
         self._victim: Victim | None = None
         self._masked: MaskedVictim | None = None
+        self._given: dict[str, np.ndarray] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The arguments, and where the episode is: a copy or pickle in mid-episode goes on where it was.
+
+        What was made ready of a model is left out: of a name or a file the copy takes what its process has ready, and that
+        of an ``InfectedModel`` is made again.
+        """
+        carried = {key: value for key, value in self.__dict__.items() if key not in _MADE_ANEW}
+        return {**carried, "under_way": (self._victim is not None, self._masked is not None)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        begun, open_ = state["under_way"]
+        EzPickle.__setstate__(self, state)
+        self.__dict__.update({key: value for key, value in state.items() if key != "under_way"})
+        if begun:
+            self._victim = self._victim_of_episode()
+        if open_:
+            self._masked = self._masked_again(self.victim)
+
+    def _victim_of_episode(self) -> Victim:
+        if self._asked_for is not None:
+            return self.generator.get(self._asked_for)
+        random = deepcopy(self.np_random)
+        random.bit_generator.state = self._drawn_from
+        return self.generator.draw(random)
+
+    def _masked_again(self, victim: Victim) -> MaskedVictim:
+        """The network as the episode has left it, changed in the same order: so its activations are the same to the last bit."""
+        victim.prepare()
+        masked = MaskedVictim.begin(victim, self.score_samples, self.precision)
+        pruned = np.zeros(len(victim), dtype=bool)
+        for unit, given_back in self._changes:
+            pruned[unit] = not given_back
+            masked.figures(pruned)
+            masked.keep()
+        return masked
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -229,9 +273,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         for option in options:
             if option != "infected":
                 raise UnknownNameError("reset option", option, ("infected",))
-        victim = (
-            self.generator.get(options["infected"]) if "infected" in options else self.generator.draw(self.np_random)
-        )
+        asked_for, drawn_from = options.get("infected"), self.np_random.bit_generator.state
+        victim = self.generator.draw(self.np_random) if asked_for is None else self.generator.get(asked_for)
         if len(victim) > self._observer.max_units:
             raise DataError(
                 f"{victim.name} has {len(victim)} neurons, and this environment's spaces have room for "
@@ -243,6 +286,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             self._masked = MaskedVictim.begin(victim, self.score_samples, self.precision)
         self._masked.restart()
         self._victim = victim
+        self._asked_for, self._drawn_from = asked_for, drawn_from
         self._pruned = np.zeros(len(victim), dtype=bool)
         self._tried = np.zeros(len(victim), dtype=bool)
         self._too_dear = np.zeros(len(victim), dtype=bool)
@@ -466,7 +510,19 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             1 - self._failures / self.max_failures,
             self._slopes_now(),
         )
-        return self._observer.observe(self.victim, progress, self.action_masks())
+        self._given = self._observer.observe(self.victim, progress, self.action_masks())
+        return self._given
+
+    def gave(self, observation: Mapping[str, np.ndarray]) -> bool:
+        """Whether an observation is the last that this environment gave: a policy that asks it more would mix up two networks.
+
+        A wrapper may have changed the features of the neurons or the figures, but not both.
+        """
+        given = self._given
+        if given is None:
+            return False
+        count, nodes, figures = (np.array_equal(given[key], observation[key]) for key in OBSERVED)
+        return count and (nodes or figures)
 
     def _info(self, pruned: int | None, undone: bool) -> dict[str, Any]:
         figures = {

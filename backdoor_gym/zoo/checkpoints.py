@@ -8,7 +8,7 @@ imported nor called.
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,18 @@ _UNREADABLE = (
     AttributeError,
 )
 COUNTER = "num_batches_tracked"
+#: Parts of names under which wrappers and training code hold a network as a whole; what stands beside one of these is not its.
+HOLDERS = frozenset({*WRAPPERS, "module", "_orig_mod", "classifier", "student", "online"})
+#: Names of what trains or judges a network, or of averages of it.
+BESIDE = re.compile(
+    r"(^|[._])(criterion|loss\w*|losses|metrics?|acc|accuracy|ema\d*|swa|averaged?|n_averaged|shadow|teacher|momentum|optim\w*|"
+    r"scheduler|class_weights?|pos_weight|global_step|epochs?|steps?|num_updates|num_batches|best)([._]|$)"
+)
+#: Names of what makes the images that a network takes: without it, it would be given others.
+NORMALISING = re.compile(r"mean|std|normali|preprocess|transform", re.IGNORECASE)
+#: What an archive begins with. A zip may be a torch file, which holds a pickle of this name.
+ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\x28\xb5\x2f\xfd")
+TORCH_PICKLE = "data.pkl"
 #: Modules of a pickled network that are looked into.
 MOST_MODULES = 20_000
 
@@ -71,6 +83,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path).expanduser()
     if not path.is_file():
         raise ModelFileError(f"there is no file {path}")
+    if is_archive(path):
+        raise ModelFileError(
+            f"{path} is an archive around other files: unpack it first, and name the file with the weights (BackdoorBench's is "
+            "attack_result.pt)"
+        )
     if not is_pickle(path):
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -98,33 +115,64 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     ) as error:  # a file that holds itself, or parts of no such kind
         raise ModelFileError(f"{path} is damaged: what it holds is not put together as weights are") from error
     for name, tensor in weights.items():
+        if tensor.is_quantized:
+            raise _quantised(path, name)
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ModelFileError(f"{path} is damaged: {name} is larger than what is stored of it")
     return Checkpoint(path, weights, facts, unread)
 
 
-def fit_weights(network: nn.Module, checkpoint: Checkpoint) -> None:
+def is_archive(path: Path) -> bool:
+    """Whether a file begins like an archive (zip, tar, gz, 7z, ...) and is no torch file."""
+    with path.open("rb") as file:
+        start = file.read(262)
+    if start.startswith(ARCHIVES) or start[257:] == b"ustar":
+        return True
+    if not start.startswith(b"PK") or not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+    return not any(name.count("/") <= 1 and name.rpartition("/")[2] == TORCH_PICKLE for name in names)
+
+
+def fit_weights(network: nn.Module, checkpoint: Checkpoint) -> list[str]:
     """Load the weights into a network, whatever prefix (``module.``, ``model.``, ``_orig_mod.``, ...) their names have.
 
-    Counters of batches that old files lack (``num_batches_tracked``) are left as they are.
+    Counters of batches that old files lack (``num_batches_tracked``) are left as they are. What training code keeps beside
+    the network (a criterion's weights, metrics, counters, averages of the network) is left out, and its names are returned.
 
     Raises:
-        WeightsError: names missing or unexpected, or other shapes.
+        WeightsError: names missing or unexpected, other shapes, integers for floats, or several networks that fit.
     """
     wanted, weights = network.state_dict(), checkpoint.weights
-    prefix = max(_prefixes(weights), key=lambda prefix: (sum(prefix + key in weights for key in wanted), -len(prefix)))
+    prefix, copies = _find_prefix(wanted, checkpoint)
     found = {key: prefix + key for key in wanted if prefix + key in weights}
     missing = [key for key in wanted if key not in found and not key.endswith(COUNTER)]
     taken = set(found.values())
-    unexpected = [key for key in weights if key not in taken]
+    more = [key for key in weights if key not in taken]
+    beside = [key for key in more if key.startswith(copies) or _is_beside(key, weights[key], prefix, wanted)]
+    unexpected = [key for key in more if key not in beside]
     differing = [
         f"{key} {tuple(weights[name].shape)} instead of {tuple(wanted[key].shape)}"
         for key, name in found.items()
         if weights[name].shape != wanted[key].shape
     ]
+    whole = [
+        f"{name} {str(weights[name].dtype).removeprefix('torch.')}"
+        for key, name in found.items()
+        if wanted[key].is_floating_point() and not weights[name].is_floating_point()
+    ]
     problems = [
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", differing))
+        for kind, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", differing),
+            ("quantised or of integers where floats are needed", whole),
+        )
         if keys
     ]
     if problems:
@@ -135,6 +183,55 @@ def fit_weights(network: nn.Module, checkpoint: Checkpoint) -> None:
     with torch.no_grad():
         for key, name in found.items():
             wanted[key].copy_(weights[name])
+    return beside
+
+
+def beginnings(names: Iterable[str]) -> list[str]:
+    """Names up to their first part that is none of ``HOLDERS``, each once: an average has as many as the network."""
+    found = []
+    for name in names:
+        parts = name.split(".")
+        held = next((place for place, part in enumerate(parts) if part not in HOLDERS), len(parts))
+        found.append(".".join(parts[: held + 1]))
+    return list(dict.fromkeys(found))
+
+
+def _find_prefix(wanted: Mapping[str, Tensor], checkpoint: Checkpoint) -> tuple[str, tuple[str, ...]]:
+    """The prefix under which the file has the network, and those under which it has copies of it (averages, a teacher).
+
+    Raises:
+        WeightsError: several that nothing tells apart.
+    """
+    weights = checkpoint.weights
+    needed = [key for key in wanted if not key.endswith(COUNTER)]
+    fitting = {prefix: sum(prefix + key in weights for key in needed) for prefix in _prefixes(weights)}
+    most = max(fitting.values())
+    best = sorted((prefix for prefix in fitting if fitting[prefix] == most), key=lambda prefix: (len(prefix), prefix))
+    if most < len(needed) or len(best) == 1:
+        return best[0], ()
+    known = [prefix for prefix in best if set(prefix.split(".")[:-1]) <= HOLDERS]
+    if len(known) != 1:
+        names = ", ".join(prefix or "no prefix" for prefix in best)
+        raise WeightsError(
+            f"{checkpoint.path} holds the weights of several networks that fit ({names}); save the one you mean alone"
+        )
+    return known[0], tuple(prefix for prefix in best if prefix != known[0])
+
+
+def _is_beside(name: str, tensor: Tensor, prefix: str, wanted: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor of a file is of no layer, but of what trains or judges the network."""
+    if prefix:
+        if name.startswith(prefix):
+            return False
+    elif name.partition(".")[0] in {key.partition(".")[0] for key in wanted}:
+        return False
+    if BESIDE.search(name):
+        return True
+    if NORMALISING.search(name):
+        return False
+    held = bool(prefix) and set(prefix.split(".")[:-1]) <= HOLDERS
+    counter = not tensor.is_floating_point() or (tensor.ndim == 0 and "." not in name)
+    return counter or (held and tensor.ndim < 2)
 
 
 def _prefixes(weights: Mapping[str, Any]) -> Iterator[str]:
@@ -177,9 +274,17 @@ def _read_torch(path: Path) -> tuple[Any, tuple[str, ...]]:
         ) from error
 
 
+def _quantised(path: Path, name: str) -> ModelFileError:
+    return ModelFileError(
+        f"{path} holds the weights of a quantised network ({name}), which cannot be pruned; give the state dict of the network of "
+        "floats that it was made of"
+    )
+
+
 def _find_weights(path: Path, content: Any) -> dict[str, Tensor]:
     if _is_state_dict(content):
         return dict(content)
+    own = _own_tensors(path, content)
     if isinstance(content, _StandIn):
         weights = _of_module(content)
         if weights:
@@ -188,9 +293,15 @@ def _find_weights(path: Path, content: Any) -> dict[str, Tensor]:
         inside = {key: value for key, value in content.items() if _is_state_dict(value)}
         pickled = {key: _of_module(value) for key, value in content.items() if isinstance(value, _StandIn)}
         inside |= {key: weights for key, weights in pickled.items() if weights}
+        if len(own) > max(map(len, inside.values()), default=0):
+            return own
         for key in WRAPPERS:
             if key in inside:
                 return dict(inside[key])
+            if _own_tensors(path, content.get(key)):
+                return _find_weights(path, content[key])
+        if own and len(own) == max(map(len, inside.values())):
+            return own
         if len(inside) == 1:
             return dict(next(iter(inside.values())))
         if inside:
@@ -203,6 +314,21 @@ def _find_weights(path: Path, content: Any) -> dict[str, Tensor]:
                 return _find_weights(path, content[key])
     keys = f", only {', '.join(map(str, list(content)[:6]))}" if isinstance(content, Mapping) and content else ""
     raise ModelFileError(f"{path} holds no state dict (names and tensors){keys}")
+
+
+def _own_tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    """The weights right in a dict, between numbers, texts and other dicts; none where there are but counters.
+
+    Raises:
+        ModelFileError: they are of a quantised network.
+    """
+    if not isinstance(content, Mapping):
+        return {}
+    for key in content:
+        if isinstance(key, str) and "_packed_params" in key:
+            raise _quantised(path, key)
+    own = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    return own if any(tensor.ndim for tensor in own.values()) else {}
 
 
 def _is_state_dict(value: Any) -> bool:

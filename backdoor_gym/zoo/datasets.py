@@ -15,6 +15,7 @@ How it is read may follow the name after a question mark, joined by ``&`` (``tan
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +35,14 @@ DATA_VARIABLE = "BACKDOOR_GYM_DATA"
 _GREY = ("1", "L", "LA")
 #: Pixels a side that a name or a file may ask for.
 MOST_SIDE = 1024
+#: A name of the Hub; whatever else is no folder is never sent to it.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+#: Ends of names by which a misspelt file is told from a data set of the Hub.
+_OF_FILES = re.compile(
+    r"\.(7z|arrow|bin|bmp|bz2|ckpt|csv|gif|gz|h5|hdf5|jpe?g|jsonl?|mat|np[yz]|onnx|parquet|pickle|pkl|png|pth?|rar|safetensors|"
+    r"t[ag][rz]|tiff?|[ct]sv|txt|webp|xz|zip|zst)$",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -50,22 +59,27 @@ class DataSource:
 class LabelledImages:
     """Images float32 (n, C, H, W) in [0, 1] with labels int64 (n,), held in memory or named by a ``DataSource``.
 
+    ``classes`` is how many classes the place has that they were read from, None where it does not tell: a network of another
+    number means other things by its labels.
+
     Raises:
         DataError: wrong shape, dtype or range, lengths that differ, or no image at all.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, source: DataSource | None = None) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, source: DataSource | None = None, classes: int | None = None
+    ) -> None:
         check_images(images, labels)
         self._data: tuple[Tensor, Tensor] | None = (images, labels)
-        self.source = source
+        self.source, self.classes = source, classes
 
     @classmethod
-    def from_source(cls, source: DataSource) -> "LabelledImages":
+    def from_source(cls, source: DataSource, classes: int | None = None) -> "LabelledImages":
         """Images that are read when they are first asked for."""
         if not source.indices:
             raise DataError(f"no images are named of {source.dataset}, split {source.split}")
         self = cls.__new__(cls)
-        self._data, self.source = None, source
+        self._data, self.source, self.classes = None, source, classes
         return self
 
     @property
@@ -119,9 +133,15 @@ def check_images(images: Tensor, labels: Tensor, num_classes: int | None = None)
         raise DataError(f"images must be float32 in [0, 1], not {images.dtype}")
     if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
         raise DataError(f"labels must be int64 of shape ({len(images)},), not {labels.dtype} {tuple(labels.shape)}")
-    low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and high <= 1):  # also catches NaN
-        raise DataError(f"images must lie in [0, 1]; they span {low:g} to {high:g} (normalise inside the network)")
+    low, high = images.min().item(), images.max().item()  # of which one is NaN, or infinite, where any value is
+    for name, count in (("NaN", torch.isnan), ("infinite", torch.isinf)):
+        if not np.isfinite([low, high]).all() and (wrong := int(count(images).flatten(1).any(1).sum())):
+            raise DataError(f"images must lie in [0, 1]; {wrong} of {len(images)} hold values that are {name}")
+    if low < 0 or high > 1:
+        normalised = "give them as they were before, and the normalisation as --mean and --std (Normalise(mean, std))"
+        to_255 = "divide by 255"
+        what = normalised if low < 0 else to_255 if high > 16 else f"{to_255}, or {normalised}"
+        raise DataError(f"images must lie in [0, 1]; they span {low:g} to {high:g}: {what}")
     if num_classes is not None:
         check_labels(labels, num_classes)
 
@@ -250,12 +270,24 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def _location(dataset: str) -> str:
-    """Where to read it: a local copy of a Hub id, a local folder, or the name itself."""
+    """Where to read it: a local folder, a local copy of a Hub id, or the name itself where it has the form of a Hub id.
+
+    Raises:
+        DataError: none of these: names of local files are nobody else's business.
+    """
+    folder = Path(dataset).expanduser()
+    if folder.is_dir():
+        return str(folder.absolute())  # a bare name may also be that of a builder in the library
     root = os.environ.get(DATA_VARIABLE)
-    if root and not Path(dataset).is_dir():
-        local = Path(root) / dataset.rsplit("/", 1)[-1]
-        if local.is_dir():
-            return str(local)
+    if root and (local := Path(root) / dataset.rsplit("/", 1)[-1]).is_dir():
+        return str(local.absolute())
+    if folder.exists():
+        raise DataError(f"{dataset} is a file; a data set is a folder, or OWNER/NAME on the Hub")
+    if not _HUB_ID.fullmatch(dataset) or _OF_FILES.search(dataset) or folder.parent.is_dir():
+        raise DataError(
+            f"there is no file or folder {dataset}, nor one of that name under ${DATA_VARIABLE}; a data set of the Hub is "
+            f"named OWNER/NAME, as in uoft-cs/cifar10"
+        )
     return dataset
 
 
@@ -277,8 +309,8 @@ def _hub_at(location: str, dataset: str) -> Any:
     except Exception as error:  # the library raises many kinds, each with a long text
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"cannot read the data set {dataset!r} ({reason}); "
-            f"it must be a Hub id, a local folder in the Hub's layout, or a folder of that name under ${DATA_VARIABLE}"
+            f"cannot read the data set {dataset!r} ({reason}); it must be a Hub id, a folder of that name under "
+            f"${DATA_VARIABLE}, or a local folder: in the Hub's layout, or with one subfolder a class and the images right in it"
         ) from error
     finally:
         if bars:

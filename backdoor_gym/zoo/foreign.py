@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import DataError, ModelFileError, UnknownNameError
 from ..infected import InfectedModel, check_finite, check_preprocess
 from .architectures import ARCHITECTURES, build
-from .checkpoints import Checkpoint, fit_weights, read_checkpoint
+from .checkpoints import Checkpoint, beginnings, fit_weights, read_checkpoint
 from .datasets import MOST_SIDE
 from .own_images import OwnImages, Source, all_images, own_images
 from .preprocessing import Normalise, Preprocessed
@@ -93,9 +93,9 @@ def load_foreign(
         network = build(**spec)
     elif module is not None:
         network = make_module(module)
-    fit_weights(network, checkpoint)
+    unused = beginnings(fit_weights(network, checkpoint))
+    facts = {**checkpoint.facts, "unread": list(checkpoint.unread), "unused": unused}
     check_finite(network)
-    facts = {**checkpoint.facts, "unread": list(checkpoint.unread)}
     full: nn.Module = network
     if preprocess is None:
         preprocess = _normalisation(checkpoint)
@@ -104,14 +104,9 @@ def load_foreign(
         check_preprocess(preprocess, images.images.images[:2])
         full = Preprocessed(preprocess, network)
     path = checkpoint.path
-    model = InfectedModel(
+    return InfectedModel(
         full, images.images, scoring, architecture=spec, facts=facts, name=path.stem, checkpoint=str(path)
     )
-    if images.classes is not None and images.classes != model.num_classes:
-        raise DataError(
-            f"{clean} has {images.classes} classes and the network {model.num_classes}, so that labels may mean other classes"
-        )
-    return model
 
 
 def find_architecture(checkpoint: Checkpoint, name: str | None) -> str:
@@ -162,8 +157,10 @@ def make_module(factory: Factory) -> nn.Module:
 
 
 def _spec(name: str, checkpoint: Checkpoint, images: OwnImages, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of the network: as many channels as the images have, as many classes as the weights."""
-    channels = images.images.images.shape[1]
+    """The description of the network: as many classes as the weights have, and channels, or those of the images."""
+    grey, colour = (_shapes(name, 2, channels, **options) for channels in (1, 3))
+    channels = differing_length(grey, colour, checkpoint, axis=1)
+    channels = channels if channels in (1, 3) else images.images.images.shape[1]
     # Not the number that the file says: the network is built before its weights are compared.
     classes = _classes(name, checkpoint, channels, options)
     return {"name": name, "num_classes": classes, "in_channels": channels, **options}
@@ -172,11 +169,18 @@ def _spec(name: str, checkpoint: Checkpoint, images: OwnImages, options: Mapping
 def _classes(name: str, checkpoint: Checkpoint, channels: int, options: Mapping[str, Any]) -> int:
     """How long the tensors are whose length the number of classes decides."""
     two, three = (_shapes(name, classes, channels, **options) for classes in (2, 3))
-    for key in (key for key in two if two[key] != three[key]):
+    return differing_length(two, three, checkpoint) or 1  # which ``fit_weights`` refuses, and says what else is missing
+
+
+def differing_length(
+    one: Mapping[str, torch.Size], other: Mapping[str, torch.Size], checkpoint: Checkpoint, axis: int = 0
+) -> int | None:
+    """How long the checkpoint's tensors are, along one axis, that have two shapes in two networks; None where it has none."""
+    for key in (key for key in one if one[key] != other[key]):
         for found, tensor in checkpoint.weights.items():
-            if tensor.ndim and (found == key or found.endswith(f".{key}")):
-                return len(tensor)
-    return 1  # which ``fit_weights`` refuses, and says what else is missing
+            if tensor.ndim > axis and (found == key or found.endswith(f".{key}")):
+                return tensor.shape[axis]
+    return None
 
 
 def _shapes(name: str, classes: int, channels: int, **options: Any) -> dict[str, torch.Size]:

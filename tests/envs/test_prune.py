@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import gymnasium as gym
 import numpy as np
@@ -407,3 +408,40 @@ def test_how_far_the_suspected_danger_fell_lately(infected):
     assert env.suspected_fall(3) == dangers[0] - dangers[3]
     assert env.suspected_fall(1) == dangers[2] - dangers[3]
     assert env.suspected_fall(4) is None
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_copy_in_mid_episode_goes_on_where_it_was(infected, plain_infected, infected_file, twin_of, as_file):
+    models = [infected, plain_infected] if not as_file else [str(infected_file), plain_infected]
+    env = gym.make("BackdoorPrune-v0", infected=models, slopes_every=2, max_failures=50)
+    env.reset(seed=1)
+    env.unwrapped.accuracy_budget = 0.05  # changed since it was made
+    env.action_space.seed(3)
+    for unit in range(0, 40, 5):
+        env.step(unit)
+    twin = twin_of(env)
+    assert twin.unwrapped.accuracy_budget == 0.05
+    assert twin.unwrapped.changes == env.unwrapped.changes
+    assert twin.unwrapped.least_acc == env.unwrapped.least_acc
+    for _ in range(15):
+        action = env.action_space.sample()
+        assert action == twin.action_space.sample()
+        mine, its = env.step(action), twin.step(action)
+        assert its[1:] == mine[1:]
+        assert all(np.array_equal(mine[0][key], its[0][key]) for key in mine[0])
+        if mine[2] or mine[3]:
+            break
+    for _ in range(4):  # which models are drawn, too
+        assert twin.reset()[1] == env.reset()[1]
+
+
+def test_a_copy_is_of_the_model_that_was_asked_for_and_before_an_episode_of_none(infected, plain_infected):
+    env = BackdoorPruneEnv([infected, plain_infected])
+    with pytest.raises(gym.error.ResetNeeded):
+        copy.deepcopy(env).step(0)
+    env.reset(seed=0, options={"infected": plain_infected})
+    assert copy.deepcopy(env).step(1)[1] == env.step(1)[1]
+    env.close()
+    with pytest.raises(gym.error.ResetNeeded):
+        copy.deepcopy(env).step(2)

@@ -1,5 +1,10 @@
 import argparse
+import bz2
+import gzip
+import lzma
 import os
+import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from backdoor_gym.errors import ModelFileError, WeightsError
-from backdoor_gym.zoo.checkpoints import fit_weights, read_checkpoint
+from backdoor_gym.zoo.checkpoints import beginnings, fit_weights, read_checkpoint
 
 
 class Net(nn.Module):
@@ -73,6 +78,56 @@ KINDS = {
         "acc": np.float64(0.9),
         "args": argparse.Namespace(lr=0.1),
         "picture": Image.new("RGB", (2, 2)),
+    },
+    "between numbers, texts and dicts": lambda net: {
+        "epoch": 5,
+        "best": 0.9,
+        "note": "final",
+        "nothing": None,
+        "hyper": {"lr": 0.1, "milestones": [1, 2]},
+        "optimizer": torch.optim.Adam(net.parameters()).state_dict(),
+        **net.state_dict(),
+    },
+    "the same in a wrapper, beside poisoned images": lambda net: {
+        "state_dict": {**net.state_dict(), "epoch": 5},
+        "bd_test": {"x": torch.zeros(1), "y": torch.zeros(1)},
+    },
+    "with a copy of a few of its tensors": lambda net: {**net.state_dict(), "trigger": {"mask": torch.ones(3, 3)}},
+    "with tensors beside the wrapper": lambda net: {"victim": net.state_dict(), "weights_of_classes": torch.ones(2)},
+    "with the loss of a Lightning module": lambda net: {
+        "state_dict": {
+            **prefixed("model.", net.state_dict()),
+            "criterion.weight": torch.ones(2),
+            "loss_fn.weight": torch.ones(2),
+            "ce.weight": torch.ones(2),
+            "val_acc.correct": torch.tensor(3),
+            "train_f1.tp": torch.zeros(2),
+            "confusion.matrix": torch.zeros(2, 2).long(),
+            "num_batches": torch.tensor(4),
+            "optimizer.exp_avg.0": torch.ones(4, 1, 3, 3),
+        }
+    },
+    "of AveragedModel": lambda net: torch.optim.swa_utils.AveragedModel(net).state_dict(),
+    "of AveragedModel in a Lightning module": lambda net: {
+        **prefixed("module.model.", net.state_dict()),
+        "module.criterion.weight": torch.ones(2),
+        "n_averaged": torch.tensor(5),
+    },
+    "without a prefix beside a loss and counters": lambda net: {
+        **net.state_dict(),
+        "criterion.weight": torch.ones(2),
+        "accuracy.correct": torch.tensor(0.5),
+        "rate": torch.tensor(0.1),
+        "n_averaged": torch.tensor(5),
+    },
+    "with other averages": lambda net: {
+        **prefixed("ema.", {key: 0 * value for key, value in net.state_dict().items()}),
+        **prefixed("model.", net.state_dict()),
+        **prefixed("model_ema.module.", {key: 0 * value for key, value in net.state_dict().items()}),
+    },
+    "with averages under another key": lambda net: {
+        "state_dict": net.state_dict(),
+        "state_dict_ema": {key: 0 * value for key, value in net.state_dict().items()},
     },
     "the whole network": lambda net: net,
     "the whole network, wrapped": lambda net: {"model": net, "epoch": 1},
@@ -189,6 +244,10 @@ def test_files_without_weights_are_refused(trained, tmp_path):
         (lambda weights: weights.update(more=torch.zeros(1)), r"1 unexpected \((module\.)?more\)"),
         (lambda weights: weights.update({"deep.1.bias": torch.zeros(7)}), r"deep\.1\.bias \(7,\) instead of \(2,\)"),
         (lambda weights: weights.pop("norm.running_var"), r"missing \(norm\.running_var\)"),
+        (
+            lambda weights: weights.update({"deep.1.bias": torch.zeros(2, dtype=torch.int8)}),
+            r"1 quantised or of integers .*deep\.1\.bias int8",
+        ),
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -219,3 +278,73 @@ def test_files_that_hold_themselves_or_claim_more_than_they_store_are_refused(tm
         torch.save(content, tmp_path / "hostile.pt")
         with pytest.raises(ModelFileError, match="damaged"):
             read_checkpoint(tmp_path / "hostile.pt")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"head.weight": torch.zeros(2, 2)}, r"1 unexpected \(head\.weight\)"),  # may come after the network
+        ({"normalize.mean": torch.zeros(3)}, r"1 unexpected \(normalize\.mean\)"),  # it takes other images, then
+        ({"model.aux.weight": torch.zeros(2)}, r"1 unexpected \(model\.aux\.weight\)"),
+    ],
+)
+def test_what_may_belong_to_the_network_is_not_left_out(more, words, trained, tmp_path):
+    torch.save({**prefixed("model.", trained.state_dict()), **more}, tmp_path / "a.pt")
+    with pytest.raises(WeightsError, match=words):
+        fit_weights(Net(), read_checkpoint(tmp_path / "a.pt"))
+
+
+def test_what_is_left_out_is_named(trained, tmp_path):
+    weights = trained.state_dict()
+    beside = {"model.loss.weight": torch.ones(2), "n_averaged": torch.tensor(3), **prefixed("ema.", weights)}
+    torch.save({**prefixed("model.net.", weights), **beside}, tmp_path / "a.pt")
+    left_out = fit_weights(Net(), read_checkpoint(tmp_path / "a.pt"))
+    assert left_out == list(beside)
+    assert beginnings(left_out) == ["model.loss", "n_averaged", "ema"]
+
+
+def test_networks_that_nothing_tells_apart_are_refused(trained, tmp_path):
+    torch.save({**prefixed("left.", trained.state_dict()), **prefixed("right.", trained.state_dict())}, tmp_path / "a")
+    with pytest.raises(WeightsError, match=r"several networks that fit \(left\., right\.\)"):
+        fit_weights(Net(), read_checkpoint(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("wrap", [lambda weights: weights, lambda weights: {"state_dict": weights, "epoch": 1}])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"fc.scale": torch.tensor(1.0), "fc._packed_params._packed_params": (torch.zeros(2, 2), torch.zeros(2))},
+        {
+            "conv.weight": torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8),
+            "conv.scale": torch.tensor(1.0),
+        },
+    ],
+)
+def test_quantised_networks_are_named_as_such(weights, wrap, tmp_path):
+    torch.save(wrap(weights), tmp_path / "a.pt")
+    with pytest.raises(ModelFileError, match=r"quantised network \((fc\._packed|conv\.weight)"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_archives_are_to_be_unpacked(trained, tmp_path):
+    weights = tmp_path / "attack_result.pt"
+    torch.save(trained.state_dict(), weights)
+    with zipfile.ZipFile(tmp_path / "zip", "w") as file:
+        file.write(weights, "a/b/attack_result.pt")
+    with zipfile.ZipFile(tmp_path / "nested", "w") as file:
+        file.write(tmp_path / "zip", "inner.zip")
+    with zipfile.ZipFile(tmp_path / "unpacked.pt", "w") as file:  # somebody packed what was in two torch files
+        file.writestr("a/b/data.pkl", b"")
+    for name, mode in (("tar", "w"), ("tar.gz", "w:gz"), ("tar.bz2", "w:bz2"), ("tar.xz", "w:xz")):
+        with tarfile.open(tmp_path / name, mode) as file:
+            file.add(weights, "a/attack_result.pt")
+    for name, module in (("gz", gzip), ("bz2", bz2), ("xz", lzma)):
+        with module.open(tmp_path / name, "wb") as file:
+            file.write(weights.read_bytes())
+    (tmp_path / "7z").write_bytes(b"7z\xbc\xaf\x27\x1c" + bytes(40))
+    (tmp_path / "rar.pth").write_bytes(b"Rar!\x1a\x07" + bytes(40))
+    for file in tmp_path.iterdir():
+        if file != weights:
+            with pytest.raises(ModelFileError, match=r"unpack it first.*attack_result"):
+                read_checkpoint(file)
+    fit_weights(Net(), read_checkpoint(weights))

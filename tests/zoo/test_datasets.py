@@ -261,7 +261,7 @@ def test_grey_and_colour_images_get_the_mode_of_the_first(tmp_path):
         (torch.rand(4, 1, 8, 8).double(), torch.zeros(4).long(), "float32"),
         (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4).long(), "float32"),
         (torch.rand(4, 1, 8, 8) * 255, torch.zeros(4).long(), r"\[0, 1\]"),
-        (torch.full((4, 1, 8, 8), torch.nan), torch.zeros(4).long(), r"\[0, 1\]"),
+        (torch.full((4, 1, 8, 8), torch.nan), torch.zeros(4).long(), r"\[0, 1\]; 4 of 4 hold values that are NaN"),
         (torch.rand(4, 1, 8, 8), torch.zeros(4), "int64"),
         (torch.rand(4, 1, 8, 8), torch.zeros(3).long(), r"\(4,\)"),
         (np.zeros((4, 1, 8, 8)), torch.zeros(4).long(), "tensors"),

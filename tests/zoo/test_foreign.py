@@ -164,6 +164,22 @@ def test_class_folders_must_be_as_many_as_the_classes(own, tmp_path):
         load_infected("own.pth", module="own_net:Net", clean=tmp_path / "images")
 
 
+def test_a_known_architecture_has_the_channels_of_its_weights(ours, tmp_path):
+    for name in range(10):
+        (tmp_path / "images" / str(name)).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (name, name, name)).save(tmp_path / "images" / str(name) / "0.png")
+    model = load_infected(ours, architecture="small_cnn", options=OPTIONS, clean=tmp_path / "images")
+    assert model.architecture["in_channels"] == 1
+    assert model.clean.images.shape == (10, 1, 8, 8)
+
+
+def test_what_stands_beside_the_network_in_its_file_is_named(own):
+    weights = {f"model.{key}": value for key, value in own.state_dict().items()}
+    torch.save({"state_dict": {**weights, "criterion.weight": torch.ones(10)}}, "own.pth")
+    model = load_infected("own.pth", module="own_net:Net", clean="digits")
+    assert model.facts["unused"] == ["criterion"]
+
+
 def test_backdoorbench_results_bring_their_architecture_size_and_normalisation(tmp_path):
     network = build("preact_resnet18", num_classes=10, in_channels=3, width=2)
     torch.save(
