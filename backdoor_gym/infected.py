@@ -36,6 +36,8 @@ class InfectedModel:
         facts: what is known of its making (attack, poison rate, ACC and ASR when made, ...), JSON-able.
         name: what to call it.
         checkpoint: the file that the weights came from, where it was not this package that wrote it.
+        layout: the form that it came in, where a repaired network goes back into that (see ``zoo.pretrained.Layout``): ``save``
+            takes a folder and the repaired ``module`` and gives the files that it wrote, the weights first.
 
     Raises:
         WeightsError: a weight that is not finite.
@@ -51,6 +53,7 @@ class InfectedModel:
     facts: dict[str, Any] = field(default_factory=dict)
     name: str = "unnamed"
     checkpoint: str | None = None
+    layout: Any = None
 
     def __post_init__(self) -> None:
         self.network.eval()

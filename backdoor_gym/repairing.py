@@ -144,8 +144,9 @@ class RepairResult:
     def save(self, folder: str | Path, command: str | None = None) -> list[Path]:
         """Write the repaired network, ``report.html``, ``pruned.json`` and ``repair.png`` into a folder, made if needed.
 
-        A network of a known architecture is saved as an infected model, ready for another ``repair``. Any other one, and one
-        out of somebody's checkpoint, is saved as the state dict of ``module``, for its own class to load.
+        A network of a known architecture is saved as an infected model, ready for another ``repair``. One out of a folder of
+        transformers or timm is saved as that folder was. Any other one, and one out of somebody's checkpoint, is saved as the
+        state dict of ``module``, for its own class to load.
 
         Args:
             folder: where to.
@@ -160,7 +161,10 @@ class RepairResult:
         folder.mkdir(parents=True, exist_ok=True)
         weights, report, picture = (folder / name for name in (WEIGHTS, "pruned.json", "repair.png"))
         original = self.infected
-        if self.complete:
+        written = [weights]
+        if original.layout is not None:
+            written = original.layout.save(folder, self.module)
+        elif self.complete:
             InfectedModel(
                 self.network,
                 original.clean,
@@ -175,7 +179,7 @@ class RepairResult:
             write_tensors(weights, self.module.state_dict(), {"format": STATE_DICT})
         report.write_text(json.dumps(self.report(), indent=2) + "\n")
         imsave(picture, frame(self.snapshot))
-        return [weights, report, picture, write_report(self, folder / "report.html", command)]
+        return [*written, report, picture, write_report(self, folder / "report.html", command)]
 
 
 def repair(

@@ -23,6 +23,7 @@ def inspect(
     image_size: own_network.ImageSize = None,
     mean: own_network.Mean = None,
     std: own_network.Std = None,
+    timm: own_network.Timm = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -47,6 +48,7 @@ def inspect(
         image_size=image_size,
         mean=mean,
         std=std,
+        timm=timm,
     )
     with output.working("reading its neurons"):
         neurons = find_neurons(infected.network, infected.clean.first(2).images)

@@ -11,7 +11,9 @@ from .common import Output, pairs
 if TYPE_CHECKING:
     from ..infected import InfectedModel
 
-PANEL = "A network of your own (its weights: .safetensors, .pt, .pth, .tar)"
+PANEL = (
+    "A network of your own (its weights: .safetensors, .pt, .pth, .tar; or a folder of transformers, or hf:OWNER/NAME)"
+)
 
 Architecture = Annotated[
     str | None,
@@ -27,6 +29,10 @@ Module = Annotated[
         help="Your own code instead: package.module:factory, which is imported and run; it gives the network.",
         rich_help_panel=PANEL,
     ),
+]
+Timm = Annotated[
+    str | None,
+    typer.Option("--timm", help="Network of timm that the weights belong to: resnet18.", rich_help_panel=PANEL),
 ]
 Clean = Annotated[
     str | None,
@@ -75,6 +81,7 @@ def read_model(
     image_size: str | None,
     mean: str | None,
     std: str | None,
+    timm: str | None,
 ) -> "InfectedModel":
     """The model that the arguments of a command name.
 
@@ -104,6 +111,7 @@ def read_model(
             clean_images=clean_images,
             image_size=_size(image_size),
             preprocess=preprocess,
+            timm=timm,
         )
     if infected.checkpoint is None:  # facts of a file are words of whoever wrote it
         return infected
@@ -112,6 +120,13 @@ def read_model(
     known = infected.facts.get("normalised_for")
     if known:
         output.note(f"Images are normalised as BackdoorBench does it for {known}; --mean and --std change it.")
+    unused = infected.facts.get("unused") or []
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        output.note(f"The network has no place for these tensors of {model}: {', '.join(unused[:3])}{more}")
+    said = infected.facts.get("preprocessing")
+    if said:
+        output.note(f"As the network came with it, images are {said}; --image-size, --mean and --std change it.")
     return infected
 
 

@@ -69,6 +69,7 @@ def repair(
     image_size: own_network.ImageSize = None,
     mean: own_network.Mean = None,
     std: own_network.Std = None,
+    timm: own_network.Timm = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -98,6 +99,7 @@ def repair(
         image_size=image_size,
         mean=mean,
         std=std,
+        timm=timm,
     )
     folder = out or Path("repaired") / infected.name.replace("/", "-")
     check_writable(folder)
@@ -126,15 +128,17 @@ def repair(
         output.say("The published threshold was used; --threshold auto chooses it with the clean images.")
     for path in written:
         output.say(f"  {path}")
-    if infected.checkpoint is not None:
+    if infected.layout is not None:
+        output.say(f"{folder} holds the network in the form that it came in.")
+    elif infected.checkpoint is not None:
         output.say(
             f'Your own class takes the repaired weights: network.load_state_dict(safetensors.torch.load_file("{written[0]}")).'
         )
-        if result.clean_acc_before < DOUBTFUL:
-            output.note(
-                f"The network knew {result.clean_acc_before:.0%} of the clean images before the repair. If it is better than "
-                "that, look at --mean and --std (what it does to images in [0, 1]), the order of the labels, the image size."
-            )
+    if infected.checkpoint is not None and result.clean_acc_before < DOUBTFUL:
+        output.note(
+            f"The network knew {result.clean_acc_before:.0%} of the clean images before the repair. If it is better than "
+            "that, look at --mean and --std (what it does to images in [0, 1]), the order of the labels, the image size."
+        )
 
 
 def verdict_in_words(score: float, target: int | None, pruned: int) -> str:

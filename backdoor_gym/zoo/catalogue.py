@@ -16,6 +16,7 @@ from . import family
 from .files import WEIGHTS_ALONE, holds, is_pickle
 from .foreign import Factory, load_foreign
 from .own_images import Source
+from .pretrained import CONFIG, WEIGHTS, is_pretrained, load_pretrained, load_timm
 
 SUFFIX = ".safetensors"
 
@@ -60,7 +61,9 @@ def resolve(name: str) -> list[str]:
     if name.endswith(SUFFIX) or "\\" in name or name.startswith((".", "/", "~")):
         raise ModelFileError(f"there is no file {name}")
     known = [*_embedded(), *(f"{split}/0" for split in family.SPLITS)]
-    raise UnknownNameError("infected model", name, known, "a file must exist, or end in .safetensors")
+    raise UnknownNameError(
+        "infected model", name, known, "a file must exist, or end in .safetensors; hf:owner/name is read from the Hub"
+    )
 
 
 def load_infected(
@@ -75,12 +78,14 @@ def load_infected(
     clean_images: int | None = None,
     image_size: tuple[int, int] | None = None,
     preprocess: Callable[[Tensor], Tensor] | None = None,
+    timm: str | None = None,
 ) -> InfectedModel:
-    """An infected model by name or file. Nothing that came with a file is run.
+    """An infected model by name, file or folder. Nothing that came with a file is run.
 
     Args:
         name: of an embedded model, of the family (``digits-test/3``: trained now if it is not cached), or a file: one that
-            ``InfectedModel.save`` wrote, or anybody's weights (``.safetensors``, ``.pt``, ``.pth``, ``.tar``).
+            ``InfectedModel.save`` wrote, or anybody's weights (``.safetensors``, ``.pt``, ``.pth``, ``.tar``); the folder of an
+            image classifier of transformers or timm, or ``hf:owner/name`` on the Hub (see ``zoo.pretrained.load_pretrained``).
         data: data set to read a file's images from, instead of the one it names.
         architecture: for anybody's weights, as all that follow (see ``zoo.foreign.load_foreign``): the architecture.
         options: its options.
@@ -90,10 +95,12 @@ def load_infected(
         clean_images: how many of ``clean`` are drawn.
         image_size: height and width that the images of folders are resized to.
         preprocess: from images in [0, 1] to what the network takes.
+        timm: the name of a network of timm that the weights belong to.
 
     Raises:
         UnknownNameError: no such name.
-        ModelFileError, WeightsError, DataError: a file that cannot be used (see ``InfectedModel.load`` and ``load_foreign``).
+        ModelFileError, WeightsError, DataError: a file that cannot be used (see ``InfectedModel.load``, ``load_foreign``,
+            ``load_pretrained`` and ``load_timm``).
     """
     text = str(name)
     own: dict[str, Any] = {
@@ -106,10 +113,16 @@ def load_infected(
         "image_size": image_size,
         "preprocess": preprocess,
     }
-    given = [key for key, value in own.items() if value is not None]
+    given = [key for key, value in {**own, "timm": timm}.items() if value is not None]
     path = Path(text).expanduser()
+    if is_pretrained(text):
+        return load_pretrained(text, **own, timm=timm)
     if path.is_file() and (is_pickle(path) or holds(path) in WEIGHTS_ALONE or (given and holds(path) != FORMAT)):
-        return load_foreign(path, **own)
+        return load_foreign(path, **own) if timm is None else load_timm(path, timm, **own)
+    if path.is_dir() and text not in _embedded() and not family.is_member(text):
+        raise ModelFileError(
+            f"{text} is a folder without {CONFIG}: a network of transformers or timm has it beside {WEIGHTS}"
+        )
     found = resolve(text)
     if given:
         raise DataError(
