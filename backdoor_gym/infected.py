@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from .errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from .metrics import Metrics, evaluate
+from .zoo.adapting import in_float32, unwrapped
 from .zoo.architectures import build_from_spec
 from .zoo.attacks import Attack, attack_from_state
 from .zoo.datasets import DIGITS, DataSource, LabelledImages, check_labels, fingerprint
 from .zoo.files import read_tensors, write_tensors
 from .zoo.own_images import Source, all_images, fit_channels, own_images
-from .zoo.preprocessing import Normalise, Preprocessed, own_module
+from .zoo.preprocessing import Normalise, Preprocessed, giving_logits, own_module
 from .zoo.targets import Target, check_target
 
 FORMAT = "backdoor-gym-infected/1"
@@ -38,6 +39,7 @@ class InfectedModel:
         checkpoint: the file that the weights came from, where it was not this package that wrote it.
         layout: the form that it came in, where a repaired network goes back into that (see ``zoo.pretrained.Layout``): ``save``
             takes a folder and the repaired ``module`` and gives the files that it wrote, the weights first.
+        dtypes: of weights of the module that are not float32; ``network`` is a copy in float32 then.
 
     Raises:
         WeightsError: a weight that is not finite.
@@ -54,9 +56,10 @@ class InfectedModel:
     name: str = "unnamed"
     checkpoint: str | None = None
     layout: Any = None
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.network.eval()
+        self._adapt()
         check_finite(self.network)
         given, self.clean = self.clean, fit_channels(self.network, self.clean)
         if self.clean is not given:
@@ -91,7 +94,9 @@ class InfectedModel:
         (normalised, scaled to [-1, 1] or 255, BGR, ...) needs ``preprocess``, or a layer of its own that does it.
 
         Args:
-            module: from images, or what ``preprocess`` makes of them, to logits (n, classes). It is not copied.
+            module: from images, or what ``preprocess`` makes of them, to logits (n, classes), or to an answer that holds them: as
+                ``logits``, or as its first tensor of that form. ``DataParallel``, ``torch.compile`` and the like are taken off. It
+                is not copied, unless weights are of another type than float32; then a copy in float32 is computed with.
             clean: the defender's images: a pair (images float32 (n, C, H, W) in [0, 1], labels int64 (n,)), a ``Dataset`` or
                 ``DataLoader`` of these, or a file, a folder or the name of a data set (see ``zoo.own_images.own_images``). Grey
                 images for a network of colours get three equal channels, and the other way round.
@@ -112,6 +117,16 @@ class InfectedModel:
             module = Preprocessed(preprocess, module)
         return cls(module, given.images, scoring, trigger, target, name=name)
 
+    def _adapt(self) -> None:
+        """Take the network out of its wrappers, and compute in float32; ``num_classes`` finds the logits in its answer."""
+        module, dtypes = in_float32(unwrapped(own_module(self.network)).eval())
+        self.dtypes = dtypes or self.dtypes
+        if not isinstance(self.network, Preprocessed):
+            self.network = module
+        elif module is not self.network.network:
+            self.network = Preprocessed(self.network.preprocess.function, module, self.network.entry)
+        self.network.eval()
+
     @property
     def module(self) -> nn.Module:
         """The network without what stands in front of it: the one that was given to ``from_module``."""
@@ -119,16 +134,20 @@ class InfectedModel:
 
     @cached_property
     def num_classes(self) -> int:
-        """Number of logits, found by running the network on one clean image."""
+        """Number of logits, found by running the network on two clean images: some networks cannot take a single one."""
+        images = torch.cat([self.clean.images[:2]] * 2)[:2]
         try:
             with torch.no_grad():
                 device = next((parameter.device for parameter in self.network.parameters()), "cpu")
-                logits = self.network(self.clean.images[:1].clone().to(device))
+                self.network = giving_logits(self.network, images.to(device))
+                logits = self.network(images.clone().to(device))
+        except DataError:
+            raise
         except Exception as error:  # the user's code, which can raise anything
             shape = tuple(self.clean.images.shape[1:])
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DataError(f"the network cannot take images of shape {shape}: {reason}") from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
             what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise DataError(f"the network must give logits (n, classes), not {what}")
         return logits.shape[1]
@@ -275,9 +294,12 @@ class InfectedModel:
 
 
 def check_finite(network: nn.Module) -> None:
-    """Raise ``WeightsError`` where a weight or a statistic is NaN or infinite."""
-    for name, value in network.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+    """Raise ``WeightsError`` where a weight or a statistic is NaN or infinite; a mask that is a buffer may be infinite."""
+    for name, value in [*network.named_parameters(), *network.named_buffers()]:
+        if not value.is_floating_point():
+            continue
+        is_mask = not isinstance(value, nn.Parameter) and not name.rpartition(".")[2].startswith("running_")
+        if torch.isnan(value).any() or not (is_mask or torch.isfinite(value).all()):
             raise WeightsError(f"the weights hold values that are not finite (first in {name})")
 
 

@@ -38,11 +38,11 @@ def predict_logits(
     parameter = next(network.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     network.eval()
-    # Copies: a network may work in place on what it is given.
-    batches = (batch.to(device, memory_format=torch.channels_last, copy=True) for batch in images.split(batch_size))
     found: list[Tensor] = []
-    for batch in batches:
-        found.append(network(batch).float().cpu())
+    for batch in images.chunk(-(-len(images) // batch_size)):  # of like sizes: some networks cannot take a single image
+        # A copy, as a network may work in place on what it is given, and contiguous, as everybody runs it.
+        given = torch.cat([batch, batch]) if len(batch) == 1 else batch.clone(memory_format=torch.contiguous_format)
+        found.append(network(given.to(device)).float().cpu()[: len(batch)])
         if on_batch is not None:
             on_batch(sum(map(len, found)))
     return torch.cat(found)

@@ -5,6 +5,7 @@ import inspect
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +23,11 @@ from .infected import InfectedModel
 from .metrics import Metrics, der
 from .policies import BUDGETS, PredictingPolicy, check_policy, finish, kind_of_policy, make_policy
 from .progress import Watch
-from .pruning.applying import cut_channels, write_mask
+from .pruning.applying import write_mask
+from .pruning.cutting import cut_channels
 from .pruning.neurons import Neurons
 from .reporting import write_report
+from .zoo.adapting import in_own_types
 from .zoo.catalogue import load_infected
 from .zoo.files import STATE_DICT, write_tensors
 from .zoo.preprocessing import own_module
@@ -104,8 +107,11 @@ class RepairResult:
 
     @property
     def module(self) -> nn.Module:
-        """The repaired network without what stands in front of it: the class that was given to ``from_module``."""
-        return own_module(self.network)
+        """The repaired network without what stands in front of it: the class that was given to ``from_module``.
+
+        Its weights are of the types that they were of there.
+        """
+        return in_own_types(own_module(self.network), self.infected.dtypes)
 
     @property
     def complete(self) -> bool:
@@ -115,10 +121,15 @@ class RepairResult:
     def compact(self) -> nn.Module:
         """A smaller network with the same outputs, from which the pruned channels are cut out where shapes allow.
 
+        Where they stay although nothing needs them, a warning names the layer that stops the cut.
+
         Raises:
-            CompactionError: the network cannot be cut.
+            CompactionError: the network cannot take the clean images.
         """
-        return cut_channels(self.infected.network, self.neurons, self.mask, self.infected.clean.images)
+        cut = cut_channels(self.infected.network, self.neurons, self.mask, self.infected.clean.images)
+        for stop in cut.stops:
+            warnings.warn(stop, stacklevel=2)
+        return cut.network
 
     def report(self) -> dict[str, Any]:
         """All figures and the pruned neurons, JSON-able."""

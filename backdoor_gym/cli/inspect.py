@@ -52,7 +52,7 @@ def inspect(
     )
     with output.working("reading its neurons"):
         neurons = find_neurons(infected.network, infected.clean.first(2).images)
-        bounds_of_layers = uclc(infected.network, neurons)
+        bounds_of_layers = uclc(neurons.graph, neurons)
     for layer, bounds in zip(neurons.layers, bounds_of_layers, strict=True):
         scores = standardise(bounds)
         outliers = {f"{layer.name}[{i}]": round(scores[i].item(), 2) for i in (scores > u).nonzero().flatten().tolist()}

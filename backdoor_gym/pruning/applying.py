@@ -27,7 +27,11 @@ def write_mask(network: nn.Module, neurons: Neurons, mask: np.ndarray, inplace: 
         for layer in neurons.layers:
             pruned = torch.from_numpy(np.flatnonzero(~mask[layer.neurons]))
             for part in layer.parts:
-                rows = pruned if part.units is None else torch.from_numpy(np.flatnonzero(np.isin(part.units, pruned.numpy())))
+                rows = (
+                    pruned
+                    if part.units is None
+                    else torch.from_numpy(np.flatnonzero(np.isin(part.units, pruned.numpy())))
+                )
                 for name in (part.weight, part.bias):
                     if name is not None:
                         parameter = attrgetter(name)(network)

@@ -36,7 +36,10 @@ _ZERO_PRESERVING = frozenset({
     "round", "floor", "ceil", "nan_to_num",
 })  # fmt: skip
 _GATES = frozenset({"sigmoid", "hardsigmoid"})
-_OTHER = frozenset({"softplus", "logsigmoid", "exp", "clamp", "clip", "clamp_min", "clamp_max", "pow", "log", "rsqrt", "reciprocal", "cos", "masked_fill", "threshold"})  # fmt: skip
+_OTHER = frozenset({
+    "softplus", "logsigmoid", "exp", "clamp", "clip", "clamp_min", "clamp_max", "pow", "log", "rsqrt", "reciprocal", "cos",
+    "masked_fill", "threshold",
+})  # fmt: skip
 # Entries are moved, left out or repeated.
 _MOVES = frozenset({
     "reshape", "view", "reshape_as", "view_as", "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis",
@@ -57,6 +60,8 @@ _QUOTIENTS = frozenset({"truediv", "div", "true_divide"})
 #: Products of two activations, as attention forms them.
 PRODUCTS_OF_MATRICES = frozenset({"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"})
 _LIVE = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm"})
+#: Methods that ask their argument for its shape or type alone.
+_LIKE_ANOTHER = frozenset({"expand_as", "type_as", "reshape_as", "view_as"})
 #: Operations with weights in which no neuron is looked for.
 OPAQUE = frozenset({
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv1d", "conv2d", "conv3d", "linear", "bilinear", "embedding",
@@ -180,7 +185,7 @@ class Channels:
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """The nodes whose values the node reads, without constants and what is only asked for its shape."""
-        read = node.all_input_nodes[:1] if operation(node) in ("expand_as", "type_as", "reshape_as", "view_as") else node.all_input_nodes
+        read = node.all_input_nodes[:1] if operation(node) in _LIKE_ANOTHER else node.all_input_nodes
         return [source for source in read if self.kinds[source] is not Kind.CONSTANT]
 
     def vector(self, node: fx.Node, axis: int) -> np.ndarray:
@@ -325,7 +330,9 @@ class Channels:
             return (Kind.GATE if self.kinds[inputs[0]] is Kind.GATE else Kind.ZERO_PRESERVING), Labels(thin, shape)
         if name in _QUOTIENTS:
             return Kind.MIXING, None
-        unknown = [Labels(torch.full((1,) * len(shape), float(UNKNOWN), dtype=torch.float64), shape)] * (len(inputs) - len(read))
+        unknown = [Labels(torch.full((1,) * len(shape), float(UNKNOWN), dtype=torch.float64), shape)] * (
+            len(inputs) - len(read)
+        )
         if name in _SUMS:
             return Kind.SUM, self._renewed(node, *read, *unknown)
         carrying = [
@@ -371,7 +378,9 @@ class Channels:
             return None
         if isinstance(result, tuple | list):
             self._pieces[node] = result
-            return None if not result else Labels(torch.full((1,), float(UNKNOWN), dtype=torch.float64), torch.Size([1]))
+            return (
+                None if not result else Labels(torch.full((1,), float(UNKNOWN), dtype=torch.float64), torch.Size([1]))
+            )
         return _thin(result) if isinstance(result, Tensor) and result.shape == node.meta.get("shape") else None
 
     def _constant(self, node: fx.Node) -> Any:
@@ -411,7 +420,11 @@ class Channels:
         if name == "scaled_dot_product_attention":
             values = self.labels[operands[2]]
             steady = values is not None and values.steady([-2])
-            return Labels(values.thin, shape) if values is not None and steady and len(values.shape) == len(shape) else None
+            return (
+                Labels(values.thin, shape)
+                if values is not None and steady and len(values.shape) == len(shape)
+                else None
+            )
         if name == "baddbmm" or len(operands) != 2:
             return None
         first, second = (self.labels.get(one) for one in operands)
@@ -422,10 +435,17 @@ class Channels:
         return None
 
     def _einsum(self, node: fx.Node, shape: torch.Size) -> Labels | None:
-        equation, operands = str(node.args[0]).replace(" ", ""), [arg for arg in node.args[1:] if isinstance(arg, fx.Node)]
+        equation, operands = (
+            str(node.args[0]).replace(" ", ""),
+            [arg for arg in node.args[1:] if isinstance(arg, fx.Node)],
+        )
         read, arrow, out = equation.partition("->")
         letters = read.split(",")
-        known = [(one, self.labels[one], of) for one, of in zip(operands, letters, strict=False) if self.labels.get(one) is not None]
+        known = [
+            (one, self.labels[one], of)
+            for one, of in zip(operands, letters, strict=False)
+            if self.labels.get(one) is not None
+        ]
         if not arrow or len(known) != 1 or "." in equation or len(letters) != len(operands):
             return None
         _, labels, of = known[0]

@@ -20,7 +20,10 @@ from .sources import classes, is_depthwise
 #: Largest difference of logits, over the largest of them, that rounding may make.
 ROUNDING = 1e-4
 #: Numbers that layers keep of their own size, by the axis of their weight.
-_SIZES = (("out_channels", "out_features", "num_features", "num_channels", "num_parameters"), ("in_channels", "in_features"))
+_SIZES = (
+    ("out_channels", "out_features", "num_features", "num_channels", "num_parameters"),
+    ("in_channels", "in_features"),
+)
 
 
 class Cut(NamedTuple):
@@ -66,7 +69,9 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
         with torch.no_grad():
             expected = masked(images.clone())
     except Exception as error:  # the user's code, which can raise anything
-        raise CompactionError(f"{type(network).__name__} cannot take these images, to check a cut with: {error}") from error
+        raise CompactionError(
+            f"{type(network).__name__} cannot take these images, to check a cut with: {error}"
+        ) from error
     groups = _Plan(masked, neurons, mask).groups()
     compact, reason = _attempt(masked, [piece for group in groups.values() for piece in group], images, expected)
     if compact is not None:
@@ -122,7 +127,11 @@ def _remove(network: nn.Module, pieces: list[_Piece]) -> None:
         size = tensor.shape[axis]
         left = torch.tensor([place for place in range(size) if place not in gone])
         smaller = tensor.index_select(axis, left)
-        setattr(owner, attribute, nn.Parameter(smaller, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else smaller)
+        setattr(
+            owner,
+            attribute,
+            nn.Parameter(smaller, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else smaller,
+        )
         for number in _SIZES[min(axis, 1)]:
             if getattr(owner, number, None) == size:
                 setattr(owner, number, len(left))
@@ -213,7 +222,10 @@ class _Plan:
         read = channels.vector(source, -1 if isinstance(module, nn.Linear) else 1)
         steady = channels.labels[source] is None or (read != UNKNOWN).any()
         grouped = getattr(module, "groups", 1) > 1
-        calls = sum(str(one.target) in self.lowered and self.lowered[str(one.target)].weight == known.weight for one in channels.nodes)
+        calls = sum(
+            str(one.target) in self.lowered and self.lowered[str(one.target)].weight == known.weight
+            for one in channels.nodes
+        )
         if not steady:
             self._need_all(source)
         if calls > 1 or (grouped and not (is_depthwise(channels, node) and (read > 0).all())):

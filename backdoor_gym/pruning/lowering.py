@@ -19,7 +19,16 @@ _ARGUMENTS = {
     "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
     "instance_norm": ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
 }
-_DEFAULTS = {"bias": None, "weight": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1, "training": False, "eps": 1e-5}
+_DEFAULTS = {
+    "bias": None,
+    "weight": None,
+    "stride": 1,
+    "padding": 0,
+    "dilation": 1,
+    "groups": 1,
+    "training": False,
+    "eps": 1e-5,
+}
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -77,7 +86,9 @@ def _make(kind: str, bound: Mapping[str, Any], tensors: Mapping[str, Tensor | No
             if weight is None or rank != weight.ndim:
                 return None
             options = {name: bound[name] for name in ("stride", "padding", "dilation", "groups")}
-            return layer(weight.shape[1] * bound["groups"], len(weight), tuple(weight.shape[2:]), bias=has_bias, **options)
+            return layer(
+                weight.shape[1] * bound["groups"], len(weight), tuple(weight.shape[2:]), bias=has_bias, **options
+            )
         if kind == "batch_norm":
             if bound["training"] or tensors.get("running_mean") is None or rank > 4:
                 return None

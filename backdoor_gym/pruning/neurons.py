@@ -82,7 +82,10 @@ class Part:
             return values
         units = torch.from_numpy(self.units).to(values.device)
         inside = units >= 0
-        sums, sizes = (values.new_zeros(count).index_add(0, units[inside], one[inside]) for one in (values, torch.ones_like(values)))
+        sums, sizes = (
+            values.new_zeros(count).index_add(0, units[inside], one[inside])
+            for one in (values, torch.ones_like(values))
+        )
         return sums / sizes.clamp(min=1)
 
     def by_row(self, values: Tensor, rest: float) -> Tensor:
@@ -165,7 +168,11 @@ class Neurons:
     """
 
     def __init__(
-        self, layers: Sequence[NeuronLayer], graph: fx.GraphModule, accounts: Sequence[Account] = (), notes: Sequence[str] = ()
+        self,
+        layers: Sequence[NeuronLayer],
+        graph: fx.GraphModule,
+        accounts: Sequence[Account] = (),
+        notes: Sequence[str] = (),
     ) -> None:
         self.layers = tuple(layers)
         self.graph = graph
@@ -235,7 +242,9 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
         UntraceableError: the network cannot be traced, or has no neuron; the message says why.
     """
     graph_module = trace(network, images)
-    prefix = Preprocessed.PREFIX if isinstance(network, Preprocessed) else ""  # names are those of the network behind it
+    prefix = (
+        Preprocessed.PREFIX if isinstance(network, Preprocessed) else ""
+    )  # names are those of the network behind it
     return _Finder(graph_module, type(network).__name__, prefix).find()
 
 
@@ -262,9 +271,7 @@ class _Finder:
     def find(self) -> Neurons:
         layers_of_sites = self._layers_of_sites()
         if not layers_of_sites:
-            raise UntraceableError(
-                f"{self.network} has no prunable neuron: {self._why_none()}"
-            )
+            raise UntraceableError(f"{self.network} has no prunable neuron: {self._why_none()}")
         index_of = {site.node: index for index, sites in enumerate(layers_of_sites) for site in sites}
         units_of = {site.node: site.units for sites in layers_of_sites for site in sites}
         numbers = classes(self.channels)
@@ -303,17 +310,19 @@ class _Finder:
         attentions = self._attentions(sites)
         taken = {node for attention in attentions for node in attention}
         for node in channels.nodes:
-            if channels.kinds[node] is not Kind.WEIGHTED or node in self.last or node in taken | self.normalised_by.keys():
+            if (
+                channels.kinds[node] is not Kind.WEIGHTED
+                or node in self.last
+                or node in taken | self.normalised_by.keys()
+            ):
                 continue
             if self._can_be_written(node):
                 sites[node] = _Site(node, (Source(node, (), np.arange(channels.block_of_node(node).size)),))
         grouped = self._by_layer(sites)
         for attention in attentions:
+            feeders = tuple(Source(node, (), np.arange(len(units))) for node, units in attention.items())
             first = next(iter(attention))
-            grouped.append([
-                _Site(node, tuple(Source(one, (), np.arange(len(units))) for one, units in attention.items()) if node is first else (), units)
-                for node, units in attention.items()
-            ])  # fmt: skip
+            grouped.append([_Site(node, feeders if node is first else (), units) for node, units in attention.items()])
         order = {node: place for place, node in enumerate(channels.nodes)}
         return sorted(grouped, key=lambda group: order[group[0].node])
 
@@ -387,10 +396,14 @@ class _Finder:
                 grouped.append(group)
                 continue
             for site in group:
-                self.reasons[site.node] = "it is used several times in one pass, and not alike; give each use a layer of its own"
+                self.reasons[site.node] = (
+                    "it is used several times in one pass, and not alike; give each use a layer of its own"
+                )
                 for source in site.feeders:
                     if self.normalised_by.get(source.node) is site.node:
-                        self.reasons[source.node] = f"it is normalised by {self._name(site.node)}, which is used several times"
+                        self.reasons[source.node] = (
+                            f"it is normalised by {self._name(site.node)}, which is used several times"
+                        )
         return grouped
 
     def _layer(
@@ -414,12 +427,14 @@ class _Finder:
         for one in sites:
             for source in one.feeders:
                 feeders.setdefault(str(source.node.target), self._feeder(source, one, units_of, index_of, index))
-        is_alone = len(site.feeders) == 1 and not site.feeders[0].norms and self._is_alone(site)
+        is_alone = len(site.feeders) == 1 and not site.feeders[0].norms and self._is_alone(site, len(sites))
         parts: dict[tuple[str, str | None], Part] = {}
         for one in sites:
             known = self.lowered[str(one.node.target)]
             assert known.weight is not None
-            parts.setdefault((known.weight, known.bias), Part(str(one.node.target), known.weight, known.bias, one.units))
+            parts.setdefault(
+                (known.weight, known.bias), Part(str(one.node.target), known.weight, known.bias, one.units)
+            )
         return NeuronLayer(
             name=self._name(site.feeders[0].node if is_alone else site.node),
             parts=tuple(parts.values()),
@@ -432,10 +447,10 @@ class _Finder:
             axis=axis,
         )
 
-    def _is_alone(self, site: _Site) -> bool:
-        """Whether the neurons of a site are those of one convolution or linear layer, whose name they bear."""
+    def _is_alone(self, site: _Site, sites: int) -> bool:
+        """Whether the neurons of a layer are those of one convolution or linear layer, whose name they bear."""
         node = site.feeders[0].node
-        return node is site.node or (len(node.users) == 1 and self._uses(node) == 1)
+        return node is site.node or (sites == 1 and len(node.users) == 1 and self._uses(node) == 1)
 
     def _axis(self, node: fx.Node) -> int:
         return -1 if isinstance(module_of(self.channels.graph_module, node), nn.Linear | nn.LayerNorm) else 1
@@ -467,7 +482,11 @@ class _Finder:
                 number = index_of.get(reached.node)
                 if number is not None and number != own:
                     theirs = units_of[reached.node]
-                    columns = reached.channels if theirs is None else np.where(reached.channels >= 0, theirs[reached.channels], -1)
+                    columns = (
+                        reached.channels
+                        if theirs is None
+                        else np.where(reached.channels >= 0, theirs[reached.channels], -1)
+                    )
                     upstream.setdefault(number, columns)
         return Feeder(
             module=str(source.node.target),
@@ -500,7 +519,9 @@ class _Finder:
                 elif node in units:
                     own = units[node]
                     count = size if own is None else int((own >= 0).sum())
-                    account = Account(name, size, count, reason=None if count == size else "some of its channels are of no head")
+                    account = Account(
+                        name, size, count, reason=None if count == size else "some of its channels are of no head"
+                    )
                 elif self.normalised_by.get(node) in units:
                     account = Account(name, size, size)
                 else:
@@ -511,7 +532,8 @@ class _Finder:
                     shape = source.meta.get("shape", ())
                     if source.op == "get_attr" and len(shape) > 1:
                         name = str(source.target).removeprefix(self.prefix).removesuffix(".weight")
-                        reason = f"its weights are used by {getattr(node.target, '__name__', node.target)}, in which no neurons are looked for"
+                        by = getattr(node.target, "__name__", node.target)
+                        reason = f"its weights are used by {by}, in which no neurons are looked for"
                         accounts.setdefault(name, Account(name, shape[0], 0, reason=reason))
         return list(accounts.values())
 
@@ -556,5 +578,3 @@ class _Finder:
                     if reader is not masked:
                         reader.replace_input_with(site.node, masked)
         graph_module.recompile()
-
-

@@ -122,7 +122,9 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.tape = Tape(images.shape)
         self.path: list[str] = []
-        self._names = {id(value): name for name, value in reversed(named_tensors(network).items())}  # the first one of several
+        self._names = {
+            id(value): name for name, value in reversed(named_tensors(network).items())
+        }  # the first one of several
         self._refs: dict[int, Ref] = {id(images): Ref(-1)}
         self._alive: list[Any] = [images]  # so that no id is given twice
         self._paused = False
@@ -258,7 +260,10 @@ class Recorder(TorchFunctionMode):
 
 def named_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a network, shared ones under each of their names."""
-    return {**dict(network.named_parameters(remove_duplicate=False)), **dict(network.named_buffers(remove_duplicate=False))}
+    return {
+        **dict(network.named_parameters(remove_duplicate=False)),
+        **dict(network.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _name(func: Any) -> str:

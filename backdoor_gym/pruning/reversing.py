@@ -176,6 +176,8 @@ class _Backward:
         leaves = {source: self.value(source).detach().requires_grad_() for source in wanted}
         with torch.enable_grad():
             result = self.operations.run(node, lambda one: leaves[one] if one in leaves else self.value(one))
+            if not result.requires_grad:  # it looked at their shape alone
+                return
             found = torch.autograd.grad(result, list(leaves.values()), gradient, allow_unused=True)
         for source, one in zip(wanted, found, strict=True):
             if one is not None:

@@ -19,7 +19,7 @@ from .recording import Call, Named, Recorder, Ref, Tape, Value, named_tensors
 
 #: Sides of images that are tried where none are given: usual ones, then all small ones.
 USUAL_SIDES = (32, 28, 224, 64, 96, 128, 8, 16, 299, 256, 112, 160, 192, 240, 288, 300, 320, 384, 448, 512)
-SIDES = (*USUAL_SIDES, *(side for side in range(4, 80) if side not in USUAL_SIDES))
+SIDES = (*USUAL_SIDES, *(side for side in range(1, 80) if side not in USUAL_SIDES))
 #: Largest difference of logits, over the largest of them, that rounding may make.
 ROUNDING = 1e-3
 
@@ -120,7 +120,9 @@ def _check(graph_module: fx.GraphModule, expected: Any, images: Tensor) -> None:
         ) from error
     bound = ROUNDING * expected.abs().max() + 1e-6
     if not isinstance(found, Tensor) or found.shape != expected.shape or not (found - expected).abs().max() <= bound:
-        raise UntraceableError(f"{wrong}: it must give the same each time, and write into no tensor that others look at")
+        raise UntraceableError(
+            f"{wrong}: it must give the same each time, and write into no tensor that others look at"
+        )
     if alone.shape != expected[:1].shape or not (alone - expected[:1]).abs().max() <= bound:
         raise UntraceableError(f"{wrong} for a single image: it depends on how many images it is given")
 
@@ -158,7 +160,9 @@ class _Build:
             if node.op not in ("placeholder", "output") and not node.users:
                 self.graph.erase_node(node)
         used = {str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
-        graph_module = fx.GraphModule({name: value for name, value in self.root.items() if name in used}, self.graph).eval()
+        graph_module = fx.GraphModule(
+            {name: value for name, value in self.root.items() if name in used}, self.graph
+        ).eval()
         for parameter in graph_module.parameters():
             parameter.requires_grad_(False)
         graph_module.meta.update(lowered={key: one for key, one in self.lowered.items() if key in used}, live=live)
@@ -192,7 +196,9 @@ class _Build:
             free = f"{name}_use{number}"
         self.root.setdefault(free, module)
         writable = weight is not None and (bias is not None or bound["bias"] is None)
-        tensors = [one for key in ("weight", "bias", "running_mean", "running_var") for one in self._read(bound.get(key))]
+        tensors = [
+            one for key in ("weight", "bias", "running_mean", "running_var") for one in self._read(bound.get(key))
+        ]
         self.lowered[free] = Lowered(name, weight, bias, writable, tuple(dict.fromkeys(tensors)))
         return free
 
@@ -258,7 +264,11 @@ class _Build:
             return value
         call = self.first.calls[value.call]
         args, kwargs = fx.node.map_aggregate((call.args, call.kwargs), lambda one: self._computed(one, instead))
-        result = getattr(args[0], call.target)(*args[1:], **kwargs) if call.op == "call_method" else call.target(*args, **kwargs)
+        result = (
+            getattr(args[0], call.target)(*args[1:], **kwargs)
+            if call.op == "call_method"
+            else call.target(*args, **kwargs)
+        )
         return result if value.part is None else result[value.part]
 
     def _varies(self, one: Any, other: Any) -> bool:
@@ -305,11 +315,15 @@ class _Build:
         step = other - one
         offset = one - step * self.first.shape[0]
         count = self._number("count", lambda: self.graph.call_method("size", (self.images, 0)))
-        many = count if step == 1 else self._number(
-            f"{step}", lambda: self.graph.call_function(operator.mul, (count, step))
+        many = (
+            count
+            if step == 1
+            else self._number(f"{step}", lambda: self.graph.call_function(operator.mul, (count, step)))
         )
-        return many if not offset else self._number(
-            f"{step}+{offset}", lambda: self.graph.call_function(operator.add, (many, offset))
+        return (
+            many
+            if not offset
+            else self._number(f"{step}+{offset}", lambda: self.graph.call_function(operator.add, (many, offset)))
         )
 
     def _number(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:

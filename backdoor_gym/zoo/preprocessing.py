@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
+from .adapting import find_logits, pick_logits
 
 
 class Preprocess(nn.Module):
@@ -23,19 +24,58 @@ class Preprocess(nn.Module):
         return self.function(images.clone())
 
 
+def as_they_are(images: Tensor) -> Tensor:
+    """The images."""
+    return images
+
+
 class Preprocessed(nn.Module):
-    """A network behind a ``Preprocess``: from images in [0, 1] to logits."""
+    """A network behind a ``Preprocess``, whose answer may have parts: from images in [0, 1] to logits.
+
+    Args:
+        preprocess: what makes of images in [0, 1] what the network takes.
+        network: it gives logits, or an answer in which they are.
+        entry: where they are in the answer (``adapting.find_logits``); None for logits alone.
+    """
 
     #: Where the network stands in it.
     PREFIX = "network."
 
-    def __init__(self, preprocess: Callable[[Tensor], Tensor], network: nn.Module) -> None:
+    def __init__(
+        self, preprocess: Callable[[Tensor], Tensor], network: nn.Module, entry: str | int | None = None
+    ) -> None:
         super().__init__()
         self.preprocess = Preprocess(preprocess)
         self.network = network
+        self.entry = entry
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(self.preprocess(images))
+        return pick_logits(self.network(self.preprocess(images)), self.entry)
+
+
+def giving_logits(network: nn.Module, images: Tensor) -> nn.Module:
+    """The network, or one around it that gives logits (n, classes) where its answer is another one.
+
+    Args:
+        network: maybe ``Preprocessed``, whose ``entry`` is then set.
+        images: two that it takes, float32 (2, C, H, W).
+
+    Raises:
+        DataError: no logits are found in the answer.
+    """
+    with torch.no_grad():
+        answer = (
+            network.network(network.preprocess(images))
+            if isinstance(network, Preprocessed)
+            else network(images.clone())
+        )
+    entry = find_logits(answer)
+    if isinstance(network, Preprocessed):
+        network.entry = entry
+        return network
+    if entry is None and answer.ndim == 2:
+        return network
+    return Preprocessed(as_they_are, network, entry)
 
 
 class Normalise(nn.Module):
