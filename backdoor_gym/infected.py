@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from .metrics import Metrics, evaluate
-from .zoo.adapting import in_float32, unwrapped
+from .zoo.adapting import LOGITS, in_float32, unwrapped
 from .zoo.architectures import build_from_spec
 from .zoo.attacks import Attack, attack_from_state
 from .zoo.datasets import DIGITS, DataSource, LabelledImages, check_labels, fingerprint
@@ -140,6 +140,9 @@ class InfectedModel:
             with torch.no_grad():
                 device = next((parameter.device for parameter in self.network.parameters()), "cpu")
                 self.network = giving_logits(self.network, images.to(device))
+                entry = getattr(self.network, "entry", None)
+                if entry not in (None, LOGITS[0]):
+                    self.facts = {**self.facts, "logits": f"entry {entry!r} of the network's answer"}
                 logits = self.network(images.clone().to(device))
         except DataError:
             raise

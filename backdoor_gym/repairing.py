@@ -33,6 +33,8 @@ from .zoo.files import STATE_DICT, write_tensors
 from .zoo.preprocessing import own_module
 
 DEFAULT_BUDGET: Any = object()
+#: Share of a network's channels that can be pruned, below which a repair warns.
+LITTLE = 0.7
 #: File of a repaired network in the folder that ``RepairResult.save`` writes.
 WEIGHTS = "repaired.safetensors"
 
@@ -118,6 +120,11 @@ class RepairResult:
         """Whether ``save`` writes an infected model; the state dict of ``module`` alone otherwise."""
         return self.infected.architecture is not None and self.infected.checkpoint is None
 
+    @property
+    def coverage(self) -> float:
+        """Share of the channels of all layers with weights but the output that belong to a neuron."""
+        return self.neurons.coverage
+
     def compact(self) -> nn.Module:
         """A smaller network with the same outputs, from which the pruned channels are cut out where shapes allow.
 
@@ -138,6 +145,9 @@ class RepairResult:
             "policy": self.policy,
             "settings": self.settings,
             "neurons": len(self.neurons),
+            "coverage": round(self.neurons.coverage, 4),
+            "left_out": [asdict(account) for account in self.neurons.left_out],
+            "notes": list(self.neurons.notes),
             "pruned": self.pruned,
             "before": self.before.as_dict(),
             "after": self.after.as_dict(),
@@ -269,6 +279,12 @@ def repair(
     run_episode(acting, env, observation, lambda steps: watch("pruning: steps", steps, None))
     seconds = time.perf_counter() - start
     victim = env.victim
+    if victim.neurons.coverage < LITTLE:
+        left = ", ".join(f"{account.name} ({account.reason})" for account in victim.neurons.left_out[:3])
+        warnings.warn(
+            f"only {victim.neurons.coverage:.0%} of the network's channels can be pruned; a backdoor may sit in the others: {left}",
+            stacklevel=2,
+        )
     mask = victim.neuron_mask(env.pruned)
     network = write_mask(model.network, victim.neurons, mask)
     before = model.evaluate(copy.deepcopy(model.network).to(device), lambda *count: watch("scoring before", *count))

@@ -217,13 +217,18 @@ def _check_batch_norms(row: Row, module: nn.Module, neurons: Any, called: Iterab
             told |= {*getattr(feeder, "norms", ()), getattr(feeder, "scale", None) or ""}
     for account in getattr(neurons, "accounts", ()):
         told |= {account.name} if account.reason else set()
+    notes = [str(note) for note in getattr(neurons, "notes", ())]
+    for note in notes:
+        told |= {word.strip(".,:;`'") for word in note.split()}
     called = list(called)
     unseen: list[str] = []
     for weight, mean in called:
         name = names.get(weight, names.get(mean, "one without a name")).rpartition(".")[0]
         if weight not in weights and not any(one and (one == name or one.endswith(f".{name}")) for one in told):
             unseen.append(name)
-    row["batch_norms"] = {"calls": len(called), "unseen": len(unseen), "first": unseen[:5]}
+    row["batch_norms"] = {"calls": len(called), "unseen": len(unseen), "first": unseen[:5]} | (
+        {"notes": notes[:4]} if notes else {}
+    )
 
 
 def check_clp(row: Row, network: nn.Module, clean: tuple[Tensor, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """``backdoor-gym inspect``."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -66,11 +67,26 @@ def inspect(
                 "outliers": outliers,
             }
         )
-    facts = {"name": infected.name, "architecture": infected.architecture, "neurons": len(neurons), **infected.facts}
-    output.result({**facts, "u": u, "layers": rows})
+    facts = {
+        "name": infected.name,
+        "architecture": infected.architecture,
+        "neurons": len(neurons),
+        "coverage": round(neurons.coverage, 4),
+        **infected.facts,
+    }
+    left_out = [asdict(account) for account in neurons.left_out]
+    output.result({**facts, "u": u, "layers": rows, "left_out": left_out, "notes": list(neurons.notes)})
     for key, value in facts.items():
         output.say(f"{key:<14} {value}")
     output.say(_table(rows, u))
+    output.say(own_network.coverage_in_words(neurons))
+    if left_out:
+        table = Table("layer without neurons", "channels", "in neurons", "why")
+        for account in neurons.left_out:
+            table.add_row(account.name, str(account.channels), str(account.units), account.reason)
+        output.say(table)
+    for note in neurons.notes:
+        output.say(note)
 
 
 def _table(rows: list[dict[str, Any]], u: float) -> Table:

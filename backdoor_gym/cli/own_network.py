@@ -10,6 +10,7 @@ from .common import Output, pairs
 
 if TYPE_CHECKING:
     from ..infected import InfectedModel
+    from ..pruning.neurons import Neurons
 
 PANEL = (
     "A network of your own (its weights: .safetensors, .pt, .pth, .tar; or a folder of transformers, or hf:OWNER/NAME)"
@@ -128,6 +129,12 @@ def read_model(
     if said:
         output.note(f"As the network came with it, images are {said}; --image-size, --mean and --std change it.")
     return infected
+
+
+def coverage_in_words(neurons: "Neurons") -> str:
+    """How much of a network can be pruned."""
+    outputs = ", ".join(account.name for account in neurons.accounts if account.is_output)
+    return f"{neurons.coverage:.0%} of the channels of all layers belong to a neuron; the logits come from {outputs}."
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

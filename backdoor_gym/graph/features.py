@@ -81,7 +81,7 @@ def neuron_features(
         columns = {"uclc": bounds[index], **observed[index]}
         if pulls is not None:
             columns["pull"] = pulls[layer.neurons]
-        module = network.get_submodule(layer.module)
+        module = neurons.layer_in(network, layer.module)
         if layer.normalised:
             columns |= _statistics_gap(module, columns.pop("mean"), columns.pop("variance"))
         if not isinstance(module, WEIGHTED):  # a normalisation

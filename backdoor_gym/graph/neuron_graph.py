@@ -54,7 +54,7 @@ def neuron_graph(
     edges: list[np.ndarray] = []
     links: list[np.ndarray] = []
     for layer in neurons.layers:
-        strengths = [connection_strengths(network, feeder) for feeder in layer.feeders]
+        strengths = [connection_strengths(network, neurons, feeder) for feeder in layer.feeders]
         for found, kind in (
             (_connections(layer, strengths, neurons, connections), 0.0),
             (_similarities(layer, strengths, similar, threshold), 1.0),
@@ -71,19 +71,19 @@ def input_strengths(network: nn.Module, neurons: Neurons) -> np.ndarray:
     for layer in neurons.layers:
         total = np.zeros(layer.size)
         for feeder in layer.feeders:
-            strength = connection_strengths(network, feeder).sum(axis=1)
+            strength = connection_strengths(network, neurons, feeder).sum(axis=1)
             np.add.at(total, feeder.rows[feeder.rows >= 0], strength[feeder.rows >= 0])
         found.append(total / total.max() if total.any() else np.ones(layer.size))
     return np.concatenate(found)
 
 
 @torch.no_grad()
-def connection_strengths(network: nn.Module, feeder: Feeder) -> np.ndarray:
+def connection_strengths(network: nn.Module, neurons: Neurons, feeder: Feeder) -> np.ndarray:
     """L1 norm of the kernel between each output and input channel, float64 (C_out, C_in).
 
     A linear layer that reads a flattened image has several inputs a channel here; ``_connections`` adds them up.
     """
-    module = network.get_submodule(feeder.module)
+    module = neurons.layer_in(network, feeder.module)
     weight = module.weight
     assert isinstance(weight, Tensor)
     strength = weight.detach().double().abs().flatten(2).sum(2) if weight.ndim > 2 else weight.detach().double().abs()

@@ -37,8 +37,7 @@ def uclc(network: nn.Module, neurons: Neurons) -> list[Tensor]:
     """UCLC of each neuron, one float64 tensor (size,) a layer.
 
     Args:
-        network: the network whose neurons these are, or its traced copy ``neurons.graph``; a layer whose weights are computed
-            from others has plain ones in that alone.
+        network: the network whose neurons these are, or its traced copy ``neurons.graph``.
         neurons: its neurons.
     """
     return bounds(network, neurons)
@@ -46,7 +45,7 @@ def uclc(network: nn.Module, neurons: Neurons) -> list[Tensor]:
 
 def bounds(network: nn.Module, neurons: Neurons) -> list[Tensor]:
     """The same with their derivatives by the weights (not by the running variances, which are no parameters)."""
-    return [_layer_uclc(network, layer) for layer in neurons.layers]
+    return [_layer_uclc(network, neurons, layer) for layer in neurons.layers]
 
 
 def spectral_norms(weight: Tensor) -> Tensor:
@@ -75,26 +74,26 @@ def norm_gain(norm: nn.Module) -> Tensor | float:
     return gain / torch.where(variance > 0, variance, torch.full_like(variance, norm.eps)).sqrt()
 
 
-def _layer_uclc(network: nn.Module, layer: NeuronLayer) -> Tensor:
+def _layer_uclc(network: nn.Module, neurons: Neurons, layer: NeuronLayer) -> Tensor:
     bound = torch.zeros(layer.size, dtype=torch.float64)
     for feeder in layer.feeders:
-        part = spectral_norms(_scaled_weight(network, feeder))
+        part = spectral_norms(_scaled_weight(network, neurons, feeder))
         for name in feeder.norms:
-            part = part * norm_gain(network.get_submodule(name))
+            part = part * norm_gain(neurons.layer_in(network, name))
         rows, found = feeder.of_rows(part.cpu())
         bound += torch.zeros_like(bound).scatter_reduce(0, rows, found, "amax")  # of a head the largest of its channels
     if all(feeder.module != layer.module for feeder in layer.feeders):
-        gain = norm_gain(network.get_submodule(layer.module))
+        gain = norm_gain(neurons.layer_in(network, layer.module))
         bound *= gain.cpu() if isinstance(gain, Tensor) else gain
     return bound
 
 
-def _scaled_weight(network: nn.Module, feeder: Feeder) -> Tensor:
+def _scaled_weight(network: nn.Module, neurons: Neurons, feeder: Feeder) -> Tensor:
     """The weight (C_out, C_in / groups, ...), times the gamma of the normalisation that it reads."""
-    module = network.get_submodule(feeder.module)
+    module = neurons.layer_in(network, feeder.module)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    gamma = None if feeder.scale is None else network.get_submodule(feeder.scale).weight
+    gamma = None if feeder.scale is None else neurons.layer_in(network, feeder.scale).weight
     groups, inputs = getattr(module, "groups", 1), weight.shape[1]
     if not isinstance(gamma, Tensor) or inputs * groups % len(gamma):
         return weight

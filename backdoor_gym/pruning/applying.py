@@ -25,15 +25,11 @@ def write_mask(network: nn.Module, neurons: Neurons, mask: np.ndarray, inplace: 
     network = network if inplace else plain_copy(network)
     with torch.no_grad():
         for layer in neurons.layers:
-            pruned = torch.from_numpy(np.flatnonzero(~mask[layer.neurons]))
+            pruned = ~mask[layer.neurons]
             for part in layer.parts:
-                rows = (
-                    pruned
-                    if part.units is None
-                    else torch.from_numpy(np.flatnonzero(np.isin(part.units, pruned.numpy())))
-                )
-                for name in (part.weight, part.bias):
-                    if name is not None:
-                        parameter = attrgetter(name)(network)
-                        parameter[rows.to(parameter.device)] = 0
+                rows = part.rows(pruned)
+                for name, first in (*part.weights, *part.biases):
+                    parameter = attrgetter(name)(network)
+                    here = torch.from_numpy(rows[first : first + len(parameter)])
+                    parameter[here.to(parameter.device)] = 0
     return network

@@ -32,6 +32,14 @@ def plain_copy(network: nn.Module) -> nn.Module:
     return copied
 
 
+def computed_weights(network: nn.Module) -> list[str]:
+    """Names of the layers whose weights ``plain_copy`` makes plain."""
+    old = {id(module) for module, _, _ in _old_norms(network)}
+    return [
+        name for name, module in network.named_modules() if id(module) in old or parametrize.is_parametrized(module)
+    ]
+
+
 def _old_norms(network: nn.Module) -> list[tuple[nn.Module, str, str]]:
     """Modules with such a hook, the name of the weight, and the hook's class."""
     return [

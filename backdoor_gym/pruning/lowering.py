@@ -38,17 +38,23 @@ class Lowered:
 
     Attributes:
         name: what to call it: the name of the module that has the weight, as a rule.
-        weight: the parameter whose rows are those of the layer's weight; None where there is none.
-        bias: likewise.
-        writable: whether zeros in a row of both make that output of the layer zero and leave the others.
+        weight: the parameters whose rows are those of the layer's weight, each with the first row that it makes; one as a rule.
+            None where zeros in rows of parameters are none in rows of the weight.
+        bias: likewise, empty where there is none.
         tensors: all parameters and buffers that its weight, bias and statistics are, or are computed from.
+        is_plain: whether the network has a module of that name in the graph with that very weight.
     """
 
     name: str
-    weight: str | None
-    bias: str | None
-    writable: bool
+    weight: tuple[tuple[str, int], ...] | None
+    bias: tuple[tuple[str, int], ...] | None
     tensors: tuple[str, ...] = ()
+    is_plain: bool = False
+
+    @property
+    def writable(self) -> bool:
+        """Whether zeros in rows of parameters make outputs of the layer zero and leave the others."""
+        return bool(self.weight) and self.bias is not None
 
 
 def lower(call: Call, value: Callable[[Any], Tensor | None]) -> tuple[nn.Module, Mapping[str, Any]] | None:
@@ -108,5 +114,5 @@ def _make(kind: str, bound: Mapping[str, Any], tensors: Mapping[str, Tensor | No
             norm.register_parameter(name, None)
     if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
         norm.affine = weight is not None
-        norm.num_batches_tracked = torch.tensor(0)
+        norm.num_batches_tracked = None
     return norm

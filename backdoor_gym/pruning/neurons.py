@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from ..errors import UnknownNameError, UntraceableError
 from ..zoo.preprocessing import Preprocessed
 from .channels import Channels, Kind, mask_channels, module_of
+from .copying import computed_weights
 from .lowering import Lowered
 from .sources import Source, classes, heads, last_layers, sources
 from .tracing import trace
@@ -66,15 +67,20 @@ class Part:
 
     Attributes:
         module: its name in the graph.
-        weight: the parameter of the network in whose rows zeros are written.
-        bias: likewise, None where there is none.
+        weights: the parameters of the network in whose rows zeros are written, each with the first row that it makes; one as a
+            rule.
+        biases: likewise, empty where there is none.
         units: the neuron that each row is of, -1 for none, int64 (rows,); None where row and neuron have the same number.
     """
 
     module: str
-    weight: str
-    bias: str | None
+    weights: tuple[tuple[str, int], ...]
+    biases: tuple[tuple[str, int], ...]
     units: np.ndarray | None = None
+
+    def rows(self, pruned: np.ndarray) -> np.ndarray:
+        """The rows of some neurons, bool (neurons,) to bool (rows,)."""
+        return pruned if self.units is None else (self.units >= 0) & pruned[np.maximum(self.units, 0)]
 
     def by_neuron(self, values: Tensor, count: int) -> Tensor:
         """Of each neuron the mean of what its rows have, (rows,) to (neurons,)."""
@@ -124,12 +130,12 @@ class NeuronLayer:
     @property
     def weights(self) -> tuple[str, ...]:
         """Names of the parameters in whose rows zeros are written."""
-        return tuple(part.weight for part in self.parts)
+        return tuple(name for part in self.parts for name, _ in part.weights)
 
     @property
     def biases(self) -> tuple[str, ...]:
         """The biases among them."""
-        return tuple(part.bias for part in self.parts if part.bias is not None)
+        return tuple(name for part in self.parts for name, _ in part.biases)
 
     @property
     def neurons(self) -> slice:
@@ -192,11 +198,21 @@ class Neurons:
         """The index of the layer of each neuron, int64 (neurons,)."""
         return np.repeat(np.arange(len(self.layers)), [layer.size for layer in self.layers])
 
+    def layer_in(self, network: nn.Module, name: str) -> nn.Module:
+        """A layer by its name in the graph: the network's own where it is one there, and that of the traced copy elsewhere."""
+        lowered: Mapping[str, Lowered] = self.graph.meta["lowered"]
+        return (network if lowered[name].is_plain else self.graph).get_submodule(name)
+
     @property
     def coverage(self) -> float:
         """Share of the channels of all layers with weights but the output that belong to a neuron."""
         inner = [account for account in self.accounts if not account.is_output]
         return sum(account.units for account in inner) / max(1, sum(account.channels for account in inner))
+
+    @property
+    def left_out(self) -> list[Account]:
+        """The layers of which some channels belong to no neuron, without the output."""
+        return [account for account in self.accounts if account.units < account.channels and not account.is_output]
 
     def index(self, name: str) -> int:
         """The neuron of that name.
@@ -242,10 +258,18 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
         UntraceableError: the network cannot be traced, or has no neuron; the message says why.
     """
     graph_module = trace(network, images)
+    computed = computed_weights(network)
     prefix = (
         Preprocessed.PREFIX if isinstance(network, Preprocessed) else ""
     )  # names are those of the network behind it
-    return _Finder(graph_module, type(network).__name__, prefix).find()
+    neurons = _Finder(graph_module, type(network).__name__, prefix).find()
+    if computed:
+        neurons.notes += (
+            f"The weights of {computed[0]}{f' and {len(computed) - 1} more layers' if computed[1:] else ''} are computed by a "
+            "normalisation of weights or another parametrisation; in the repaired network they are plain, as after "
+            "torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm.",
+        )
+    return neurons
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,7 +357,9 @@ class _Finder:
             return None
         axis = -1 if isinstance(module, nn.LayerNorm) else 1
         feeders = tuple(sources(channels, channels.vector(channels.inputs(node)[0], axis)))
-        if not feeders or all(one.node in self.last for one in feeders) or channels.labels[node] is None:
+        if channels.labels[node] is None or not self._reads_layers(node):
+            return None
+        if feeders and all(one.node in self.last for one in feeders):
             return None
         if channels.block_of(int(channels.vector(node, axis)[0])).node is not node:  # it has no channels of its own
             return None
@@ -348,6 +374,18 @@ class _Finder:
         if not known.writable:
             self.reasons[node] = "its weights are computed from others in a way that no zeros can be written into"
         return known.writable
+
+    def _reads_layers(self, node: fx.Node) -> bool:
+        """Whether layers with weights stand before the node."""
+        front, seen = list(node.all_input_nodes), set()
+        while front:
+            one = front.pop()
+            if self.channels.kinds[one] in (Kind.WEIGHTED, Kind.OPAQUE):
+                return True
+            if one not in seen:
+                seen.add(one)
+                front.extend(one.all_input_nodes)
+        return False
 
     def _reads_alone(self, norm: fx.Node, found: Sequence[Source]) -> bool:
         """Whether a normalisation reads one layer, and alone."""
@@ -376,7 +414,8 @@ class _Finder:
         return found
 
     def _weight(self, node: fx.Node) -> str:
-        return self.lowered[str(node.target)].weight or str(node.target)
+        written = self.lowered[str(node.target)].weight
+        return written[0][0] if written else str(node.target)
 
     def _uses(self, node: fx.Node) -> int:
         name = self._weight(node)
@@ -428,7 +467,7 @@ class _Finder:
             for source in one.feeders:
                 feeders.setdefault(str(source.node.target), self._feeder(source, one, units_of, index_of, index))
         is_alone = len(site.feeders) == 1 and not site.feeders[0].norms and self._is_alone(site, len(sites))
-        parts: dict[tuple[str, str | None], Part] = {}
+        parts: dict[tuple, Part] = {}
         for one in sites:
             known = self.lowered[str(one.node.target)]
             assert known.weight is not None

@@ -185,9 +185,8 @@ class _Build:
 
     def _place(self, call: Call, module: nn.Module, bound: Mapping[str, Any]) -> str:
         """Put a layer into the graph; its name there."""
-        rows = len(module.weight) if isinstance(module.weight, Tensor) else 0
-        weight, bias = (self._parameter(bound[key], rows) for key in ("weight", "bias"))
-        name = weight or self._any_name(bound.get("running_mean")) or f"{call.where}.weight"
+        weight, bias = (self._written(bound[key]) for key in ("weight", "bias"))
+        name = weight[0][0] if weight else self._any_name(bound.get("running_mean")) or f"{call.where}.weight"
         name = name.removesuffix(".weight") if name.endswith(".weight") else name.removesuffix("_weight")
         free = name
         number = 1
@@ -195,11 +194,11 @@ class _Build:
             number += 1
             free = f"{name}_use{number}"
         self.root.setdefault(free, module)
-        writable = weight is not None and (bias is not None or bound["bias"] is None)
         tensors = [
             one for key in ("weight", "bias", "running_mean", "running_var") for one in self._read(bound.get(key))
         ]
-        self.lowered[free] = Lowered(name, weight, bias, writable, tuple(dict.fromkeys(tensors)))
+        plain = isinstance(bound["weight"], Named) and bound["weight"].name == f"{free}.weight"
+        self.lowered[free] = Lowered(name, weight, bias, tuple(dict.fromkeys(tensors)), plain)
         return free
 
     def _same(self, one: nn.Module, other: nn.Module) -> bool:
@@ -225,21 +224,41 @@ class _Build:
         result = tape.calls[ref.call].result
         return result if ref.part is None else result[ref.part]
 
-    def _parameter(self, value: Any, rows: int) -> str | None:
-        """The name of the parameter in which zeros in a row are zeros in that row of the value, and change no other."""
+    def _written(self, value: Any) -> tuple[tuple[str, int], ...] | None:
+        """The parameters in whose rows zeros are zeros in those rows of the value and change no other, and their first rows.
+
+        A value that is computed from parameters may be put together of several. None where zeros cannot be written into it.
+        """
         if isinstance(value, Named):
-            return value.name
-        if not isinstance(value, Ref):
-            return None
+            return ((value.name, 0),)
         whole = self._value(value)
-        candidates = [name for name in self._read(value) if self.tensors[name].ndim and len(self.tensors[name]) == rows]
-        for name in sorted(candidates, key=lambda name: -self.tensors[name].numel()):
-            pruned = self.tensors[name].clone()
-            pruned[0] = 0
-            changed = self._computed(value, {name: pruned})
-            if whole is not None and not changed[0].any() and torch.allclose(changed[1:], whole[1:]):
-                return name
-        return None
+        if value is None or whole is None or not isinstance(value, Ref):
+            return () if value is None else None
+        found: list[tuple[str, int]] = []
+        left = whole.flatten(1).any(1) if whole.ndim > 1 else whole != 0
+        for name in sorted(self._read(value), key=lambda name: -self.tensors[name].numel()):
+            first = self._first_row(value, whole, name)
+            if first is not None and left[first : first + len(self.tensors[name])].any():
+                found.append((name, first))
+                left[first : first + len(self.tensors[name])] = False
+        return None if left.any() or not found else tuple(found)
+
+    def _first_row(self, value: Ref, whole: Tensor, name: str) -> int | None:
+        """The row of a value that the first row of a parameter makes, where each makes one of its own; None elsewhere."""
+        parameter = self.tensors[name]
+        if not parameter.ndim or not 0 < len(parameter) <= len(whole):
+            return None
+        pruned = parameter.clone()
+        pruned[0] = 0
+        changed = self._computed(value, {name: pruned})
+        rows = torch.nonzero((changed != whole).flatten(1).any(1) if whole.ndim > 1 else changed != whole).flatten()
+        if len(rows) != 1 or changed[rows[0]].any():
+            return None
+        first = int(rows[0])
+        gone = self._computed(value, {name: torch.zeros_like(parameter)})
+        last = first + len(parameter)
+        apart = torch.equal(gone[:first], whole[:first]) and torch.equal(gone[last:], whole[last:])
+        return first if apart and last <= len(whole) and not gone[first:last].any() else None
 
     def _read(self, value: Any) -> list[str]:
         """The parameters that a constant value is computed from."""

@@ -121,6 +121,7 @@ def render(result: "RepairResult", command: str | None = None) -> str:
         triggered=_triggered(result),
         inverted=_inverted(result),
         loading=_loading(result),
+        weights="repaired.safetensors" if result.infected.layout is None else "model.safetensors",
         repeating=command or _repeating(result),
         facts=_facts(result),
         versions={name: version(name) for name in VERSIONS} | {"Python": platform.python_version()},
@@ -251,10 +252,16 @@ def _loading(result: "RepairResult") -> str:
             "from backdoor_gym import load_infected\n\n"
             'network = load_infected("repaired.safetensors").network.eval()  # images in [0, 1] to logits'
         )
+    if result.infected.layout is not None and hasattr(result.module, "save_pretrained"):
+        return (
+            "from transformers import AutoModelForImageClassification\n\n"
+            'network = AutoModelForImageClassification.from_pretrained(".")'
+        )
+    file = "repaired.safetensors" if result.infected.layout is None else "model.safetensors"
     return (
         "from safetensors.torch import load_file\n\n"
         f"network = {type(result.module).__name__}(...)  # made as you made the original\n"
-        'network.load_state_dict(load_file("repaired.safetensors"))\n'
+        f'network.load_state_dict(load_file("{file}"))\n'
         "network.eval()"
     )
 

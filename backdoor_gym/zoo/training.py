@@ -111,9 +111,7 @@ def train(
                 if alter is not None:
                     batch = alter(batch, chosen, generator)
                 with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-                    loss = F.cross_entropy(
-                        network(batch.contiguous(memory_format=order)), labels[chosen.to(device)]
-                    )
+                    loss = F.cross_entropy(network(batch.contiguous(memory_format=order)), labels[chosen.to(device)])
                 if penalty is not None:
                     loss = loss + penalty()
                 optimizer.zero_grad(set_to_none=True)
