@@ -230,8 +230,12 @@ class Channels:
         rank = len(shape)
         aligned = [one.thin.reshape((1,) * (rank - one.thin.ndim) + tuple(one.thin.shape)) for one in read]
         together = torch.broadcast_tensors(*aligned)
-        rows = torch.stack([one.flatten() for one in together], 1).long().numpy()
-        unique, inverse = np.unique(rows, axis=0, return_inverse=True)
+        columns = [one.flatten().long().numpy() for one in together]
+        key = columns[0].copy()
+        for column in columns[1:]:  # one number for each combination: sorting these is fast
+            key = key * (self._next + 1) + column
+        _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+        unique = np.stack([column[first] for column in columns], 1)
         blank = (unique < 1).all(axis=1)
         numbers = np.where(blank, unique.max(axis=1), 0)
         start = self._new(

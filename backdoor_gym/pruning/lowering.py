@@ -76,7 +76,7 @@ def lower(call: Call, value: Callable[[Any], Tensor | None]) -> tuple[nn.Module,
         return None
     for name, tensor in tensors.items():
         assert tensor is not None
-        kept = tensor.detach().clone()
+        kept = tensor.detach()
         setattr(module, name, kept if name.startswith("running") else nn.Parameter(kept, requires_grad=False))
     return module.eval(), bound
 

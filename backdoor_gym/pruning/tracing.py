@@ -241,7 +241,7 @@ class _Build:
             if first is not None and left[first : first + len(self.tensors[name])].any():
                 found.append((name, first))
                 left[first : first + len(self.tensors[name])] = False
-        return None if left.any() or not found else tuple(found)
+        return None if left.any() else tuple(found)
 
     def _first_row(self, value: Ref, whole: Tensor, name: str) -> int | None:
         """The row of a value that the first row of a parameter makes, where each makes one of its own; None elsewhere."""
