@@ -460,7 +460,7 @@ class _Finder:
         if site.units is None:
             size, own = len(labels), numbers[labels]
         else:
-            size = int(site.units.max()) + 1
+            size = max(int(one.units.max()) for one in sites if one.units is not None) + 1
             own = channels.count + start + np.arange(size)  # heads share no sum
         feeders: dict[str, Feeder] = {}
         for one in sites:
@@ -603,6 +603,7 @@ class _Finder:
         for index, sites in enumerate(layers_of_sites):
             with graph.inserting_after(last_input):
                 last_input = graph.placeholder(f"neuron_mask_{index}", default_value=None)
+            last_input.meta["size"] = layers[index].size
             for place, site in enumerate(sites):
                 arguments: tuple = (site.node, last_input, self._axis(site.node))
                 if site.units is not None:

@@ -133,7 +133,7 @@ class _Backward:
         found = (gradient * values).sum(others, dtype=torch.float32)
         if units is not None:
             inside = units >= 0
-            found = found.new_zeros(int(units.max()) + 1).index_add(0, units[inside], found[inside])
+            found = found.new_zeros(mask.meta["size"]).index_add(0, units[inside], found[inside])
         return mask, found
 
     def _through(self, node: fx.Node, gradient: Tensor) -> None:

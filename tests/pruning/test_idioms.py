@@ -120,6 +120,13 @@ def separate_attention(m, x):
     return x.transpose(1, 2)
 
 
+def two_scales(m, x):
+    q, k = (one(x).view(len(x), -1, 4, 3).transpose(1, 2) for one in (m.q, m.k))
+    v = torch.cat([one(x).view(len(x), -1, 2, 3) for one in (m.v, m.w)], 2).transpose(1, 2)
+    x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return x[..., :6] + x[..., 6:]
+
+
 def with_hook(m, x):
     kept = []
     handle = m.a.register_forward_hook(lambda _, __, out: kept.append(out))
@@ -167,6 +174,11 @@ IDIOMS = {
     "windows": (lambda m, x: m.w(x), {"w": Windows()}, ["stem", "w.qkv", "w.proj"]),
     "queries, keys and values apart": (
         separate_attention, {name: nn.Linear(6, 6) for name in "qkv"}, ["stem", "v"]
+    ),
+    "heads of two layers side by side": (
+        lambda m, x: two_scales(m, x.flatten(2).transpose(1, 2)).transpose(1, 2),
+        {name: nn.Linear(6, 12 if name in "qk" else 6) for name in "qkvw"},
+        ["stem", "v"],
     ),
     "attention of torch": (
         lambda m, x: m.a(*[x.flatten(2).transpose(1, 2)] * 3, need_weights=False)[0].transpose(1, 2),
