@@ -4,6 +4,7 @@ Importing this package registers ``BackdoorPrune-v0`` and nothing heavy; the nam
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gymnasium.envs.registration import register, registry
@@ -41,6 +42,13 @@ _HOMES = {
 }
 
 
+def _find_neighbours() -> None:
+    """Python that is started in a clone finds this folder first, whatever is installed; agents and baselines lie beside it."""
+    here = Path(__file__).parent
+    if not (here / "agents").is_dir() and (here.parent / "agents" / "onp.py").is_file():
+        __path__.append(str(here.parent))
+
+
 def _register() -> None:
     if "BackdoorPrune-v0" not in registry:
         register(
@@ -62,4 +70,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+_find_neighbours()
 _register()

@@ -245,7 +245,8 @@ def check_clp(row: Row, network: nn.Module, clean: tuple[Tensor, Tensor]) -> Non
 
 
 def check_cut(row: Row, network: nn.Module, neurons: Any, images: Tensor) -> None:
-    from backdoor_gym.pruning.applying import cut_channels, write_mask
+    from backdoor_gym.pruning.applying import write_mask
+    from backdoor_gym.pruning.cutting import cut_channels
 
     groups = neurons.units("group")
     chosen = np.random.default_rng(1).permutation(len(groups))[: round(GROUPS_PRUNED * len(groups))]
@@ -253,8 +254,8 @@ def check_cut(row: Row, network: nn.Module, neurons: Any, images: Tensor) -> Non
     for group in chosen:
         mask[groups[group]] = False
     written = forward(write_mask(network, neurons, mask), images)
-    answer = cut_channels(network, neurons, mask, images)
-    smaller, stops = (answer, ()) if isinstance(answer, nn.Module) else (answer[0], answer[1])
+    cut = cut_channels(network, neurons, mask, images)
+    smaller, stops = cut.network, cut.stops
     scale = max(float(written.abs().max()), 1e-6)
     error = distance(forward(smaller, images), written) / scale
     before, after = (sum(p.numel() for p in one.parameters()) for one in (network, smaller))

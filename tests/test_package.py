@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,17 @@ def test_importing_the_package_loads_nothing_heavy():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_python_started_in_a_clone_finds_the_agents_and_the_baselines():
+    code = (
+        "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]; "
+        "import backdoor_gym; from backdoor_gym.agents import ONP; from backdoor_gym.baselines import clp; "
+        "import backdoor_gym.agents.onp as onp; print(onp.__file__)"
+    )
+    clone = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True)
+    assert run.stdout.strip() == str(clone / "agents" / "onp.py"), run.stderr
 
 
 @pytest.mark.parametrize("name", backdoor_gym.__all__)
