@@ -390,7 +390,7 @@ class Channels:
     def _constant(self, node: fx.Node) -> Any:
         """The value that a node has for two images."""
         if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.graph_module)
+            return operator.attrgetter(str(node.target))(self.graph_module).cpu()
         if node.target is getattr and node.args[1] == "device":
             return torch.device("cpu")
         if node.op == "call_method" and node.target == "size":

@@ -263,6 +263,8 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
         Preprocessed.PREFIX if isinstance(network, Preprocessed) else ""
     )  # names are those of the network behind it
     neurons = _Finder(graph_module, type(network).__name__, prefix).find()
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    neurons.graph.to(device)
     if computed:
         neurons.notes += (
             f"The weights of {computed[0]}{f' and {len(computed) - 1} more layers' if computed[1:] else ''} are computed by a "

@@ -25,7 +25,7 @@ ROUNDING = 1e-3
 
 
 def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
-    """A traced copy of the network in eval mode and float32, without in-place operations.
+    """A traced copy of the network in eval mode and float32, on the CPU, without in-place operations.
 
     Args:
         network: it is left as it is.
@@ -46,7 +46,7 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
                 f"{f'layer {name}' if name else 'the network'} is TorchScript, which does not show its layers; give the Python "
                 "module that it was made from, and load its state dict"
             )
-    copied = plain_copy(network).eval().float()
+    copied = plain_copy(network).eval().float().cpu()
     three = _three(_guess(copied) if images is None else images)
     with torch.no_grad():
         try:
