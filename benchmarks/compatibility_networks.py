@@ -110,6 +110,7 @@ def build(package: str, name: str) -> tuple[nn.Module, int, int, bool]:
             config = CONFIG_MAPPING[name](architecture="resnet18", num_labels=CLASSES)
         else:
             config = CONFIG_MAPPING[name](num_labels=CLASSES)
+        config.architectures = config.architectures or []  # looked through where a configuration has several classes
         own = getattr(config, "vision_config", config)
         size, channels = getattr(own, "image_size", 224), getattr(own, "num_channels", 3)
         size = size if isinstance(size, int) else max(size)

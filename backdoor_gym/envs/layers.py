@@ -168,6 +168,15 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
         self._stopped: set[str] = set()
         self._rounds = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The arguments, and where the episode is: a copy or pickle in mid-episode goes on where it was."""
+        under_way = {name: getattr(self, name) for name in ("single", "agents", "_stopped", "_rounds")}
+        return {**EzPickle.__getstate__(self), "under_way": under_way}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        EzPickle.__setstate__(self, state)
+        self.__dict__.update(state["under_way"])
+
     @functools.cache  # noqa: B019 (PettingZoo asks for the same object each time)
     def observation_space(self, agent: str) -> spaces.Dict:
         """Of one agent."""

@@ -25,9 +25,9 @@ def plain_copy(network: nn.Module) -> nn.Module:
         _OLD_NORMS[kind](module, name)
     for module in list(copied.modules()):
         if parametrize.is_parametrized(module):
-            kind = type(module)  # made for the original, which would lose its weight with the copy
-            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
-            for name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
+            made = type(module)  # for the original, which would lose its weight with the copy
+            module.__class__ = type(made.__name__, made.__bases__, dict(vars(made)))
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return copied
 

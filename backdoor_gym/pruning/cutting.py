@@ -135,9 +135,9 @@ def _remove(network: nn.Module, pieces: list[_Piece]) -> None:
         for number in _SIZES[min(axis, 1)]:
             if getattr(owner, number, None) == size:
                 setattr(owner, number, len(left))
-        depthwise = axis == 0 and getattr(owner, "groups", 1) == size == getattr(owner, "in_channels", 0)
-        if depthwise:
-            owner.groups = owner.in_channels = len(left)
+        if axis == 0 and getattr(owner, "groups", 1) == size == getattr(owner, "in_channels", 0):  # depthwise
+            for number in ("groups", "in_channels"):
+                setattr(owner, number, len(left))
 
 
 class _Plan:

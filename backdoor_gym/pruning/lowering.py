@@ -88,7 +88,7 @@ def _make(kind: str, bound: Mapping[str, Any], tensors: Mapping[str, Tensor | No
         if kind == "linear":
             return None if weight is None or weight.ndim != 2 else nn.Linear(weight.shape[1], len(weight), has_bias)
         if kind.startswith("conv"):
-            layer = nn.Conv1d if kind == "conv1d" else nn.Conv2d
+            layer: Any = nn.Conv1d if kind == "conv1d" else nn.Conv2d
             if weight is None or rank != weight.ndim:
                 return None
             options = {name: bound[name] for name in ("stride", "padding", "dilation", "groups")}
@@ -96,9 +96,10 @@ def _make(kind: str, bound: Mapping[str, Any], tensors: Mapping[str, Tensor | No
                 weight.shape[1] * bound["groups"], len(weight), tuple(weight.shape[2:]), bias=has_bias, **options
             )
         if kind == "batch_norm":
-            if bound["training"] or tensors.get("running_mean") is None or rank > 4:
+            mean = tensors.get("running_mean")
+            if bound["training"] or mean is None or rank > 4:
                 return None
-            norm = (nn.BatchNorm2d if rank == 4 else nn.BatchNorm1d)(len(tensors["running_mean"]), bound["eps"])
+            norm: nn.Module = (nn.BatchNorm2d if rank == 4 else nn.BatchNorm1d)(len(mean), bound["eps"])
         elif kind == "layer_norm":
             norm = nn.LayerNorm(tuple(bound["normalized_shape"]), bound["eps"])
         elif weight is None:

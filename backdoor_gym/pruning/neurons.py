@@ -472,10 +472,8 @@ class _Finder:
         parts: dict[tuple, Part] = {}
         for one in sites:
             known = self.lowered[str(one.node.target)]
-            assert known.weight is not None
-            parts.setdefault(
-                (known.weight, known.bias), Part(str(one.node.target), known.weight, known.bias, one.units)
-            )
+            weights, biases = known.weight or (), known.bias or ()
+            parts.setdefault((weights, biases), Part(str(one.node.target), weights, biases, one.units))
         return NeuronLayer(
             name=self._name(site.feeders[0].node if is_alone else site.node),
             parts=tuple(parts.values()),

@@ -231,7 +231,7 @@ class Recorder(TorchFunctionMode):
         for name, module in network.named_modules():
             if isinstance(module, Preprocess):
                 in_front.append(module)
-                module.forward = self._whole(name, module)  # type: ignore[method-assign]
+                module.forward = self._whole(name, module)  # type: ignore[assignment, method-assign]
             elif name:
                 handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.path.append(name)))
                 handles.append(module.register_forward_hook(lambda *_: self.path.pop() and None))

@@ -270,7 +270,7 @@ class _Build:
                 found[one.name] = None
             elif isinstance(one, Ref):
                 call = self.first.calls[one.call]
-                fx.node.map_aggregate((call.args, call.kwargs), front.append)  # type: ignore[arg-type]
+                fx.node.map_aggregate((call.args, call.kwargs), front.append)
         return list(found)
 
     def _computed(self, value: Any, instead: Mapping[str, Tensor]) -> Any:

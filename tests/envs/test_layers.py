@@ -1,3 +1,5 @@
+import copy
+import pickle
 import warnings
 
 import numpy as np
@@ -173,3 +175,20 @@ def test_it_can_be_drawn(infected):
     layers.step(dict.fromkeys(layers.agents, 0))
     assert layers.render().shape == (640, 1024, 3)
     layers.close()
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_a_copy_in_mid_episode_goes_on_where_it_was(twin_of):
+    env = parallel_env(score_samples=0)
+    env.reset(seed=0)
+    first = env.agents[0]
+    env.step({agent: 3 if agent == first else env.action_space(agent).n - 1 for agent in env.agents})
+    twin = twin_of(env)
+    assert twin.agents == env.agents
+    actions = {agent: 5 if agent == first else 0 for agent in env.agents}
+    mine, its = env.step(actions), twin.step(actions)
+    assert mine[1:4] == its[1:4]
+    assert all(
+        np.array_equal(mine[0][agent]["observation"]["nodes"], its[0][agent]["observation"]["nodes"])
+        for agent in env.agents
+    )
