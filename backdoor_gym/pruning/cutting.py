@@ -125,7 +125,7 @@ def _remove(network: nn.Module, pieces: list[_Piece]) -> None:
         owner = network.get_submodule(owner_name)
         tensor = getattr(owner, attribute)
         size = tensor.shape[axis]
-        left = torch.tensor([place for place in range(size) if place not in gone])
+        left = torch.tensor([place for place in range(size) if place not in gone], dtype=torch.int64)
         smaller = tensor.index_select(axis, left)
         setattr(
             owner,
@@ -154,11 +154,9 @@ class _Plan:
         self.along: list[tuple[str, int, np.ndarray]] = []
         for node in self.channels.nodes:
             self._look_at(node)
-        for node in self.channels.nodes:
-            if self.channels.kinds[node] is Kind.WEIGHTED:  # a layer keeps one channel at least
-                rows = self._rows(node)
-                if len(rows) and not self.needed[self.classes[rows]].any():
-                    self._need(rows[:1])
+        for _, _, labels in self.along:  # a layer keeps one channel at least, and reads one
+            if len(labels) and (labels > 0).all() and not self.needed[self.classes[labels]].any():
+                self._need(labels[:1])
 
     def groups(self) -> dict[str, list[_Piece]]:
         """What to cut, by what must go together; each is named after its first layer."""
