@@ -93,12 +93,8 @@ def weights_of(layer: Any) -> tuple[str, ...]:
 
 
 def parameter_of(network: nn.Module, name: str) -> Tensor | None:
-    """A parameter by name, with or without the prefix of what stands around the author's module."""
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    if name in parameters:
-        return parameters[name]
-    ends = [value for key, value in parameters.items() if key.endswith(f".{name}") or name.endswith(f".{key}")]
-    return ends[0] if len(ends) == 1 else None
+    """A parameter by name. What stands around the author's module holds the very same parameters."""
+    return dict(network.named_parameters(remove_duplicate=False)).get(name)
 
 
 def layer_mask(network: nn.Module, layer: Any, mask: np.ndarray, seen: set[int]) -> dict[int, Tensor] | None:
@@ -171,7 +167,7 @@ def check_masks(row: Row, module: nn.Module, network: nn.Module, neurons: Any, i
     hooks: dict[int, Tensor] = {}
     hookable = np.zeros(len(neurons), dtype=bool)
     for layer in neurons.layers:
-        masks = layer_mask(module, layer, kept, watched.seen)
+        masks = layer_mask(network, layer, kept, watched.seen)
         if masks is not None:
             hooks |= masks
             hookable[layer.neurons] = True
@@ -204,13 +200,15 @@ def check_masks(row: Row, module: nn.Module, network: nn.Module, neurons: Any, i
         "hookable": round(float(hookable.mean()), 3),
         "right": all(error <= allowed for error in errors.values()),
     }
-    _check_batch_norms(row, module, neurons, watched.batch_norms)
+    _check_batch_norms(row, module, network, neurons, watched.batch_norms)
 
 
-def _check_batch_norms(row: Row, module: nn.Module, neurons: Any, called: Iterable[tuple[int, int]]) -> None:
+def _check_batch_norms(
+    row: Row, module: nn.Module, network: nn.Module, neurons: Any, called: Iterable[tuple[int, int]]
+) -> None:
     """Those that the author's forward calls are a neuron layer's, between such, or accounted for by name."""
     names = {id(value): name for name, value in (*module.named_parameters(), *module.named_buffers())}
-    weights = {id(parameter_of(module, name)) for layer in neurons.layers for name in weights_of(layer)}
+    weights = {id(parameter_of(network, name)) for layer in neurons.layers for name in weights_of(layer)}
     told: set[str] = set()
     for layer in neurons.layers:
         for feeder in getattr(layer, "feeders", ()):
