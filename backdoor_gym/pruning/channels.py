@@ -58,14 +58,17 @@ _SOFTMAX = frozenset({"softmax", "log_softmax"})
 _SUMS = frozenset({"add", "sub", "maximum", "minimum"})
 _QUOTIENTS = frozenset({"truediv", "div", "true_divide"})
 #: Products of two activations, as attention forms them.
-PRODUCTS_OF_MATRICES = frozenset({"matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"})
+PRODUCTS_OF_MATRICES = frozenset({
+    "matmul", "mm", "bmm", "baddbmm", "einsum", "tensordot", "scaled_dot_product_attention",
+})  # fmt: skip
 _LIVE = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm"})
 #: Methods that ask their argument for its shape or type alone.
 _LIKE_ANOTHER = frozenset({"expand_as", "type_as", "reshape_as", "view_as"})
 #: Operations with weights in which no neuron is looked for.
 OPAQUE = frozenset({
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv1d", "conv2d", "conv3d", "linear", "bilinear", "embedding",
-    "lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward", "addmm",
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "addmm", "addbmm",
+    "multi_head_attention_forward", "convolution", "cdist",
 })  # fmt: skip
 
 

@@ -259,10 +259,11 @@ class _Plan:
             if place >= len(shape) or place < 0 or shape[place] == 1:
                 continue
             along = labels.along(axis)
-            if len(varying) != 1 or len(along) != shape[place] or str(source.target).startswith("_constant"):
+            parameter = source.meta["parameter"]
+            if len(varying) != 1 or len(along) != shape[place] or parameter is None:
                 self._need_all(node)
             else:
-                self.along.append((str(source.target), place, along))
+                self.along.append((parameter, place, along))
 
     def _zeros(self, mask: np.ndarray) -> np.ndarray:
         """Of each label, whether it is of zeros whatever the image, bool (labels,)."""

@@ -19,6 +19,20 @@ _ARGUMENTS = {
     "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
     "instance_norm": ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
 }
+#: The same of functions that take them in another order.
+_ORDERS: dict[Any, tuple[str, ...]] = {
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+    torch.instance_norm: (
+        "input",
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+        "use_input_stats",
+        "momentum",
+        "eps",
+    ),
+}
 _DEFAULTS = {
     "bias": None,
     "weight": None,
@@ -67,7 +81,11 @@ def lower(call: Call, value: Callable[[Any], Tensor | None]) -> tuple[nn.Module,
     kind = getattr(call.target, "__name__", "")
     if call.op != "call_function" or kind not in _ARGUMENTS:
         return None
-    bound = {**_DEFAULTS, **dict(zip(_ARGUMENTS[kind], call.args, strict=False)), **call.kwargs}
+    bound = {
+        **_DEFAULTS,
+        **dict(zip(_ORDERS.get(call.target, _ARGUMENTS[kind]), call.args, strict=False)),
+        **call.kwargs,
+    }
     tensors = {name: value(bound[name]) for name in _TENSORS if bound.get(name) is not None}
     if any(tensor is None for tensor in tensors.values()) or value(bound["input"]) is not None:
         return None

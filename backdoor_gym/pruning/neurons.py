@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import UnknownNameError, UntraceableError
 from ..zoo.preprocessing import Preprocessed
-from .channels import Channels, Kind, mask_channels, module_of
+from .channels import PRODUCTS_OF_MATRICES, Channels, Kind, mask_channels, module_of, operation
 from .copying import computed_weights
 from .lowering import Lowered
 from .sources import Source, classes, heads, last_layers, sources
@@ -290,6 +290,15 @@ class _Finder:
         self.network, self.prefix = network, prefix
         self.lowered: Mapping[str, Lowered] = graph_module.meta["lowered"]
         self.last = last_layers(self.channels)
+        #: The layers of the graph that read each parameter, and the parameters that something else reads as well.
+        self.readers: dict[str, set[str]] = {}
+        self.outside: set[str] = set()
+        for node in self.channels.nodes:
+            if node.op == "call_module" and str(node.target) in self.lowered:
+                for name in self.lowered[str(node.target)].tensors:
+                    self.readers.setdefault(name, set()).add(str(node.target))
+            elif node.op == "get_attr":
+                self.outside.update(node.meta["read"])
         self.reasons: dict[fx.Node, str] = {}
         #: The normalisation that each convolution or linear layer is masked at.
         self.normalised_by: dict[fx.Node, fx.Node] = {}
@@ -372,10 +381,21 @@ class _Finder:
         return _Site(node, feeders)
 
     def _can_be_written(self, node: fx.Node) -> bool:
+        """Whether zeros in rows of its parameters are zeros in its channels, and change nothing else."""
         known = self.lowered[str(node.target)]
-        if not known.writable:
+        if not known.tensors:
+            self.reasons[node] = "its weights are constants of the network's code"
+        elif not known.writable:
             self.reasons[node] = "its weights are computed from others in a way that no zeros can be written into"
-        return known.writable
+        else:
+            written = {name for name, _ in (*(known.weight or ()), *(known.bias or ()))}
+            theirs = {other for name in written for other in self.readers[name]}
+            others = sorted(other for other in theirs if self.lowered[other].weight != known.weight)
+            if not written & self.outside and not others:
+                return True
+            what = f"layer {others[0]}" if others else "something that is no layer"
+            self.reasons[node] = f"{what} reads its weights too"
+        return False
 
     def _reads_layers(self, node: fx.Node) -> bool:
         """Whether layers with weights stand before the node."""
@@ -416,8 +436,8 @@ class _Finder:
         return found
 
     def _weight(self, node: fx.Node) -> str:
-        written = self.lowered[str(node.target)].weight
-        return written[0][0] if written else str(node.target)
+        known = self.lowered[str(node.target)]
+        return str(known.weight) if known.weight else str(node.target)
 
     def _uses(self, node: fx.Node) -> int:
         name = self._weight(node)
@@ -489,7 +509,9 @@ class _Finder:
     def _is_alone(self, site: _Site, sites: int) -> bool:
         """Whether the neurons of a layer are those of one convolution or linear layer, whose name they bear."""
         node = site.feeders[0].node
-        return node is site.node or (sites == 1 and len(node.users) == 1 and self._uses(node) == 1)
+        return node is site.node or (
+            sites == 1 and self._uses(node) == 1 and self._reads_alone(site.node, site.feeders)
+        )
 
     def _axis(self, node: fx.Node) -> int:
         return -1 if isinstance(module_of(self.channels.graph_module, node), nn.Linear | nn.LayerNorm) else 1
@@ -548,33 +570,60 @@ class _Finder:
         channels = self.channels
         units = {site.node: site.units for sites in layers_of_sites for site in sites}
         accounts: dict[str, Account] = {}
+
+        def add(key: str, account: Account) -> None:
+            if key not in accounts or account.units < accounts[key].units:  # of several uses the one that is left out
+                accounts[key] = account
+
         for node in channels.nodes:
-            kind = channels.kinds[node]
-            if kind is Kind.WEIGHTED:
-                name, size = self._name(node), channels.block_of_node(node).size
-                reason = self.reasons.get(node)
-                if node in self.last:
-                    account = Account(name, size, 0, True, "the logits come from it")
-                elif node in units:
-                    own = units[node]
-                    count = size if own is None else int((own >= 0).sum())
-                    account = Account(
-                        name, size, count, reason=None if count == size else "some of its channels are of no head"
-                    )
-                elif self.normalised_by.get(node) in units:
-                    account = Account(name, size, size)
-                else:
-                    account = Account(name, size, 0, reason=reason or "its channels could not be followed")
-                accounts.setdefault(name, account)
-            elif kind is Kind.OPAQUE:
-                for source in node.all_input_nodes:
-                    shape = source.meta.get("shape", ())
-                    if source.op == "get_attr" and len(shape) > 1:
-                        name = str(source.target).removeprefix(self.prefix).removesuffix(".weight")
-                        by = getattr(node.target, "__name__", node.target)
-                        reason = f"its weights are used by {by}, in which no neurons are looked for"
-                        accounts.setdefault(name, Account(name, shape[0], 0, reason=reason))
+            if channels.kinds[node] is Kind.WEIGHTED:
+                add(str(node.target), self._account(node, units))
+            for name, size in self._weights_of(node):
+                by = operation(node)
+                add(
+                    name,
+                    Account(name, size, 0, reason=f"its weights are used by {by}, in which no neurons are looked for"),
+                )
         return list(accounts.values())
+
+    def _account(self, node: fx.Node, units: Mapping[fx.Node, np.ndarray | None]) -> Account:
+        """Of a convolution or linear layer."""
+        name, size = self._name(node), self.channels.block_of_node(node).size
+        if node in self.last:
+            return Account(name, size, 0, True, "the logits come from it")
+        if node in units:
+            own = units[node]
+            count = size if own is None else int((own >= 0).sum())
+            return Account(name, size, count, reason=None if count == size else "some of its channels are of no head")
+        if self.normalised_by.get(node) in units:
+            return Account(name, size, size)
+        return Account(name, size, 0, reason=self.reasons.get(node) or "its channels could not be followed")
+
+    def _weights_of(self, node: fx.Node) -> list[tuple[str, int]]:
+        """Parameters that an operation multiplies by, other than those of convolutions and linear layers, and their channels."""
+        if self.channels.kinds[node] is Kind.OPAQUE:
+            front = list(node.all_input_nodes)
+            front = [one for one in front if one.op == "get_attr"] or front[
+                1:
+            ]  # weights may be computed from the images
+        elif operation(node) in PRODUCTS_OF_MATRICES:
+            front = [one for one in node.all_input_nodes if one.op == "get_attr"]
+        else:
+            return []
+        found: dict[str, int] = {}
+        seen: set[fx.Node] = set()
+        while front:
+            one = front.pop()
+            if one in seen or self.channels.kinds[one] in (Kind.WEIGHTED, Kind.IMAGES):
+                continue
+            seen.add(one)
+            for name in one.meta.get("read", ()):
+                shape = one.meta["shape"]
+                if name in self.channels.graph_module.meta["parameters"] and len(shape) > 1:
+                    short = name.removeprefix(self.prefix).removesuffix(".weight")
+                    found[short] = shape[-1] if operation(node) in ("matmul", "mm", "einsum", "bmm") else shape[0]
+            front.extend(one.all_input_nodes)
+        return list(found.items())
 
     def _notes(self, index_of: Mapping[fx.Node, int]) -> list[str]:
         """Batch normalisations that no neuron is masked at."""

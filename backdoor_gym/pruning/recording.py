@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from ..errors import UntraceableError
 from ..zoo.preprocessing import Preprocess
@@ -81,6 +82,9 @@ _QUERIES = frozenset({
     "__len__", "__hash__", "__repr__", "__format__", "type", "untyped_storage", "storage", "register_hook", "requires_grad_",
     "__dir__", "has_names", "is_same_size", "can_cast", "result_type", "broadcast_shapes", "retain_grad", "__deepcopy__",
 })  # fmt: skip
+#: Those that tell its size, and operations whose result is as large as values decide.
+_SIZES = frozenset({"size", "numel", "nelement", "__len__", "shape"})
+_BY_VALUES = frozenset({"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "nonzero_static"})
 #: Attributes that give another tensor; all others are queries.
 _TENSOR_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 #: Operators, by what their methods are called without underscores.
@@ -126,6 +130,11 @@ class Recorder(TorchFunctionMode):
             id(value): name for name, value in reversed(named_tensors(network).items())
         }  # the first one of several
         self._refs: dict[int, Ref] = {id(images): Ref(-1)}
+        #: Tensors whose size hangs on the values of others.
+        self._sized: set[int] = set()
+        #: Tensors by the memory that they share, and those that another one has been written over.
+        self._memory: dict[int, list[int]] = {}
+        self._overwritten: set[int] = set()
         self._alive: list[Any] = [images]  # so that no id is given twice
         self._paused = False
 
@@ -158,7 +167,10 @@ class Recorder(TorchFunctionMode):
                 with self:
                     return _attention(bound.arguments)
         name = _name(func)
-        if name.startswith("is_") or name in _QUERIES or (_is_attribute(func) and name not in _TENSOR_ATTRIBUTES):
+        if self._sized and args and id(args[0]) in self._sized and name in _SIZES:
+            raise self._reads_values(f"{name.strip('_')} of a selection by values")
+        asks = (name.startswith("is_") and name != "is_nonzero") or name in _QUERIES
+        if asks or (_is_attribute(func) and name not in _TENSOR_ATTRIBUTES):
             return func(*args, **kwargs)
         described = fx.node.map_aggregate((args, kwargs), self._refer)
         version = args[0]._version if args and isinstance(args[0], Tensor) else 0
@@ -173,14 +185,41 @@ class Recorder(TorchFunctionMode):
         of_images = self._of_images(described)
         if not any(isinstance(part, Tensor) for part in _parts(result)):
             if of_images and result is not None:
-                raise UntraceableError(
-                    f"{self.where} reads the values of tensors ({name.strip('_')}), so that other images may take another way; "
-                    "its forward must not branch or loop on the values of tensors: move such code out of the network"
-                )
+                raise self._reads_values(name.strip("_"))
             return None if name == "__setitem__" else result
+        self._watch_memory(name, args, result, same, of_images)
         op, target, described_args, described_kwargs = _canonical(func, name, *described, bool(inplace), shape)
         self._record(Call(op, target, described_args, described_kwargs, result, of_images, self._here))
         return None if name == "__setitem__" else result
+
+    def _reads_values(self, how: str) -> UntraceableError:
+        return UntraceableError(
+            f"{self.where} reads the values of tensors ({how}), so that other images may take another way; its forward must not "
+            "branch or loop on the values of tensors: move such code out of the network"
+        )
+
+    def _watch_memory(self, name: str, args: tuple[Any, ...], result: Any, same: bool, of_images: bool) -> None:
+        """Note which tensors are of a size that values decide, and which have been written over through another one."""
+        given = [one for one in pytree.tree_leaves(args) if isinstance(one, Tensor)]
+        for one in given:
+            if id(one) in self._overwritten and not (same and one is args[0]):
+                raise UntraceableError(
+                    f"{self.where} writes into a tensor and reads it through another view of its memory; write "
+                    "y = y.relu() or torch.cat instead of an operation in place on a part of y"
+                )
+        by_values = name in _BY_VALUES or (name == "where" and len(args) == 1)
+        by_values |= name == "__getitem__" and any(one.dtype in (torch.bool, torch.uint8) for one in given[1:])
+        for part in _parts(result):
+            if not isinstance(part, Tensor):
+                continue
+            shapes = {one.shape for one in given if id(one) not in self._sized}
+            if of_images and (by_values or (any(id(one) in self._sized for one in given) and part.shape not in shapes)):
+                self._sized.add(id(part))
+            if part.numel() and part.layout is torch.strided:
+                memory = self._memory.setdefault(part.untyped_storage().data_ptr(), [])
+                if same:
+                    self._overwritten |= {one for one in memory if one != id(part)}
+                memory.append(id(part))
 
     @property
     def _here(self) -> str:

@@ -70,7 +70,9 @@ def by_autograd(
         for mask, size in zip(masks, sizes, strict=True)
     ]
     with torch.enable_grad():
-        found = torch.autograd.grad(quantity(graph(images, *leaves)), leaves, allow_unused=True)
+        value = quantity(graph(images, *leaves))
+        # An answer that only looks at which value is the largest has no derivative.
+        found = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
     return torch.cat([torch.zeros_like(leaf) if one is None else one for leaf, one in zip(leaves, found, strict=True)])
 
 
@@ -172,16 +174,20 @@ class _Backward:
     def _through_any(self, node: fx.Node, gradient: Tensor) -> None:
         """By autograd, which takes the operation a second time."""
         read = [source for source in self.operations.inputs[node] if source in self.wanted]
-        wanted = [one for one in read if isinstance(self.value(one), Tensor) and self.value(one).is_floating_point()]
+        wanted = [one for one in read if _has_derivative(self.value(one))]
         leaves = {source: self.value(source).detach().requires_grad_() for source in wanted}
         with torch.enable_grad():
             result = self.operations.run(node, lambda one: leaves[one] if one in leaves else self.value(one))
             if not result.requires_grad:  # it looked at their shape alone
                 return
-            found = torch.autograd.grad(result, list(leaves.values()), gradient, allow_unused=True)
+            found = torch.autograd.grad(result, list(leaves.values()), gradient.to(result.dtype), allow_unused=True)
         for source, one in zip(wanted, found, strict=True):
             if one is not None:
                 self._add(source, one)
+
+
+def _has_derivative(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _conv_input_gradient(conv: nn.Conv2d, gradient: Tensor, size: torch.Size) -> Tensor:

@@ -4,8 +4,9 @@ Two passes are recorded, of two and of three images. What is alike in both is ri
 grows with them is computed from how many there are; a record that differs otherwise is refused.
 """
 
+import keyword
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,11 +16,14 @@ from torch import Tensor, fx, nn
 from ..errors import UntraceableError
 from .copying import plain_copy
 from .lowering import Lowered, lower
+from .parameters import Parameters, result_of
 from .recording import Call, Named, Recorder, Ref, Tape, Value, named_tensors
 
 #: Sides of images that are tried where none are given: usual ones, then all small ones.
 USUAL_SIDES = (32, 28, 224, 64, 96, 128, 8, 16, 299, 256, 112, 160, 192, 240, 288, 300, 320, 384, 448, 512)
 SIDES = (*USUAL_SIDES, *(side for side in range(1, 80) if side not in USUAL_SIDES))
+#: Arguments of a layer that are tensors.
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
 #: Largest difference of logits, over the largest of them, that rounding may make.
 ROUNDING = 1e-3
 
@@ -46,16 +50,40 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
                 f"{f'layer {name}' if name else 'the network'} is TorchScript, which does not show its layers; give the Python "
                 "module that it was made from, and load its state dict"
             )
+    if any(nn.parameter.is_lazy(one) for one in (*network.parameters(), *network.buffers())):
+        raise UntraceableError(
+            "the network has lazy layers that were never called; call it once with some images before"
+        )
     copied = plain_copy(network).eval().float().cpu()
+    known = named_tensors(copied).keys()
     three = _three(_guess(copied) if images is None else images)
     with torch.no_grad():
         try:
             expected = copied(three.clone())  # also fills what the network keeps for later
         except Exception as error:  # the user's code, which can raise anything
             raise UntraceableError(_cannot_take(type(network).__name__, three, error)) from error
-    graph_module = _Build(copied, _record(copied, three[:2]), _record(copied, three)).run()
-    _check(graph_module, expected, three)
+    made = [name for name in named_tensors(copied) if name not in known]
+    if made:
+        raise UntraceableError(
+            f"the network makes {made[0]} when it is first called; call it once with some images before"
+        )
+    try:
+        graph_module = _Build(copied, _record(copied, three[:2]), _record(copied, three)).run()
+        _check(graph_module, expected, three)
+    except UntraceableError as error:
+        if _is_random(copied, three, expected):
+            raise UntraceableError(
+                "the network gives other answers each time to the same images; take what is random out of its forward, or keep "
+                "it to training"
+            ) from error
+        raise
     return graph_module
+
+
+@torch.no_grad()
+def _is_random(network: nn.Module, images: Tensor, expected: Any) -> bool:
+    again = network(images.clone())
+    return isinstance(again, Tensor) and isinstance(expected, Tensor) and not torch.equal(again, expected)
 
 
 def is_number(node: fx.Node) -> bool:
@@ -97,8 +125,9 @@ def _guess(network: nn.Module) -> Tensor:
         for side in SIDES:
             images = torch.rand(2, channels, side, side, generator=generator)
             with torch.no_grad(), suppress(Exception):  # of another size; the user's code can raise anything
-                network(images.clone())
-                return images
+                answer = network(images.clone())
+                if not isinstance(answer, Tensor) or len(answer) == len(images):  # not where positions became images
+                    return images
     raise UntraceableError(
         f"{type(network).__name__} takes no images of a usual size; show it some: clean=(images, labels), or --clean and "
         "--image-size on the command line"
@@ -133,6 +162,7 @@ class _Build:
     def __init__(self, network: nn.Module, first: Tape, second: Tape) -> None:
         self.first, self.second = first, second
         self.tensors = named_tensors(network)
+        self.names = frozenset(name for name, _ in network.named_parameters(remove_duplicate=False))
         self.modules = dict(network.named_modules())
         self.graph = fx.Graph()
         self.root: dict[str, Any] = {}
@@ -140,7 +170,8 @@ class _Build:
         self.images = self.graph.placeholder("images")
         self.images.meta["shape"] = first.shape
         self.nodes: dict[Ref, fx.Node] = {Ref(-1): self.images}
-        self.constant: list[bool] = []
+        self.parameters = Parameters(self.tensors, first)
+        self.constant = self.parameters.constant
         self._numbers: dict[str, fx.Node] = {}
 
     def run(self) -> fx.GraphModule:
@@ -165,11 +196,12 @@ class _Build:
         ).eval()
         for parameter in graph_module.parameters():
             parameter.requires_grad_(False)
+        graph_module.meta["parameters"] = self.names
         graph_module.meta.update(lowered={key: one for key, one in self.lowered.items() if key in used}, live=live)
         return graph_module
 
     def _add(self, one: Call, other: Call) -> fx.Node:
-        found = lower(one, self._value)
+        found = lower(one, self.parameters.value)
         if found is None:
             args, kwargs = self._join(one, (one.args, one.kwargs), (other.args, other.kwargs))
             node = self.graph.create_node(one.op, one.target, args, kwargs)
@@ -185,110 +217,24 @@ class _Build:
 
     def _place(self, call: Call, module: nn.Module, bound: Mapping[str, Any]) -> str:
         """Put a layer into the graph; its name there."""
-        weight, bias = (self._written(bound[key]) for key in ("weight", "bias"))
-        name = weight[0][0] if weight else self._any_name(bound.get("running_mean")) or f"{call.where}.weight"
-        name = name.removesuffix(".weight") if name.endswith(".weight") else name.removesuffix("_weight")
-        free = name
+        weight, bias = (self.parameters.written(bound[key]) for key in ("weight", "bias"))
+        read = [one for key in _TENSORS for one in self.parameters.read(bound.get(key))]
+        name = weight[0][0] if weight else next(iter(read), None)
+        if name is None:  # it has no parameter
+            name = f"{call.where}.{call.target.__name__}" if call.where else call.target.__name__
+        elif name.endswith((".weight", ".running_mean")):
+            name = name.rpartition(".")[0]
+        else:
+            name = name.removesuffix("_weight")
+        safe = free = ".".join(f"{part}_" if _is_reserved(part) else part for part in name.split("."))
         number = 1
-        while free in self.root and not self._same(self.root[free], module):
+        while free in self.root and not (isinstance(self.root[free], nn.Module) and _same(self.root[free], module)):
             number += 1
-            free = f"{name}_use{number}"
+            free = f"{safe}_use{number}"
         self.root.setdefault(free, module)
-        tensors = [
-            one for key in ("weight", "bias", "running_mean", "running_var") for one in self._read(bound.get(key))
-        ]
         plain = isinstance(bound["weight"], Named) and bound["weight"].name == f"{free}.weight"
-        self.lowered[free] = Lowered(name, weight, bias, tuple(dict.fromkeys(tensors)), plain)
+        self.lowered[free] = Lowered(name, weight, bias, tuple(dict.fromkeys(read)), plain)
         return free
-
-    def _same(self, one: nn.Module, other: nn.Module) -> bool:
-        return repr(one) == repr(other) and all(
-            (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
-            for a, b in ((getattr(one, key, None), getattr(other, key, None)) for key in ("weight", "bias"))
-        )
-
-    def _any_name(self, value: Any) -> str | None:
-        return value.name.removesuffix(".running_mean") + ".weight" if isinstance(value, Named) else None
-
-    def _value(self, value: Any) -> Tensor | None:
-        """The tensor that an argument is in every pass, None where there is no such."""
-        if isinstance(value, Named):
-            return self.tensors[value.name]
-        if isinstance(value, Value):
-            return value.tensor
-        if isinstance(value, Ref) and value.call >= 0 and self.constant[value.call]:
-            return self._result(self.first, value)
-        return None
-
-    def _result(self, tape: Tape, ref: Ref) -> Tensor:
-        result = tape.calls[ref.call].result
-        return result if ref.part is None else result[ref.part]
-
-    def _written(self, value: Any) -> tuple[tuple[str, int], ...] | None:
-        """The parameters in whose rows zeros are zeros in those rows of the value and change no other, and their first rows.
-
-        A value that is computed from parameters may be put together of several. None where zeros cannot be written into it.
-        """
-        if isinstance(value, Named):
-            return ((value.name, 0),)
-        whole = self._value(value)
-        if value is None or whole is None or not isinstance(value, Ref):
-            return () if value is None else None
-        found: list[tuple[str, int]] = []
-        left = whole.flatten(1).any(1) if whole.ndim > 1 else whole != 0
-        for name in sorted(self._read(value), key=lambda name: -self.tensors[name].numel()):
-            first = self._first_row(value, whole, name)
-            if first is not None and left[first : first + len(self.tensors[name])].any():
-                found.append((name, first))
-                left[first : first + len(self.tensors[name])] = False
-        return None if left.any() else tuple(found)
-
-    def _first_row(self, value: Ref, whole: Tensor, name: str) -> int | None:
-        """The row of a value that the first row of a parameter makes, where each makes one of its own; None elsewhere."""
-        parameter = self.tensors[name]
-        if not parameter.ndim or not 0 < len(parameter) <= len(whole):
-            return None
-        pruned = parameter.clone()
-        pruned[0] = 0
-        changed = self._computed(value, {name: pruned})
-        rows = torch.nonzero((changed != whole).flatten(1).any(1) if whole.ndim > 1 else changed != whole).flatten()
-        if len(rows) != 1 or changed[rows[0]].any():
-            return None
-        first = int(rows[0])
-        gone = self._computed(value, {name: torch.zeros_like(parameter)})
-        last = first + len(parameter)
-        apart = torch.equal(gone[:first], whole[:first]) and torch.equal(gone[last:], whole[last:])
-        return first if apart and last <= len(whole) and not gone[first:last].any() else None
-
-    def _read(self, value: Any) -> list[str]:
-        """The parameters that a constant value is computed from."""
-        found: dict[str, None] = {}
-        front = [value]
-        while front:
-            one = front.pop()
-            if isinstance(one, Named):
-                found[one.name] = None
-            elif isinstance(one, Ref):
-                call = self.first.calls[one.call]
-                fx.node.map_aggregate((call.args, call.kwargs), front.append)
-        return list(found)
-
-    def _computed(self, value: Any, instead: Mapping[str, Tensor]) -> Any:
-        """A constant value, computed from other parameters."""
-        if isinstance(value, Named):
-            return instead.get(value.name, self.tensors[value.name])
-        if isinstance(value, Value):
-            return value.tensor
-        if not isinstance(value, Ref):
-            return value
-        call = self.first.calls[value.call]
-        args, kwargs = fx.node.map_aggregate((call.args, call.kwargs), lambda one: self._computed(one, instead))
-        result = (
-            getattr(args[0], call.target)(*args[1:], **kwargs)
-            if call.op == "call_method"
-            else call.target(*args, **kwargs)
-        )
-        return result if value.part is None else result[value.part]
 
     def _varies(self, one: Any, other: Any) -> bool:
         """Whether arguments that are not of the images depend on how many there are."""
@@ -354,19 +300,17 @@ class _Build:
     def _node(self, ref: Ref) -> fx.Node:
         if ref not in self.nodes:
             if self.constant[ref.call]:
-                self.nodes[ref] = self._attribute(
-                    self.first.calls[ref.call],
-                    *(Value(self._result(tape, ref)) for tape in (self.first, self.second)),
-                )
+                values = (Value(result_of(tape, ref)) for tape in (self.first, self.second))
+                self.nodes[ref] = self._attribute(self.first.calls[ref.call], *values, self.parameters.read(ref))
             else:
                 self.nodes[ref] = self.graph.call_function(operator.getitem, (self.nodes[Ref(ref.call)], ref.part))
-                self.nodes[ref].meta["shape"] = self._result(self.first, ref).shape
+                self.nodes[ref].meta["shape"] = result_of(self.first, ref).shape
         return self.nodes[ref]
 
-    def _attribute(self, call: Call, one: Named | Value, other: Named | Value) -> fx.Node:
-        """A tensor that the network brings along."""
+    def _attribute(self, call: Call, one: Named | Value, other: Named | Value, read: Sequence[str] = ()) -> fx.Node:
+        """A tensor that the network brings along, or that is computed from parameters (``read``) alone."""
         if isinstance(one, Named):
-            name, tensor = one.name, self.tensors[one.name]
+            tensor, read = self.tensors[one.name], (one.name,)
         else:
             assert isinstance(other, Value)
             tensor, again = one.tensor, other.tensor
@@ -375,11 +319,11 @@ class _Build:
                     f"{_where(call)} reads a tensor that is another one in each pass, and that no operation of PyTorch made: by a "
                     "function of TorchScript, numpy or C++, or at random; write it with operations of PyTorch, or take it out"
                 )
-            name = f"_constant_{len(self.root)}"
-        if name not in self.root:
-            self.root[name] = tensor
+        name = f"_tensor_{len(self.root)}"
+        self.root[name] = tensor
         node = self.graph.get_attr(name)
-        node.meta["shape"] = tensor.shape
+        # "read" are the parameters that it is of, and "parameter" the one that it is.
+        node.meta.update(shape=tensor.shape, read=tuple(read), parameter=one.name if isinstance(one, Named) else None)
         return node
 
     def _depends(self, call: Call) -> UntraceableError:
@@ -387,6 +331,23 @@ class _Build:
             f"{_where(call)} does other things with two images than with three: the network's forward must not depend on how "
             "many images it is given, but treat each on its own"
         )
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two layers are alike, with equal tensors."""
+    pairs = [(getattr(one, key, None), getattr(other, key, None)) for key in _TENSORS]
+    alike = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+    return repr(one) == repr(other) and alike
+
+
+def _is_reserved(part: str) -> bool:
+    """Whether a part of a name cannot be one in a graph: a word of Python, or an attribute that graphs have themselves."""
+    return (
+        keyword.iskeyword(part)
+        or hasattr(fx.GraphModule, part)
+        or part in ("graph", "meta")
+        or part.startswith("neuron_mask")
+    )
 
 
 def _where(call: Call) -> str:

@@ -250,7 +250,7 @@ def test_tensors_that_are_no_buffers():
         (lambda m, x: x * float(x.mean()), "values of tensors"),
         (lambda m, x: torch.stack([image * 2 for image in x]), "how many images"),
         (lambda m, x: x - x.mean(0, keepdim=True), "how many images"),
-        (lambda m, x: x * torch.rand(()), "another one in each pass"),
+        (lambda m, x: x * torch.rand(()), "other answers each time"),
         (lambda m, x: x + torch.from_numpy(x.detach().numpy() * 2), "values of tensors"),
     ],
 )
