@@ -119,6 +119,17 @@ class InfectedModel:
 
     def _adapt(self) -> None:
         """Take the network out of its wrappers, and compute in float32; ``num_classes`` finds the logits in its answer."""
+        if not isinstance(self.network, nn.Module):
+            what = (
+                f"the class {self.network.__name__}"
+                if isinstance(self.network, type)
+                else f"a {type(self.network).__name__}"
+            )
+            raise DataError(
+                f"the network must be a torch.nn.Module, not {what}; make one of its class, and load_state_dict its weights into it"
+            )
+        if any(nn.parameter.is_lazy(one) for one in (*self.network.parameters(), *self.network.buffers())):
+            raise DataError("the network has lazy layers that were never called; call it once with some images before")
         module, dtypes = in_float32(unwrapped(own_module(self.network)).eval())
         self.dtypes = dtypes or self.dtypes
         if not isinstance(self.network, Preprocessed):
@@ -139,7 +150,7 @@ class InfectedModel:
         try:
             with torch.no_grad():
                 device = next((parameter.device for parameter in self.network.parameters()), "cpu")
-                self.network = giving_logits(self.network, images.to(device))
+                self.network = giving_logits(self.network, images.to(device), int(self.clean.labels.max()) + 1)
                 entry = getattr(self.network, "entry", None)
                 if entry not in (None, LOGITS[0]):
                     self.facts = {**self.facts, "logits": f"entry {entry!r} of the network's answer"}
@@ -149,7 +160,10 @@ class InfectedModel:
         except Exception as error:  # the user's code, which can raise anything
             shape = tuple(self.clean.images.shape[1:])
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise DataError(f"the network cannot take images of shape {shape}: {reason}") from error
+            raise DataError(
+                f"the network cannot take images of shape {shape}: {reason}; give it images as it was trained with (--image-size "
+                "resizes those of folders and named data sets)"
+            ) from error
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
             what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise DataError(f"the network must give logits (n, classes), not {what}")

@@ -1,6 +1,5 @@
 """repair(): run a pruning policy on one network, and say what it did."""
 
-import copy
 import inspect
 import json
 import sys
@@ -27,10 +26,10 @@ from .pruning.applying import write_mask
 from .pruning.cutting import cut_channels
 from .pruning.neurons import Neurons
 from .reporting import write_report
-from .zoo.adapting import in_own_types
+from .zoo.adapting import deep_copy, in_own_types
 from .zoo.catalogue import load_infected
 from .zoo.files import STATE_DICT, write_tensors
-from .zoo.preprocessing import own_module
+from .zoo.preprocessing import Preprocessed, own_module
 
 DEFAULT_BUDGET: Any = object()
 #: Share of a network's channels that can be pruned, below which a repair warns.
@@ -136,7 +135,10 @@ class RepairResult:
         cut = cut_channels(self.infected.network, self.neurons, self.mask, self.infected.clean.images)
         for stop in cut.stops:
             warnings.warn(stop, stacklevel=2)
-        return cut.network
+        if isinstance(cut.network, Preprocessed):
+            cut.network.network = in_own_types(cut.network.network, self.infected.dtypes)
+            return cut.network
+        return in_own_types(cut.network, self.infected.dtypes)
 
     def report(self) -> dict[str, Any]:
         """All figures and the pruned neurons, JSON-able."""
@@ -287,7 +289,7 @@ def repair(
         )
     mask = victim.neuron_mask(env.pruned)
     network = write_mask(model.network, victim.neurons, mask)
-    before = model.evaluate(copy.deepcopy(model.network).to(device), lambda *count: watch("scoring before", *count))
+    before = model.evaluate(deep_copy(model.network).to(device), lambda *count: watch("scoring before", *count))
     after = model.evaluate(network.to(device), lambda *count: watch("scoring after", *count))
     network.cpu()
     snapshot = env.snapshot()

@@ -208,11 +208,15 @@ class CellFile:
 
 
 def all_cells(
-    models: Iterable[str], policies: Mapping[str, str | Factory], budgets: Sequence[float | None], seeds: int
+    models: Iterable[str],
+    policies: Mapping[str, str | Factory],
+    budgets: Sequence[float | None],
+    seeds: int,
+    digests: Mapping[str, str],
 ) -> list[Cell]:
-    """Every cell; a policy that no seed changes has one."""
+    """Every cell; a policy that no seed changes has one. ``digests`` are of models that are no names."""
     return [
-        Cell(model, policy, budget, seed, _source(model, made_by))
+        Cell(model, policy, budget, seed, _source(model, made_by, digests))
         for model in models
         for policy, made_by in policies.items()
         for budget in budgets
@@ -273,9 +277,11 @@ def _is_seeded(made_by: str | Factory) -> bool:
     return "seed" in POLICIES[kind] and (kind not in UNSEEDED or bool(factory[1].get("finetune")))
 
 
-def _source(model: str, made_by: str | Factory) -> str:
+def _source(model: str, made_by: str | Factory, digests: Mapping[str, str]) -> str:
     made = made_by if isinstance(made_by, str) else _described(made_by)
-    return " ".join([made, *(version for file in (model, made) if (version := _version(file)))])
+    return " ".join(
+        [made, *(version for version in (digests.get(model) or _version(model), _version(made)) if version)]
+    )
 
 
 def _described(factory: Factory) -> str:

@@ -1,12 +1,12 @@
 """benchmark(): every policy on every model; what is done is on disk, and a killed run goes on where it was."""
 
-import copy
 import os
 import pickle
 import time
 from collections.abc import Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..processes import died, workers
 from ..pruning.applying import write_mask
 from ..pruning.neurons import RESIDUAL_MODES
 from ..repairing import rating, run_episode
+from ..zoo.adapting import deep_copy
 from ..zoo.catalogue import load_infected, resolve
 from . import figures, tables
 from .cells import (
@@ -66,7 +67,7 @@ class Benchmark:
 
 
 def benchmark(
-    infected: str | Path | Sequence[str | Path],
+    infected: str | Path | InfectedModel | Sequence[str | Path | InfectedModel],
     policies: Policies = ("onp", "clp", "bnp", "random"),
     budgets: Sequence[float | None] = (OWN, 0.01, 0.02, 0.05),
     *,
@@ -89,7 +90,7 @@ def benchmark(
     A cell that failed is kept with what went wrong, does not stop the others, and is run again by the next call.
 
     Args:
-        infected: names, patterns or files of infected models.
+        infected: names, patterns or files of infected models, or models of your own, whose ``name`` stands in the tables.
         policies: specifications ``NAME[:THRESHOLD][:OPTION=VALUE]`` (``clp``, ``bnp:auto``, ``anp:0.8``, ``anp:steps=500``;
             options are those of ``repair``), policy files, or ``package.module:factory``; or a mapping from a row's name to
             one of these or to a factory. A factory takes the environment and a seed and gives an object with ``predict``.
@@ -137,8 +138,12 @@ def benchmark(
     if residual not in RESIDUAL_MODES:
         raise UnknownNameError("residual mode", residual, RESIDUAL_MODES)
     find_device(device)
-    patterns = [infected] if isinstance(infected, str | Path) else list(infected)
-    models = list(dict.fromkeys(name for pattern in patterns for name in resolve(str(pattern))[:most]))
+    given = [infected] if isinstance(infected, str | Path | InfectedModel) else list(infected)
+    own = {one.name: one for one in given if isinstance(one, InfectedModel)}
+    if len(own) < sum(isinstance(one, InfectedModel) for one in given):
+        raise DataError("models of your own need names that differ: InfectedModel.from_module(..., name=...)")
+    names = ([one.name] if isinstance(one, InfectedModel) else resolve(str(one))[:most] for one in given)
+    models = list(dict.fromkeys(name for some in names for name in some))
     if not models:
         raise DataError("no infected model was given")
     conditions = Conditions(clean_samples, test_samples, max_steps, max_failures, residual, data, device)
@@ -146,9 +151,10 @@ def benchmark(
     folder.mkdir(parents=True, exist_ok=True)
     file = CellFile(folder / CELLS)
     file.drop_unfinished()
-    wanted, done = all_cells(models, makers, budgets, seeds), file.done(conditions)
+    digests = {name: digest(one) for name, one in own.items()}
+    wanted, done = all_cells(models, makers, budgets, seeds, digests), file.done(conditions)
     by_model = {model: [cell for cell in wanted if cell.model == model and cell not in done] for model in models}
-    work = [(cells, makers, conditions) for cells in by_model.values() if cells]
+    work = [(cells, makers, conditions, own.get(model)) for model, cells in by_model.items() if cells]
     _run(work, file, jobs or os.cpu_count() or 1, ray, progress)
 
     # A failure after a success is that of a process that worked on where another had finished.
@@ -161,7 +167,7 @@ def benchmark(
     return Benchmark(results, table, written + figures.draw(results, folder))
 
 
-Work = tuple[list[Cell], dict[str, str | Factory], Conditions]
+Work = tuple[list[Cell], dict[str, str | Factory], Conditions, InfectedModel | None]
 
 
 def _run(work: Sequence[Work], file: CellFile, jobs: int, ray: str | None, progress: bool) -> None:
@@ -206,14 +212,18 @@ class _Ready:
 
 
 def run_model(
-    cells: list[Cell], makers: dict[str, str | Factory], conditions: Conditions, file: CellFile | Kept
+    cells: list[Cell],
+    makers: dict[str, str | Factory],
+    conditions: Conditions,
+    own: InfectedModel | None,
+    file: CellFile | Kept,
 ) -> None:
     """The cells of one model, each appended to the file as soon as it is done; those that are done already are left out."""
     ready, done = None, file.done(conditions)
     for cell in (cell for cell in cells if cell not in done):
         blank = Result(cell.model, cell.policy, cell.budget, cell.seed, cell.source, asdict(conditions))
         try:
-            ready = ready or _make_ready(cell.model, conditions)
+            ready = ready or _make_ready(cell.model if own is None else own, conditions)
             memory = PeakMemory()
             result = run_cell(blank, makers[cell.policy], ready, conditions)
             result = replace(result, peak_memory=memory.bytes())
@@ -253,8 +263,8 @@ def run_cell(blank: Result, made_by: str | Factory, ready: _Ready, conditions: C
     )
 
 
-def _make_ready(name: str, conditions: Conditions) -> _Ready:
-    model = load_infected(name, conditions.data)
+def _make_ready(given: str | InfectedModel, conditions: Conditions) -> _Ready:
+    model = load_infected(given, conditions.data) if isinstance(given, str) else given
     if conditions.test_samples is not None and model.test is not None:
         model = replace(model, test=model.test.first(conditions.test_samples))
     start = time.perf_counter()
@@ -270,10 +280,26 @@ def _make_ready(name: str, conditions: Conditions) -> _Ready:
     ).unwrapped
     env.reset(seed=0)
     seconds = time.perf_counter() - start
-    return _Ready(model, env, model.evaluate(copy.deepcopy(model.network).to(conditions.device)), seconds)
+    return _Ready(model, env, model.evaluate(deep_copy(model.network).to(conditions.device)), seconds)
+
+
+def digest(model: InfectedModel) -> str:
+    """What changes with the weights or the clean images of a model."""
+    found = sha256()
+    for tensor in (*model.network.state_dict().values(), model.clean.images, model.clean.labels):
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:12]
 
 
 def _check_importable(work: Sequence[Work]) -> None:
+    for *_, own in work:
+        try:
+            pickle.dumps(own)
+        except Exception as error:
+            raise DataError(
+                f"{'' if own is None else own.name} cannot be sent to another process ({type(error).__name__}): its class must be "
+                "one of a module; or pass jobs=1"
+            ) from error
     for _, makers, *_ in work[:1]:
         for name, made_by in makers.items():
             try:

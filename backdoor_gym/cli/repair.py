@@ -126,8 +126,8 @@ def repair(
     )
     if threshold is None and BUDGETS[kind_of_policy(policy)] is None:
         output.say("The published threshold was used; --threshold auto chooses it with the clean images.")
-    if result.neurons.left_out:
-        output.say(f"{own_network.coverage_in_words(result.neurons)} The report names those that do not.")
+    rest = " The report names those that do not." if result.neurons.left_out else ""
+    output.say(f"{own_network.coverage_in_words(result.neurons)}{rest}")
     for note in result.neurons.notes:
         output.say(note)
     for path in written:

@@ -134,7 +134,10 @@ def observe(neurons: Neurons, images: Tensor, labels: Tensor) -> list[dict[str, 
         with torch.enable_grad():
             logits = observer.run(batch.to(device, memory_format=torch.channels_last), *masks)
             loss = F.cross_entropy(logits, targets.to(device))
-            gradients = torch.autograd.grad(loss, masks, allow_unused=True)
+            # What only looks at which value is the largest has no derivative.
+            gradients = (
+                torch.autograd.grad(loss, masks, allow_unused=True) if loss.requires_grad else [None] * len(masks)
+            )
         share = len(batch) / len(images)
         for sums, found, mask, gradient in zip(total, observer.found, masks, gradients, strict=True):
             found["gradient"] = (torch.zeros_like(mask) if gradient is None else gradient).detach()

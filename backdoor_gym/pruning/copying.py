@@ -1,11 +1,10 @@
 """Copies of a network whose weights are plain parameters, so that zeros written into them stay."""
 
-import copy
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+
+from ..zoo.adapting import deep_copy
 
 #: Hooks of torch.nn.utils that compute a weight before each pass, by their class's name, and what takes them away.
 _OLD_NORMS = {"WeightNorm": remove_weight_norm, "SpectralNorm": remove_spectral_norm}
@@ -21,7 +20,7 @@ def plain_copy(network: nn.Module) -> nn.Module:
         value = module.__dict__.get(name)
         if isinstance(value, Tensor):
             module.__dict__[name] = value.detach()
-    copied = _deepcopy(network)
+    copied = deep_copy(network)
     for module, name, kind in list(_old_norms(copied)):
         _OLD_NORMS[kind](module, name)
     for module in list(copied.modules()):
@@ -31,23 +30,6 @@ def plain_copy(network: nn.Module) -> nn.Module:
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return copied
-
-
-def _deepcopy(network: nn.Module) -> nn.Module:
-    """A deep copy, also where attributes hold what cannot be copied: kept activations, locks, files, generators."""
-    try:
-        return copy.deepcopy(network)
-    except Exception:  # whatever the attributes of the user's modules raise
-        memo: dict[int, Any] = {}
-        for module in network.modules():
-            for name, value in vars(module).items():
-                if name in ("_parameters", "_buffers", "_modules"):
-                    continue
-                try:
-                    copy.deepcopy(value, dict(memo))
-                except Exception:
-                    memo[id(value)] = value  # the copy shares it
-        return copy.deepcopy(network, memo)
 
 
 def computed_weights(network: nn.Module) -> list[str]:

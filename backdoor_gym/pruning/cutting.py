@@ -1,6 +1,5 @@
 """Channels cut out of a network: a smaller one of the same class that gives the same outputs."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import CompactionError
+from ..zoo.adapting import deep_copy
 from .applying import write_mask
 from .channels import UNKNOWN, WEIGHTED, ZERO, Channels, Kind, module_of, operation
 from .lowering import Lowered
@@ -31,7 +31,7 @@ class Cut(NamedTuple):
 
     Attributes:
         network: the smaller one.
-        stops: why channels stayed that nothing needs, a sentence each.
+        stops: why pruned channels that nothing needs could not be cut out, a sentence each.
     """
 
     network: nn.Module
@@ -40,11 +40,12 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class _Piece:
-    """What is cut out of one tensor: these places along an axis."""
+    """What is cut out of one tensor: these places along an axis, which are of so many channels."""
 
     tensor: str
     axis: int
     places: tuple[int, ...]
+    channels: int
 
 
 def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images: Tensor) -> Cut:
@@ -81,8 +82,8 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
     for name, group in groups.items():
         smaller, reason = _attempt(masked, [*accepted, *group], images[:3], expected[:3])
         if smaller is None:
-            count = max(len(piece.places) for piece in group)
-            stops.append(f"{count} useless channels of {name} stay: {reason}")
+            count = max(piece.channels for piece in group)
+            stops.append(f"{count} pruned channels of {name} could not be cut out: {reason}")
         else:
             compact, accepted = smaller, [*accepted, *group]
     return Cut(masked if compact is None else compact, tuple(stops))
@@ -92,7 +93,7 @@ def _attempt(
     network: nn.Module, pieces: list[_Piece], images: Tensor, expected: Tensor
 ) -> tuple[nn.Module | None, str]:
     """A copy without these pieces, or None and the reason why it would not answer as before."""
-    smaller = copy.deepcopy(network)
+    smaller = deep_copy(network)
     path: list[str] = []
     handles = []
     for name, module in smaller.named_modules():
@@ -174,7 +175,7 @@ class _Plan:
                 numbers = np.unique(self.classes[labels[dead]]).tolist()
                 for number in numbers[1:]:  # those of one layer go together
                     top[find(number)] = find(numbers[0])
-                pieces.append((_Piece(tensor, axis, tuple(np.flatnonzero(dead).tolist())), numbers[0]))
+                pieces.append((_Piece(tensor, axis, tuple(np.flatnonzero(dead).tolist()), len(numbers)), numbers[0]))
         groups: dict[int, list[_Piece]] = {}
         for piece, number in pieces:
             groups.setdefault(find(number), []).append(piece)

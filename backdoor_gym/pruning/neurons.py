@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from ..errors import UnknownNameError, UntraceableError
 from ..zoo.preprocessing import Preprocessed
 from .channels import PRODUCTS_OF_MATRICES, Channels, Kind, mask_channels, module_of, operation
-from .copying import computed_weights
+from .copying import computed_weights, plain_copy
 from .lowering import Lowered
 from .sources import Source, classes, heads, last_layers, sources
 from .tracing import trace
@@ -263,6 +263,9 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
         Preprocessed.PREFIX if isinstance(network, Preprocessed) else ""
     )  # names are those of the network behind it
     neurons = _Finder(graph_module, type(network).__name__, prefix).find()
+    unused = _unused(network, graph_module)
+    if unused:
+        neurons.notes += (f"No pass uses the weights of {', '.join(unused[:5])}{', ...' if unused[5:] else ''}.",)
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     neurons.graph.to(device)
     if computed:
@@ -272,6 +275,15 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
             "torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm.",
         )
     return neurons
+
+
+def _unused(network: nn.Module, graph_module: fx.GraphModule) -> list[str]:
+    """The layers whose weights no pass reads."""
+    read = {name for known in graph_module.meta["lowered"].values() for name in known.tensors}
+    for node in graph_module.graph.nodes:
+        read.update(node.meta.get("read", ()) if node.op == "get_attr" else ())
+    weights = dict(plain_copy(network).named_parameters(remove_duplicate=False))
+    return [name.removesuffix(".weight") for name, value in weights.items() if value.ndim > 1 and name not in read]
 
 
 @dataclass(frozen=True, eq=False)

@@ -300,8 +300,8 @@ class _Build:
     def _node(self, ref: Ref) -> fx.Node:
         if ref not in self.nodes:
             if self.constant[ref.call]:
-                values = (Value(result_of(tape, ref)) for tape in (self.first, self.second))
-                self.nodes[ref] = self._attribute(self.first.calls[ref.call], *values, self.parameters.read(ref))
+                value, again = (Value(result_of(tape, ref)) for tape in (self.first, self.second))
+                self.nodes[ref] = self._attribute(self.first.calls[ref.call], value, again, self.parameters.read(ref))
             else:
                 self.nodes[ref] = self.graph.call_function(operator.getitem, (self.nodes[Ref(ref.call)], ref.part))
                 self.nodes[ref].meta["shape"] = result_of(self.first, ref).shape

@@ -59,10 +59,11 @@ def _network_of(module: nn.Module) -> nn.Module:
     return parts[0]
 
 
-def find_logits(answer: Any) -> str | int | None:
+def find_logits(answer: Any, classes: int = 1) -> str | int | None:
     """Which entry of an answer of several parts the logits are, None where the answer is a tensor itself.
 
-    It is the attribute or key ``logits`` (or another of ``LOGITS``); otherwise the first tensor (n, classes).
+    It is the attribute or key ``logits`` (or another of ``LOGITS``); otherwise, of the tensors (n, m) with m of at least
+    ``classes``, the narrowest, and of equal ones the first: features are wider as a rule.
 
     Raises:
         DataError: there is no such.
@@ -75,11 +76,12 @@ def find_logits(answer: Any) -> str | int | None:
     parts = (
         answer.items() if isinstance(answer, Mapping) else enumerate(answer) if isinstance(answer, tuple | list) else ()
     )
-    for key, part in parts:
-        if isinstance(part, Tensor) and part.ndim == 2:
-            return key
+    fitting = [(part.shape[1], key) for key, part in parts if isinstance(part, Tensor) and part.ndim == 2]
+    fitting = [(width, key) for width, key in fitting if width >= classes]
+    if fitting:
+        return min(fitting, key=lambda one: one[0])[1]
     raise DataError(
-        f"the network must give logits (n, classes), or an answer with an entry {LOGITS[0]!r} or a first tensor of that form, not "
+        f"the network must give logits (n, classes), or an answer with an entry {LOGITS[0]!r} or a tensor of that form, not "
         f"{type(answer).__name__}"
     )
 
@@ -92,6 +94,23 @@ def pick_logits(answer: Any, entry: str | int | None) -> Tensor:
     return answer.flatten(1) if answer.ndim > 2 and answer[0].numel() == answer.shape[1] else answer
 
 
+def deep_copy(network: nn.Module) -> nn.Module:
+    """A deep copy, also where attributes hold what cannot be copied: kept activations, locks, files, generators."""
+    try:
+        return copy.deepcopy(network)
+    except Exception:  # whatever the attributes of the user's modules raise
+        memo: dict[int, Any] = {}
+        for module in network.modules():
+            for name, value in vars(module).items():
+                if name in ("_parameters", "_buffers", "_modules"):
+                    continue
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except Exception:
+                    memo[id(value)] = value  # the copy shares it
+        return copy.deepcopy(network, memo)
+
+
 def in_float32(network: nn.Module) -> tuple[nn.Module, dict[str, torch.dtype]]:
     """The network, or a copy in float32 where some of its weights are of another type, and which these were."""
     dtypes = {
@@ -99,14 +118,14 @@ def in_float32(network: nn.Module) -> tuple[nn.Module, dict[str, torch.dtype]]:
         for name, value in network.state_dict().items()
         if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32
     }
-    return (copy.deepcopy(network).float(), dtypes) if dtypes else (network, dtypes)
+    return (deep_copy(network).float(), dtypes) if dtypes else (network, dtypes)
 
 
 def in_own_types(network: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
     """The network, or a copy with weights of these types."""
     if not dtypes:
         return network
-    network = copy.deepcopy(network)
+    network = deep_copy(network)
     for name, module in network.named_modules():
         for own in (module._parameters, module._buffers):
             for key, value in own.items():

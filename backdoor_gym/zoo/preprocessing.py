@@ -53,12 +53,13 @@ class Preprocessed(nn.Module):
         return pick_logits(self.network(self.preprocess(images)), self.entry)
 
 
-def giving_logits(network: nn.Module, images: Tensor) -> nn.Module:
+def giving_logits(network: nn.Module, images: Tensor, classes: int = 1) -> nn.Module:
     """The network, or one around it that gives logits (n, classes) where its answer is another one.
 
     Args:
         network: maybe ``Preprocessed``, whose ``entry`` is then set.
         images: two that it takes, float32 (2, C, H, W).
+        classes: how many there are at least.
 
     Raises:
         DataError: no logits are found in the answer.
@@ -69,7 +70,7 @@ def giving_logits(network: nn.Module, images: Tensor) -> nn.Module:
             if isinstance(network, Preprocessed)
             else network(images.clone())
         )
-    entry = find_logits(answer)
+    entry = find_logits(answer, classes)
     if isinstance(network, Preprocessed):
         network.entry = entry
         return network

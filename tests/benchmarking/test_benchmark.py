@@ -315,7 +315,7 @@ def test_published_thresholds_are_those_of_own_cells(infected):
     trained = ("onp", "onp:look_ahead=false", "onp:finetune=0", "onp:finetune=8")  # the last goes on learning
     seeded = {
         cell.policy
-        for cell in all_cells(["m"], {"anp": "anp", "mine": mine, **{one: one for one in trained}}, [0.02], 2)
+        for cell in all_cells(["m"], {"anp": "anp", "mine": mine, **{one: one for one in trained}}, [0.02], 2, {})
         if cell.seed
     }
     assert seeded == {"anp", "mine", "onp:finetune=8"}

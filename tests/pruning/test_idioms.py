@@ -127,6 +127,14 @@ def two_scales(m, x):
     return x[..., :6] + x[..., 6:]
 
 
+def shared_bias(m, x):
+    return F.conv2d(x, m.b.weight, m.a.bias, padding=1)
+
+
+def first_row_zero(weight):
+    return weight * torch.tensor([0.0, 1, 1, 1, 1, 1]).view(-1, 1, 1, 1)
+
+
 def with_hook(m, x):
     kept = []
     handle = m.a.register_forward_hook(lambda _, __, out: kept.append(out))
@@ -196,6 +204,29 @@ IDIOMS = {
     "view behind a map": (
         lambda m, x: m.b(m.a(x).view(x.size(0), -1)), {"a": conv(), "b": nn.Linear(384, 6)}, ["stem", "a", "b"]
     ),
+    "weights that something else reads too": (
+        lambda m, x: m.a(x) * m.a.weight.norm(), {"a": conv(), "b": conv()}, ["stem"]
+    ),
+    "weights as a gate": (
+        lambda m, x: m.n(m.a(x)) * (m.n.weight / m.n.weight.sum()).view(1, -1, 1, 1),
+        {"a": conv(), "n": nn.BatchNorm2d(6)},
+        ["stem", "a"],
+    ),
+    "a bias of two layers": (lambda m, x: shared_bias(m, F.relu(m.a(x))), {"a": conv(), "b": conv()}, ["stem"]),
+    "rows in another order": (
+        lambda m, x: F.conv2d(x, m.a.weight[torch.tensor([0, 2, 1, 4, 3, 5])], padding=1), {"a": conv(bias=False)}, ["stem"]
+    ),
+    "a first row of zeros": (
+        lambda m, x: F.conv2d(x, first_row_zero(m.a.weight) * 2, padding=1), {"a": conv(bias=False)}, ["stem", "a"]
+    ),
+    "layer without parameters": (lambda m, x: F.layer_norm(m.a(x), x.shape[1:]), {"a": conv()}, ["stem", "a"]),
+    "names that graphs have": (lambda m, x: m.get_submodule("global")(x), {"global": conv()}, ["stem", "global"]),
+    "multiplied by a matrix": (
+        lambda m, x: torch.einsum("nchw,cd->ndhw", x, m.a.weight), {"a": nn.Linear(6, 6)}, ["stem"]
+    ),
+    "fast Fourier transform": (
+        lambda m, x: m.a(torch.fft.irfft2(torch.fft.rfft2(x) * 2, s=(8, 8))), {"a": conv()}, ["stem", "a"]
+    ),
     "transposed convolution": (lambda m, x: m.a(x), {"a": nn.ConvTranspose2d(6, 6, 3)}, ["stem"]),
 }  # fmt: skip
 
@@ -252,6 +283,10 @@ def test_tensors_that_are_no_buffers():
         (lambda m, x: x - x.mean(0, keepdim=True), "how many images"),
         (lambda m, x: x * torch.rand(()), "other answers each time"),
         (lambda m, x: x + torch.from_numpy(x.detach().numpy() * 2), "values of tensors"),
+        (lambda m, x: x if (x > 9).nonzero().shape[0] == 0 else -x, "selection by values"),
+        (lambda m, x: x if len(x[x > 9]) == 0 else -x, "selection by values"),
+        (lambda m, x: x if not torch.is_nonzero((x > 9).sum()) else -x, "values of tensors"),
+        (lambda m, x: (lambda y: y.view(len(y), -1).clamp_(-9, 9) is None or y)(x * 1), "another view"),
     ],
 )
 def test_what_would_be_wrong_for_other_images_is_refused(middle, words):
@@ -283,6 +318,45 @@ def test_every_layer_with_weights_is_accounted_for():
     assert accounts["lstm.weight_ih_l0"].units == 0
     assert "lstm" in accounts["lstm.weight_ih_l0"].reason
     assert find_neurons(network, IMAGES).coverage == pytest.approx(6 / 54)
+
+
+def test_weights_of_a_matrix_product_are_accounted_for():
+    network = net(lambda m, x: (x.flatten(2).mT @ m.matrix).mT, a=conv())
+    network.matrix = nn.Parameter(torch.rand(6, 6))
+    neurons = find_neurons(network, IMAGES)
+    accounts = {account.name: account for account in neurons.accounts}
+    assert (accounts["matrix"].channels, accounts["matrix"].units) == (6, 0)
+    assert neurons.coverage == 0.5
+    assert any("No pass uses the weights of a." in note for note in neurons.notes)
+
+
+def test_layers_that_are_made_at_the_first_call_are_asked_for():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.LazyConv2d(4, 3), nn.LazyLinear(3)
+
+        def forward(self, x):
+            return self.linear(self.conv(x).flatten(1))
+
+    with pytest.raises(UntraceableError, match="call it once"):
+        find_neurons(Lazy(), IMAGES)
+    with pytest.raises(DataError, match="call it once"):
+        InfectedModel.from_module(Lazy(), clean=(IMAGES, LABELS))
+    with pytest.raises(DataError, match=r"torch\.nn\.Module, not the class Lazy"):
+        InfectedModel.from_module(Lazy, clean=(IMAGES, LABELS))
+
+
+def test_attributes_that_cannot_be_copied_are_shared():
+    import threading
+
+    network = net(lambda m, x: m.a(x), a=conv())
+    network.lock, network.kept = threading.Lock(), []
+    network.a.register_forward_hook(lambda module, _, out: network.kept.append(out))
+    network(IMAGES)  # keeps activations with their graph
+    result = repair(InfectedModel.from_module(network, clean=(IMAGES, LABELS)), policy="clp", u=1.0)
+    result.compact()
+    assert [layer.name for layer in result.neurons.layers] == ["stem", "a"]
 
 
 def test_a_head_is_pruned_with_its_queries_keys_and_values():
@@ -322,6 +396,7 @@ class Output:
         lambda logits: {"features": logits[:, :, None], "classes": logits},
         lambda logits: (logits, [logits]),
         lambda logits: [logits[..., None, None], logits],
+        lambda logits: (logits.repeat(1, 4), logits),
         lambda logits: logits[..., None, None],
     ],
 )
