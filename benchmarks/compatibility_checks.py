@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,6 @@ def check_neurons(row: Row, neurons: Any) -> None:
     row["coverage"] = round(float(neurons.coverage), 4)
     gaps = [account for account in accounts if not account.is_output and account.units < account.channels]
     gaps.sort(key=lambda account: account.units - account.channels)
-    row["channels"] = sum(account.channels for account in accounts if not account.is_output)
     row["gaps"] = [[account.name, account.channels - account.units, account.reason] for account in gaps[:12]]
     row["gaps_without_reason"] = sum(not account.reason for account in gaps)
 
@@ -257,7 +257,8 @@ def check_cut(row: Row, network: nn.Module, neurons: Any, images: Tensor) -> Non
     scale = max(float(written.abs().max()), 1e-6)
     error = distance(forward(smaller, images), written) / scale
     before, after = (sum(p.numel() for p in one.parameters()) for one in (network, smaller))
-    pruned = float((~mask).sum()) / row.get("channels", len(neurons))
+    # Of neurons, not of channels: one may be several rows (queries and keys), or a channel that several layers write into.
+    pruned = float((~mask).mean()) * row.get("coverage", 1.0)
     row["cut"] = {
         "error": float(f"{error:.2e}"),
         "equal": error <= TOLERANCE or error <= TOLERANCE + rounding(network, images) / scale,
@@ -297,8 +298,11 @@ def attempt(row: Row, stage: str, what: Callable[[], Any]) -> Any:
     except BackdoorGymError as error:
         row[stage] = {"refused": _told(error)}
     except Exception as error:
-        lines = traceback.format_exc().strip().splitlines()
-        row[stage] = {"untyped": _told(error), "where": " / ".join(line.strip() for line in lines[-7:-1])[-500:]}
+        frames = [
+            f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
+            for frame in traceback.extract_tb(error.__traceback__)
+        ]
+        row[stage] = {"untyped": _told(error), "where": " / ".join(frames[-8:])}
     finally:
         row.setdefault("seconds", {})[stage] = round(time.perf_counter() - start, 1)
     return None
