@@ -39,7 +39,10 @@ def predict_logits(
     device = torch.device("cpu") if parameter is None else parameter.device
     network.eval()
     found: list[Tensor] = []
-    for batch in images.chunk(-(-len(images) // batch_size)):  # of like sizes: some networks cannot take a single image
+    batches = list(images.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:  # some networks cannot take a single image
+        batches[-2:] = [torch.cat(batches[-2:])]
+    for batch in batches:
         # A copy, as a network may work in place on what it is given, and contiguous, as everybody runs it.
         given = torch.cat([batch, batch]) if len(batch) == 1 else batch.clone(memory_format=torch.contiguous_format)
         found.append(network(given.to(device)).float().cpu()[: len(batch)])
