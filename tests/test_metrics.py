@@ -77,3 +77,15 @@ def test_logits_do_not_depend_on_the_batch_size():
     images = torch.rand(7, 1, 4, 4)
     torch.testing.assert_close(predict_logits(network, images, 2), predict_logits(network, images))
     assert not network.training
+
+
+@pytest.mark.parametrize("count", [1, 2, 500, 501])
+def test_a_network_that_cannot_take_a_single_image_is_given_more(count):
+    def answer(images):
+        assert len(images) > 1
+        return images.flatten(1)
+
+    network = nn.Identity()
+    network.forward = answer
+    images = torch.rand(count, 1, 1, 2)
+    assert torch.equal(predict_logits(network, images), images.flatten(1))
