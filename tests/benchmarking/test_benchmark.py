@@ -61,6 +61,24 @@ def test_every_cell_is_what_repair_does(files, tmp_path):
         assert (tmp_path / "out" / name).stat().st_size > 100
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_models_of_ones_own_are_run_under_their_names(infected, files, tmp_path, jobs):
+    own = replace(infected, name="mine")
+    done = backdoor_gym.benchmark([own, files[0]], ["clp:1.5"], [OWN], out=tmp_path / "out", jobs=jobs)
+    mine, saved = done.results
+    assert (mine.model, saved.model) == ("mine", files[0])
+    assert (mine.acc, mine.asr, mine.pruned) == (saved.acc, saved.asr, saved.pruned)
+    with pytest.raises(DataError, match="names that differ"):
+        backdoor_gym.benchmark([own, own], ["clp"], [OWN], out=tmp_path / "out", jobs=1)
+
+
+def test_a_model_of_ones_own_with_other_weights_is_another_cell(infected, plain_infected, tmp_path):
+    for model in (infected, plain_infected):
+        done = backdoor_gym.benchmark(replace(model, name="mine"), ["clp:1.5"], [OWN], out=tmp_path / "out", jobs=1)
+    assert len((tmp_path / "out" / "cells.jsonl").read_text().splitlines()) == 2
+    assert len(done.results) == 1
+
+
 def test_figures_call_files_of_policies_by_their_names(files, tmp_path):
     (one,) = backdoor_gym.benchmark(files[:1], ["random"], [0.02], out=tmp_path / "out", jobs=1).results
     names = ["bnp", "a/mine.safetensors", "a/same.safetensors", "b/same.safetensors"]
