@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +63,23 @@ class Output:
             with warnings.catch_warnings(), watched(what, what is not None and not self.quiet) as watch:
                 if self.quiet:
                     warnings.simplefilter("ignore")
+                warnings.showwarning = self._show(warnings.showwarning)  # catch_warnings puts the old one back
                 yield watch
         finally:
             sys.stdout = printed
             if spare is not None:
                 spare.close()
+
+    def _show(self, otherwise: Callable[..., None]) -> Callable[..., None]:
+        """What shows warnings: those for users as notes, without the place in the code."""
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if category is UserWarning:
+                self.note(f"Note: {message}")
+            else:
+                otherwise(message, category, *rest, **more)
+
+        return show
 
     def note(self, line: str) -> None:
         """How the work goes: a line on standard error."""
