@@ -89,7 +89,7 @@ def lower(call: Call, value: Callable[[Any], Tensor | None]) -> tuple[nn.Module,
     tensors = {name: value(bound[name]) for name in _TENSORS if bound.get(name) is not None}
     if any(tensor is None for tensor in tensors.values()) or value(bound["input"]) is not None:
         return None
-    module = _make(kind, bound, tensors, call.result.ndim)
+    module = _make(kind, bound, tensors, len(call.shapes[0] or ()))
     if module is None:
         return None
     for name, tensor in tensors.items():

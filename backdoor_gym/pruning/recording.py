@@ -56,6 +56,7 @@ class Call:
         result: what it gave.
         of_images: whether that depends on the images.
         where: the module that called it.
+        shapes: of the tensors that it gave, as they were then: some networks free their memory afterwards.
     """
 
     op: str
@@ -65,6 +66,10 @@ class Call:
     result: Any
     of_images: bool
     where: str
+    shapes: list[torch.Size | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shapes = [part.shape if isinstance(part, Tensor) else None for part in _parts(self.result)]
 
 
 @dataclass

@@ -211,7 +211,7 @@ class _Build:
             module, bound = found
             node = self.graph.call_module(self._place(one, module, bound), (self._node(bound["input"]),))
         if isinstance(one.result, Tensor):
-            node.meta["shape"] = one.result.shape
+            node.meta["shape"] = one.shapes[0]
         node.meta["where"] = one.where
         return node
 
@@ -304,7 +304,7 @@ class _Build:
                 self.nodes[ref] = self._attribute(self.first.calls[ref.call], value, again, self.parameters.read(ref))
             else:
                 self.nodes[ref] = self.graph.call_function(operator.getitem, (self.nodes[Ref(ref.call)], ref.part))
-                self.nodes[ref].meta["shape"] = result_of(self.first, ref).shape
+                self.nodes[ref].meta["shape"] = self.first.calls[ref.call].shapes[ref.part or 0]
         return self.nodes[ref]
 
     def _attribute(self, call: Call, one: Named | Value, other: Named | Value, read: Sequence[str] = ()) -> fx.Node:
