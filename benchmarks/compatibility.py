@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -34,6 +35,8 @@ QUICK, ALL, REPAIR = 180, 600, 1200
 #: Every so many networks of a package one is repaired in full.
 SAMPLE = 10
 WHOLE = 0.9
+#: Columns of the page's paragraphs.
+WIDTH = 130
 
 Row = dict[str, Any]
 Key = tuple[str, str, str]
@@ -207,6 +210,7 @@ def page(rows: Sequence[Row], versions: dict[str, str]) -> str:
         "",
         f"Versions: {', '.join(f'{name} {number}' for name, number in versions.items())}.",
         "",
+        *(quickly(rows)),
         "| networks | |",
         "|---|---|",
         *(f"| {what} | {count} |" for what, count in counts(rows)),
@@ -231,10 +235,10 @@ def page(rows: Sequence[Row], versions: dict[str, str]) -> str:
             lines.append("")
         good = [_named(row) for row in built if not faults(row)]
         if good:
-            lines += [f"Without a fault ({len(good)}): {', '.join(good)}.", ""]
+            lines += [*wrap(f"Without a fault ({len(good)}): {', '.join(good)}.", WIDTH), ""]
         left_out = [f"{_named(row)} ({_escaped(row['not_built'])[:160]})" for row in ours if "not_built" in row]
         if left_out:
-            lines += [f"Left out ({len(left_out)}): {'; '.join(left_out)}.", ""]
+            lines += [*wrap(f"Left out ({len(left_out)}): {'; '.join(left_out)}.", WIDTH), ""]
         stopped = [row for row in built if row.get("cut", {}).get("equal") and not row["cut"]["enough"]]
         if stopped:
             lines += ["Cut, but by less than half of the pruned share, and what stops it:", ""]
@@ -242,6 +246,15 @@ def page(rows: Sequence[Row], versions: dict[str, str]) -> str:
                 f"- {_named(row)}: {_escaped('; '.join(row['cut']['stops'][:2]) or 'not told')}" for row in stopped
             ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def quickly(rows: Sequence[Row]) -> list[str]:
+    """What is still to be done: of rows that `--quick` made."""
+    count = sum(bool(row.get("quick")) for row in rows if is_checked(row) and "not_built" not in row)
+    if not count:
+        return []
+    said = f"Of {count} networks only neurons, coverage, masks and batch normalisations have been checked so far (`--quick`)."
+    return [*wrap(f"{said} CLP, cutting and repairs are still to be run on them.", WIDTH), ""]
 
 
 def _named(row: Row) -> str:

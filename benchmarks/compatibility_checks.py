@@ -200,11 +200,11 @@ def check_masks(row: Row, module: nn.Module, network: nn.Module, neurons: Any, i
         "hookable": round(float(hookable.mean()), 3),
         "right": all(error <= allowed for error in errors.values()),
     }
-    _check_batch_norms(row, module, network, neurons, watched.batch_norms)
+    _check_batch_norms(row, module, network, neurons, images, watched.batch_norms)
 
 
 def _check_batch_norms(
-    row: Row, module: nn.Module, network: nn.Module, neurons: Any, called: Iterable[tuple[int, int]]
+    row: Row, module: nn.Module, network: nn.Module, neurons: Any, images: Tensor, called: Iterable[tuple[int, int]]
 ) -> None:
     """Those that the author's forward calls are a neuron layer's, between such, or accounted for by name."""
     names = {id(value): name for name, value in (*module.named_parameters(), *module.named_buffers())}
@@ -224,9 +224,20 @@ def _check_batch_norms(
         name = names.get(weight, names.get(mean, "one without a name")).rpartition(".")[0]
         if weight not in weights and not any(one and (one == name or one.endswith(f".{name}")) for one in told):
             unseen.append(name)
+    unseen = [name for name in unseen if _matters(module, name, images)]
     row["batch_norms"] = {"calls": len(called), "unseen": len(unseen), "first": unseen[:5]} | (
         {"notes": notes[:4]} if notes else {}
     )
+
+
+def _matters(module: nn.Module, norm: str, images: Tensor) -> bool:
+    """Whether the logits change with a batch normalisation: those of a branch that is thrown away do not."""
+    weight = parameter_of(module, f"{norm}.weight")
+    if weight is None:
+        return True
+    with Hooks({id(weight): torch.zeros(len(weight))}):
+        without = forward(module, images)
+    return not torch.equal(without, forward(module, images))
 
 
 def check_clp(row: Row, network: nn.Module, clean: tuple[Tensor, Tensor]) -> None:

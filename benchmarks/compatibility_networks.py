@@ -3,6 +3,7 @@
 As a script it prints which networks are drawn, as JSON. Nothing is downloaded.
 """
 
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -117,7 +118,7 @@ def build(package: str, name: str) -> tuple[nn.Module, int, int, bool]:
         with torch.device("meta"):
             _refuse_large(AutoModelForImageClassification.from_config(config))
         network = AutoModelForImageClassification.from_config(config)
-        return network, channels, size, hasattr(own, "image_size")
+        return network, channels, size, False
     raise ValueError(package)
 
 
@@ -149,15 +150,23 @@ def make_ready(package: str, name: str) -> tuple[nn.Module, Tensor]:
 
 
 def draw_weights(network: nn.Module, seed: int = 0) -> None:
-    """Give parameters that start as constants values of their own: a layer that scales by 1e-6 would hide all behind it."""
+    """Give parameters values that show: as they are made, many start as constants, or so small that signals vanish.
+
+    Constants are drawn, about 1 where they were positive, about 0 otherwise; small weights are scaled to variance 1 / inputs.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.numel() < 2 or not parameter.is_floating_point():
                 continue
-            if parameter.flatten()[0] == parameter.flatten()[-1] and (parameter == parameter.flatten()[0]).all():
+            first = parameter.flatten()[0].clone()
+            if (parameter == first).all():
                 about = torch.rand(parameter.shape, generator=generator) - 0.5
-                parameter.copy_(1 + about if parameter.flatten()[0] > 0 else about / 25)
+                parameter.copy_(1 + about if first > 0 else about / 25)
+            elif parameter.ndim > 1:
+                gain = float(parameter.std()) * (parameter.numel() / len(parameter)) ** 0.5
+                if 0 < gain < 1:
+                    parameter.div_(gain)
 
 
 def calibrate(network: nn.Module, images: Tensor, seed: int = 0) -> None:
@@ -185,7 +194,8 @@ def calibrate(network: nn.Module, images: Tensor, seed: int = 0) -> None:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         noise = torch.rand(2, len(norm.running_var), generator=generator) - 0.5
-        norm.running_var.clamp_(min=1e-3).mul_(1.1 + noise[0] / 5)
+        # A channel that hardly moved on these images would explode on others.
+        norm.running_var.clamp_(min=0.1 * float(norm.running_var.mean()) + 1e-8).mul_(1.1 + noise[0] / 5)
         norm.running_mean.add_(noise[1] * norm.running_var.sqrt() / 5)
 
 
@@ -205,10 +215,13 @@ def find_images(network: nn.Module, channels: int, own: int, fixed: bool) -> Ten
     sizes = [own] if fixed or own <= SIZES[0] else [*(size for size in SIZES if size < own), own]
     reason = ""
     for size in sizes:
-        images = torch.rand(CLEAN_IMAGES, channels, size, size, generator=torch.Generator().manual_seed(size))
+        generator = torch.Generator().manual_seed(size)
+        # Each of a colour of its own: noise alone looks the same to a network.
+        images = torch.rand(CLEAN_IMAGES, channels, 1, 1, generator=generator).expand(-1, -1, size, size)
+        images = (images + torch.rand(CLEAN_IMAGES, channels, size, size, generator=generator)) / 2
         try:
             with torch.no_grad():
-                answer = network(images[:IMAGES].clone())
+                answer = copy.deepcopy(network)(images[:IMAGES].clone())  # some keep what they saw of a size
         except Exception as error:  # other people's code
             reason = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
             continue
