@@ -37,6 +37,17 @@ def class_weights(labels: Tensor) -> Tensor:
     return 1 / (counts[classes] * len(counts))
 
 
+def by_image(inputs: Tensor, count: int) -> Tensor:
+    """What a batch normalisation reads, as (images, channels, positions).
+
+    Tokens or windows that stand among the images, one image's after the other's, are positions.
+    """
+    values = inputs.flatten(2) if inputs.ndim > 2 else inputs.unsqueeze(2)
+    if len(values) == count:
+        return values
+    return values.reshape(count, -1, *values.shape[1:]).transpose(1, 2).flatten(2)
+
+
 class NormReader(fx.Interpreter):
     """Runs the graph and reads the mean input of each BN layer over the images, or moves it to where it is wanted.
 
@@ -51,10 +62,12 @@ class NormReader(fx.Interpreter):
         self.moves: dict[str, Tensor] = {}
         self.logits = torch.empty(0)
         self._read: dict[str, Tensor] = {}
+        self._count = 0
         self._norms = {layer.node for layer in neurons.layers if layer.normalised}
 
     def run_on(self, images: Tensor) -> Self:
         """Run the graph on images, float32 (n, C, H, W)."""
+        self._count = len(images)
         self.logits = self.run(images)
         return self
 
@@ -66,7 +79,7 @@ class NormReader(fx.Interpreter):
         if n.name not in self._norms:
             return super().run_node(n)
         inputs = self.env[n.all_input_nodes[0]]
-        self._read[n.name] = inputs.flatten(2).mean(2) if inputs.ndim > 2 else inputs
+        self._read[n.name] = by_image(inputs, self._count).mean(2)
         if n.name in self.wanted:
             move = self.wanted[n.name] - self.mean(n.name, self.weights)
             self.moves[n.name] = move

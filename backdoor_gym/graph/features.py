@@ -28,7 +28,7 @@ from ..metrics import target_margin
 from ..pruning.channels import WEIGHTED
 from ..pruning.neurons import Neurons
 from ..pruning.sizes import Sizes
-from .batch_norms import class_weights
+from .batch_norms import by_image, class_weights
 from .mask_gradient import mask_gradient
 from .trigger_inversion import InvertedTrigger
 from .uclc import uclc
@@ -172,7 +172,7 @@ class _Observer(fx.Interpreter):
             found = self.found[index]
             if self.normalised[index]:
                 read = self.env[n.all_input_nodes[0]].detach()
-                values = read.double().flatten(2) if read.ndim > 2 else read.double().unsqueeze(2)
+                values = by_image(read.double(), len(self.weights))
                 found["mean"], found["square"] = self.weights @ values.mean(2), self.weights @ values.square().mean(2)
             layer = self.layers[index]
             positions = [axis for axis in range(value.ndim) if axis != layer.axis % value.ndim]

@@ -73,11 +73,12 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
         raise CompactionError(
             f"{type(network).__name__} cannot take these images, to check a cut with: {error}"
         ) from error
-    groups = _Plan(masked, neurons, mask).groups()
+    plan = _Plan(masked, neurons, mask)
+    groups = plan.groups()
     compact, reason = _attempt(masked, [piece for group in groups.values() for piece in group], images, expected)
     if compact is not None:
-        return Cut(compact, ())
-    stops: list[str] = []
+        return Cut(compact, tuple(plan.stops()))
+    stops: list[str] = plan.stops()
     accepted: list[_Piece] = []
     for name, group in groups.items():
         smaller, reason = _attempt(masked, [*accepted, *group], images[:3], expected[:3])
@@ -148,9 +149,14 @@ class _Plan:
         self.network, self.neurons = network, neurons
         self.channels = Channels(neurons.graph)
         self.lowered: Mapping[str, Lowered] = neurons.graph.meta["lowered"]
+        #: Labels that a mask takes away.
+        self.gone = np.zeros(0, dtype=np.int64)
         self.zero = self._zeros(mask)
         self.classes = classes(self.channels, depthwise=True)
         self.needed = np.zeros(self.classes.max() + 1, dtype=bool)
+        #: What needs a class of channels whatever they hold, and whether something reads what is not zero in it.
+        self.held: dict[int, str] = {}
+        self.read = np.zeros_like(self.needed)
         #: Axes of tensors of the network that channels lie along, with their labels.
         self.along: list[tuple[str, int, np.ndarray]] = []
         for node in self.channels.nodes:
@@ -185,13 +191,36 @@ class _Plan:
         module = module_of(self.neurons.graph, node)
         return self.channels.vector(node, -1 if isinstance(module, nn.Linear | nn.LayerNorm) else 1)
 
-    def _need(self, labels: np.ndarray) -> None:
-        self.needed[self.classes[labels[labels > 0]]] = True
+    def _need(self, labels: np.ndarray, held_by: str | None = None) -> None:
+        numbers = np.unique(self.classes[labels[labels > 0]])
+        self.needed[numbers] = True
+        if held_by is None:
+            self.read[numbers] = True
+        else:
+            self.held.update({number: held_by for number in numbers.tolist() if number not in self.held})
 
-    def _need_all(self, node: fx.Node) -> None:
+    def _need_all(self, node: fx.Node, by: fx.Node) -> None:
         labels = self.channels.labels[node]
         if labels is not None:
-            self._need(np.unique(labels.thin.long().numpy()))
+            known = self.lowered.get(str(by.target))
+            where = by.meta.get("where") or "the network's own forward"
+            what = f"{operation(by)} in {where}" if known is None else known.name
+            self._need(np.unique(labels.thin.long().numpy()), f"{what} works on all of them together")
+
+    def stops(self) -> list[str]:
+        """Pruned channels that something needs whatever they hold, by layer, and what that is."""
+        found: dict[tuple[str, str], int] = {}
+        gone = set(self.classes[self.gone].tolist())
+        for node in self.channels.nodes:
+            if self.channels.kinds[node] is Kind.WEIGHTED:
+                name = self.lowered[str(node.target)].name
+                for number in self.classes[self._rows(node)].tolist():
+                    if number in gone and number in self.held and not self.read[number]:
+                        key = name, self.held[number]
+                        found[key] = found.get(key, 0) + 1
+        return [
+            f"{count} pruned channels of {name} could not be cut out: {why}" for (name, why), count in found.items()
+        ]
 
     def _look_at(self, node: fx.Node) -> None:
         """Find out what the node needs of what it reads."""
@@ -204,14 +233,14 @@ class _Plan:
         elif kind in (Kind.LIVE_NORM, Kind.MIXING, Kind.OPAQUE) or channels.labels[node] is None:
             for one in (node, *inputs):  # all of them count there, if only for the statistics
                 if one.op != "output":
-                    self._need_all(one)
+                    self._need_all(one, node)
         elif operation(node) == "scaled_dot_product_attention":
             for one in inputs[:2]:
-                self._need_all(one)
+                self._need_all(one, node)
         else:
             for one in inputs:
                 if channels.labels[one] is None:
-                    self._need_all(node)
+                    self._need_all(node, node)
             self._look_beside(node)
 
     def _look_at_layer(self, node: fx.Node, source: fx.Node) -> None:
@@ -226,14 +255,16 @@ class _Plan:
             for one in channels.nodes
         )
         if not steady:
-            self._need_all(source)
+            self._need_all(source, node)
         if calls > 1 or (grouped and not (is_depthwise(channels, node) and (read > 0).all())):
-            self._need(rows)  # other uses would have to change too, or groups would differ in size
-            self._need(read)
+            # Other uses would have to change too, or groups would differ in size.
+            why = f"{known.name} {'is used several times' if calls > 1 else 'is a convolution in groups'}"
+            self._need(rows, why)
+            self._need(read, why)
         elif isinstance(module, WEIGHTED) and not grouped:
             self._need(read[~self.zero[np.maximum(read, 0)]])
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and (read == UNKNOWN).any():
-            self._need(rows)
+            self._need(rows, f"what {known.name} reads could not be followed")
         if calls > 1:
             return
         for name in known.tensors:
@@ -262,7 +293,7 @@ class _Plan:
             along = labels.along(axis)
             parameter = source.meta["parameter"]
             if len(varying) != 1 or len(along) != shape[place] or parameter is None:
-                self._need_all(node)
+                self._need_all(node, node)
             else:
                 self.along.append((parameter, place, along))
 
@@ -294,4 +325,5 @@ class _Plan:
         rows = self._rows(site)
         pruned = ~mask[layer.neurons]
         gone = rows[(units >= 0) & pruned[np.maximum(units, 0)]]
+        self.gone = np.union1d(self.gone, gone)
         return np.isin(labels, gone)

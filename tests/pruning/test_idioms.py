@@ -15,6 +15,7 @@ from torch.nn.utils import weight_norm as old_weight_norm
 from backdoor_gym import InfectedModel, repair
 from backdoor_gym.baselines import clp
 from backdoor_gym.errors import DataError, UntraceableError
+from backdoor_gym.pruning.cutting import cut_channels
 from backdoor_gym.pruning.neurons import find_neurons
 from backdoor_gym.zoo.adapting import unwrapped
 
@@ -494,3 +495,24 @@ def test_clp_needs_no_images():
 
     with pytest.raises(UntraceableError, match=r"clean=.*--image-size"):
         clp.prune(Odd())
+
+
+def test_tokens_that_stand_among_the_images_are_normalised_as_positions():
+    def middle(m, x):
+        return m.n(m.a(x.flatten(2).mT).flatten(0, 1)).view(len(x), 64, 6).mT
+
+    network = net(middle, a=nn.Linear(6, 6), n=nn.BatchNorm1d(6))
+    result = repair(InfectedModel.from_module(network, clean=(IMAGES, LABELS)), policy="onp", max_steps=2)
+    layer = next(layer for layer in result.neurons.layers if layer.name == "a")
+    assert layer.normalised
+    assert np.isfinite(result.features).all()
+
+
+def test_a_cut_that_groups_of_a_convolution_stop_is_said():
+    network = net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(), b=conv(groups=2))
+    neurons = find_neurons(network, IMAGES)
+    mask = np.ones(len(neurons), dtype=bool)
+    mask[[6, 7]] = False
+    cut = cut_channels(network, neurons, mask, IMAGES)
+    assert cut.stops == ("2 pruned channels of a could not be cut out: b is a convolution in groups",)
+    assert cut.network.a.out_channels == 6
