@@ -22,8 +22,6 @@ from .tracing import is_number
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-#: Normalisations by statistics of the very values that they normalise.
-LIVE_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
 
 #: Labels of an entry that is zero whatever the image, and of one of which no channel is known.
 ZERO, UNKNOWN = 0, -1

@@ -207,7 +207,7 @@ class Recorder(TorchFunctionMode):
         """Note which tensors are of a size that values decide, and which have been written over through another one."""
         given = [one for one in pytree.tree_leaves(args) if isinstance(one, Tensor)]
         for one in given:
-            if id(one) in self._overwritten and not (same and one is args[0]):
+            if id(one) in self._overwritten:
                 raise UntraceableError(
                     f"{self.where} writes into a tensor and reads it through another view of its memory; write "
                     "y = y.relu() or torch.cat instead of an operation in place on a part of y"

@@ -287,6 +287,7 @@ def test_tensors_that_are_no_buffers():
         (lambda m, x: x if (x > 9).nonzero().shape[0] == 0 else -x, "selection by values"),
         (lambda m, x: x if len(x[x > 9]) == 0 else -x, "selection by values"),
         (lambda m, x: x if not torch.is_nonzero((x > 9).sum()) else -x, "values of tensors"),
+        (lambda m, x: (lambda y: y.view(len(y), -1).clamp_(-9, 9) is None or y.add_(1))(x * 1), "another view"),
         (lambda m, x: (lambda y: y.view(len(y), -1).clamp_(-9, 9) is None or y)(x * 1), "another view"),
     ],
 )
