@@ -74,11 +74,16 @@ def kind_of_policy(name: str) -> str:
     Raises:
         UnknownNameError: no such policy.
     """
-    if name.endswith(SUFFIX):
+    if is_onp(name):
         return "onp"
     if name not in POLICIES:
         raise UnknownNameError("policy", name, POLICIES, hint="or the path of a policy file, *.safetensors")
     return name
+
+
+def is_onp(name: str) -> bool:
+    """Whether a repair's policy is the learned one, that comes with the package or out of a file."""
+    return name == "onp" or name.endswith(SUFFIX)
 
 
 def make_policy(name: str, env: BackdoorPruneEnv, options: dict[str, Any]) -> PredictingPolicy:

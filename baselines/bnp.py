@@ -24,6 +24,7 @@ class BNP(Rule):
     """The divergence in standard deviations over its layer; neurons without batch normalisation are left."""
 
     published = 3.0
+    scored = "neurons with batch normalisation"
 
     def scores(self, defender: Defender) -> np.ndarray:
         scores = np.full(len(defender.neurons), -np.inf)

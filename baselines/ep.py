@@ -26,6 +26,7 @@ class EP(Rule):
     """Minus the entropy in standard deviations over its layer; neurons without batch normalisation are left."""
 
     published = 3.0
+    scored = "neurons with batch normalisation"
 
     def scores(self, defender: Defender) -> np.ndarray:
         scores = np.full(len(defender.neurons), -np.inf)

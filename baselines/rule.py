@@ -1,5 +1,6 @@
 """A published pruning defence: a score of each neuron, a threshold on it, a mask."""
 
+import warnings
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -48,6 +49,8 @@ class Rule(Policy):
     published: ClassVar[float | None] = None
     #: What the paper calls the threshold.
     symbol: ClassVar[str] = "threshold"
+    #: The neurons that have a score.
+    scored: ClassVar[str] = "neurons"
 
     def __init__(
         self,
@@ -108,6 +111,15 @@ class Rule(Policy):
             raise DataError(f"{name} needs the environment that it acts in: {name}(env)")
         check_env(self, self._env, environment, observation)
         scores: np.ndarray = ask(self._env, environment, "consult", self.unit_scores)
+        return self.checked(scores)
+
+    def checked(self, scores: np.ndarray) -> np.ndarray:
+        """The scores; a network in which the rule can prune nothing is told."""
+        if not (scores > -np.inf).any():
+            warnings.warn(
+                f"{type(self).__name__} prunes {self.scored} alone, and this network has none: nothing is pruned",
+                stacklevel=2,
+            )
         return scores
 
     def _choose(self, scores: np.ndarray, observation: Observation, environment: int) -> float:
@@ -172,7 +184,7 @@ def prune_by(
     check_images(*clean)
     neurons = find_neurons(network, traced_with)
     defender = Defender(network, neurons, neurons.units(), *clean)
-    scores, threshold = rule.scores(defender), rule.threshold
+    scores, threshold = rule.checked(rule.scores(defender)), rule.threshold
     if threshold == AUTO:
         masked = MaskedNetwork(neurons, clean[0], next(neurons.graph.parameters()).device)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..envs.drawing import printable
 from ..metrics import predict_logits
+from ..policies import is_onp
 from ..zoo.datasets import LabelledImages
 from ..zoo.targets import target_labels
 from . import pictures
@@ -114,6 +115,7 @@ def render(result: "RepairResult", command: str | None = None) -> str:
         network=pictures.network(result.snapshot, _titles(result)),
         key=pictures.key(),
         rows=_rows(result),
+        weighs_all=is_onp(result.policy),
         most_rows=MOST_ROWS,
         samples=samples,
         changed=changed,

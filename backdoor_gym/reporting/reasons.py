@@ -37,7 +37,7 @@ MEANINGS = {
     "saliency": Meaning("saliency", low="hardly needed for clean answers"),
     "pull": Meaning("pull", "pushes towards the suspected label under the trigger that was found"),
 }
-UNREMARKABLE = "Nothing stands out by itself; it is all of it together that the policy chose it for."
+UNREMARKABLE = "Nothing stands out by itself."
 
 
 @dataclass(frozen=True)

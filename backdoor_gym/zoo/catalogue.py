@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import DataError, ModelFileError, UnknownNameError
 from ..infected import FORMAT, InfectedModel
 from . import family
+from .checkpoints import refuse_archive
 from .files import WEIGHTS_ALONE, holds, is_pickle
 from .foreign import Factory, load_foreign
 from .own_images import Source
@@ -117,6 +118,8 @@ def load_infected(
     path = Path(text).expanduser()
     if is_pretrained(text):
         return load_pretrained(text, **own, timm=timm)
+    if path.is_file():
+        refuse_archive(path)
     if path.is_file() and (is_pickle(path) or holds(path) in WEIGHTS_ALONE or (given and holds(path) != FORMAT)):
         return load_foreign(path, **own) if timm is None else load_timm(path, timm, **own)
     if path.is_dir() and text not in _embedded() and not family.is_member(text):

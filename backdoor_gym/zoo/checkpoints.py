@@ -83,11 +83,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path).expanduser()
     if not path.is_file():
         raise ModelFileError(f"there is no file {path}")
-    if is_archive(path):
-        raise ModelFileError(
-            f"{path} is an archive around other files: unpack it first, and name the file with the weights (BackdoorBench's is "
-            "attack_result.pt)"
-        )
+    refuse_archive(path)
     if not is_pickle(path):
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -136,6 +132,19 @@ def is_archive(path: Path) -> bool:
     except (OSError, ValueError, zipfile.BadZipFile):
         return False
     return not any(name.count("/") <= 1 and name.rpartition("/")[2] == TORCH_PICKLE for name in names)
+
+
+def refuse_archive(path: Path) -> None:
+    """Weights are not looked for in an archive.
+
+    Raises:
+        ModelFileError: the file is one.
+    """
+    if is_archive(path):
+        raise ModelFileError(
+            f"{path} is an archive around other files: unpack it first, and name the file with the weights (BackdoorBench's is "
+            "attack_result.pt)"
+        )
 
 
 def fit_weights(network: nn.Module, checkpoint: Checkpoint) -> list[str]:

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from torch import nn
 from torch.nn import functional as F
 
+from backdoor_gym import InfectedModel
 from backdoor_gym.baselines import ANP, BNP, CLP, EP, RNP, FinePruning, GreedyACC, Magnitude
 from backdoor_gym.baselines.ep import bin_width, entropy
 from backdoor_gym.baselines.fine_pruning import last_convolution
@@ -369,3 +370,17 @@ def test_unusable_thresholds_and_images_are_refused(infected):
     with pytest.raises(DataError, match="two clean images"):
         RNP.prune(infected.network, (clean[0][:1], clean[1][:1]))
     assert CLP.published == BNP.published == EP.published == 3.0
+
+
+@pytest.mark.parametrize("rule", [BNP, EP])
+def test_a_rule_that_can_prune_nothing_says_so(rule):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 10))
+    clean = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    with pytest.warns(UserWarning, match=f"{rule.__name__} prunes neurons with batch normalisation alone"):
+        rule.prune(network, clean)
+    env = gym.make("BackdoorPrune-v0", infected=InfectedModel.from_module(network, clean=clean))
+    observation, _ = env.reset(seed=0)
+    with pytest.warns(UserWarning, match="this network has none: nothing is pruned"):
+        action, _ = rule(env).predict(observation)
+    assert action == env.action_space.n - 1

@@ -204,3 +204,10 @@ def test_features_are_those_of_each_neuron(infected, residual):
     assert result.features.shape == (112, 10)
     assert np.isfinite(result.features).all()
     assert set(result.pruned) == {name for change in result.course for name in change.neurons}
+
+
+def test_a_rule_is_not_said_to_weigh_what_it_never_looks_at(own, repaired):
+    assert "The policy weighs all of them" in whole(Page(render(repaired)).text)
+    of_rule = whole(Page(render(own)).text)
+    assert "The policy weighs" not in of_rule
+    assert "clp goes by a score of its own" in of_rule

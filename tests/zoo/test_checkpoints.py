@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from backdoor_gym import load_infected
 from backdoor_gym.errors import ModelFileError, WeightsError
 from backdoor_gym.zoo.checkpoints import beginnings, fit_weights, read_checkpoint
 
@@ -347,4 +348,6 @@ def test_archives_are_to_be_unpacked(trained, tmp_path):
         if file != weights:
             with pytest.raises(ModelFileError, match=r"unpack it first.*attack_result"):
                 read_checkpoint(file)
+            with pytest.raises(ModelFileError, match="unpack it first"):
+                load_infected(file)
     fit_weights(Net(), read_checkpoint(weights))
