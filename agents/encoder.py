@@ -43,7 +43,7 @@ class EncoderOptions:
         for name in self.ignore:
             if name not in (*NODE_FEATURES, *GLOBAL_FEATURES):
                 raise UnknownNameError("feature", name, (*NODE_FEATURES, *GLOBAL_FEATURES))
-        if self.hidden % self.heads or min(self.hidden, self.heads, self.hops) < 1:
+        if min(self.hidden, self.heads, self.hops) < 1 or self.hidden % self.heads:
             raise DataError(f"hidden must be a positive multiple of heads, and hops at least 1: {asdict(self)}")
 
 

@@ -1,16 +1,18 @@
 """One-step look-ahead: what a defender may know of a candidate prune before it is made."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum, auto
 from heapq import heappop, heappush
 from itertools import islice
+from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from backdoor_gym.baselines.policy import ask
 from backdoor_gym.envs.observation import GLOBAL_FEATURES
+from backdoor_gym.errors import DataError
 
 _DANGER, _FALL = (GLOBAL_FEATURES.index(name) for name in ("suspected_danger", "suspected_drop"))
 
@@ -47,6 +49,14 @@ class LookAhead:
     done: float = 0.0
     patience: int = 0
     restore: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.candidates <= MOST:
+            raise DataError(f"a look-ahead takes 1 to {MOST} candidates, not {self.candidates}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (isfinite(value) and value >= 0):
+                raise DataError(f"{field.name} of a look-ahead must be a finite number of at least 0, not {value}")
 
     def is_done(self, observation: Mapping[str, np.ndarray], env: Any, environment: int) -> bool:
         """Whether the suspected danger fell below ``done``, or levels off: where it never was above, it says nothing.

@@ -24,6 +24,7 @@ from backdoor_gym.zoo.files import read_tensors, write_tensors
 from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
 from .graph_policy import GraphPolicy, as_tensors
 from .look_ahead import LookAhead
+from .policy_files import check_weights, optimizer_state, read_policy
 from .restoring import restore
 from .rollout_buffer import GraphRolloutBuffer
 
@@ -259,15 +260,15 @@ class ONP:
                 tensors, metadata = read_tensors(file)
         else:
             tensors, metadata = read_tensors(Path(path))
-        encoder = _encoder_of(path, metadata, FORMAT)
-        saved = metadata.get("look_ahead")
-        options.setdefault("look_ahead", None if saved is None else LookAhead(**saved))
+        policy = read_policy(metadata, FORMAT, path)
+        check_weights(policy.encoder, tensors, path)
+        options.setdefault("look_ahead", policy.look_ahead)
         if "threshold" not in options:
-            options["threshold"] = metadata.get("threshold", 0.5)
-            options.setdefault("verdict_threshold", metadata.get("verdict_threshold"))
-        onp = cls(env, encoder=encoder, **options)
-        _fill(onp.network, tensors, path)
-        onp.facts = dict(metadata.get("facts", {}))
+            options["threshold"] = policy.threshold
+            options.setdefault("verdict_threshold", policy.verdict_threshold)
+        onp = cls(env, encoder=policy.encoder, **options)
+        onp.network.load_state_dict(tensors)
+        onp.facts = dict(policy.facts)
         return onp
 
     def _trainer(self) -> MaskablePPO:
@@ -312,20 +313,17 @@ class ONP:
     def _resume(self, path: Path) -> int:
         """Take over a checkpoint; the number of steps it has seen."""
         tensors, metadata = read_tensors(path)
-        if _encoder_of(path, metadata, CHECKPOINT) != self.options:
+        policy = read_policy(metadata, CHECKPOINT, path)
+        if policy.encoder != self.options:
             raise ModelFileError(f"{path} is the checkpoint of a network of another shape; remove it, or name another")
         network = {key.removeprefix("network."): value for key, value in tensors.items() if key.startswith("network.")}
-        _fill(self.network, network, path)
+        check_weights(policy.encoder, network, path)
         optimizer = self._trainer().policy.optimizer
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in tensors.items():
-            kind, _, rest = key.partition(".")
-            if kind == "optimizer":
-                index, _, name = rest.partition(".")
-                state.setdefault(int(index), {})[name] = value
+        state = optimizer_state(tensors, list(self.network.parameters()), path)
+        self.network.load_state_dict(network)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        self.facts["timesteps"] = metadata["facts"].get("timesteps", 0)
-        return int(metadata["timesteps"])
+        self.facts["timesteps"] = policy.facts.get("timesteps", 0)
+        return policy.timesteps
 
 
 class _Checkpoints(BaseCallback):
@@ -350,20 +348,3 @@ def _as_callback(callback: Any) -> BaseCallback:
     from stable_baselines3.common.callbacks import ConvertCallback
 
     return callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)
-
-
-def _encoder_of(path: Any, metadata: Mapping[str, Any], kind: str) -> EncoderOptions:
-    if metadata.get("format") != kind:
-        raise ModelFileError(f"{path} is no file of the kind {kind}, but {metadata.get('format', 'an infected model')}")
-    described = metadata["encoder"]
-    options = EncoderOptions(**described["options"])
-    if described != encoder_facts(options):
-        raise ModelFileError(f"{path} was made for other features than those of this version of backdoor-gym")
-    return options
-
-
-def _fill(network: GraphActorCritic, tensors: Mapping[str, torch.Tensor], path: Any) -> None:
-    try:
-        network.load_state_dict(dict(tensors))
-    except RuntimeError as error:
-        raise ModelFileError(f"{path} does not hold the weights of its network: {error}") from error

@@ -2,10 +2,19 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
+
+from .plain_text import one_line
+
+#: Characters of a name that a message shows, and that near ones are sought for.
+MOST_OF_NAME = 100
 
 
 class BackdoorGymError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose: a message of one line, whatever names out of files are in it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ModelFileError(BackdoorGymError, ValueError):
@@ -35,11 +44,22 @@ class TrainingError(BackdoorGymError, RuntimeError):
 class UnknownNameError(BackdoorGymError, ValueError):
     """A name that is not in the list of allowed ones; the nearest ones are suggested."""
 
-    def __init__(self, kind: str, name: str, allowed: Iterable[str], hint: str = "") -> None:
+    def __init__(self, kind: str, name: object, allowed: Iterable[str], hint: str = "") -> None:
         allowed = sorted(allowed)
-        near = get_close_matches(str(name), allowed, n=3, cutoff=0.5)
+        asked = one_line(name if isinstance(name, str) else repr(name), MOST_OF_NAME)
+        near = get_close_matches(asked, allowed, n=3, cutoff=0.5)
         shown = allowed if len(allowed) <= 12 else [*allowed[:12], "..."]
         suggestion = f"did you mean {' or '.join(map(repr, near))}?" if near else ""
         choices = f"known: {', '.join(shown)}"
-        parts = [f"unknown {kind} {name!r}", suggestion or choices, hint]
+        parts = [f"unknown {kind} {asked!r}", suggestion or choices, hint]
         super().__init__("; ".join(part for part in parts if part))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An error of another process comes as the message that it has."""
+        return _unpickled, (self.args[0],)
+
+
+def _unpickled(message: str) -> UnknownNameError:
+    error = UnknownNameError.__new__(UnknownNameError)
+    BackdoorGymError.__init__(error, message)
+    return error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from msgspec import UNSET
 from torch import Tensor, nn
 
 from .errors import BackdoorGymError, DataError, ModelFileError, WeightsError
@@ -14,10 +15,12 @@ from .metrics import Metrics, evaluate
 from .zoo.adapting import LOGITS, in_float32, unwrapped
 from .zoo.architectures import build_from_spec
 from .zoo.attacks import Attack, attack_from_state
-from .zoo.datasets import DIGITS, DataSource, LabelledImages, check_labels, fingerprint
+from .zoo.datasets import DIGITS, DataSource, LabelledImages, check_labels, fingerprint, named_in_file
 from .zoo.files import read_tensors, write_tensors
 from .zoo.own_images import Source, all_images, fit_channels, own_images
 from .zoo.preprocessing import Normalise, Preprocessed, giving_logits, own_module
+from .zoo.schemas import ImagesFields, ModelFields, checked
+from .zoo.sizes import within
 from .zoo.targets import Target, check_target
 
 FORMAT = "backdoor-gym-infected/1"
@@ -155,7 +158,7 @@ class InfectedModel:
                 if entry not in (None, LOGITS[0]):
                     self.facts = {**self.facts, "logits": f"entry {entry!r} of the network's answer"}
                 logits = self.network(images.clone().to(device))
-        except DataError:
+        except BackdoorGymError:
             raise
         except Exception as error:  # the user's code, which can raise anything
             shape = tuple(self.clean.images.shape[1:])
@@ -167,6 +170,10 @@ class InfectedModel:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
             what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise DataError(f"the network must give logits (n, classes), not {what}")
+        if not torch.isfinite(logits).all():
+            raise WeightsError(
+                "the network answers clean images with logits that are not finite: its weights are damaged"
+            )
         return logits.shape[1]
 
     def _check_test(self, test: LabelledImages) -> None:
@@ -273,35 +280,32 @@ class InfectedModel:
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FORMAT:
             raise ModelFileError(f"{path} holds {metadata.get('format')!r}, not an infected model ({FORMAT})")
+        fields = checked(metadata, ModelFields, str(path))
         try:
-            for key, kind in (("name", str), ("facts", dict), ("architecture", dict)):
-                if not isinstance(metadata[key], kind):
-                    raise ModelFileError(f"{path}: {key} must be a {kind.__name__}, not {metadata[key]!r}")
             weights = _part(tensors, "network.")
-            with torch.device(
-                "meta"
-            ):  # a file says how large the network is: nothing is allocated before its weights fit
-                check_shapes(build_from_spec(metadata["architecture"]), weights)
-            network = build_from_spec(metadata["architecture"])
+            # A file says how large the network is: nothing is allocated before its weights fit.
+            check_shapes(within(lambda: build_from_spec(fields.architecture), weights), weights)
+            network = build_from_spec(fields.architecture)
             load_weights(network, weights)
-            if "normalise" in metadata:
-                network = Preprocessed(Normalise(**metadata["normalise"]), network)
-            described = metadata["data"]
-            clean = _unpack_images(described["clean"], "clean", tensors, data)
-            test = _unpack_images(described["test"], "test", tensors, data) if "test" in described else None
+            if fields.normalise is not UNSET:
+                network = Preprocessed(Normalise(fields.normalise.mean, fields.normalise.std), network)
+            clean = _unpack_images(fields.data.clean, "clean", tensors, data)
+            test = None
+            if fields.data.test is not UNSET:
+                test = _unpack_images(fields.data.test, "test", tensors, data)
             trigger = None
-            if "trigger" in metadata:
-                spec = metadata["trigger"]
-                trigger = attack_from_state(spec["attack"], spec["parameters"], _part(tensors, "trigger."))
+            if fields.trigger is not UNSET:
+                own = _part(tensors, "trigger.")
+                trigger = attack_from_state(fields.trigger.attack, fields.trigger.parameters, own)
             return cls(
                 network,
                 clean,
                 test,
                 trigger,
-                metadata["target"],
-                metadata["architecture"],
-                metadata["facts"],
-                metadata["name"],
+                fields.target,
+                fields.architecture,
+                fields.facts,
+                fields.name.strip() or "unnamed",
             )
         except BackdoorGymError:
             raise
@@ -311,13 +315,18 @@ class InfectedModel:
 
 
 def check_finite(network: nn.Module) -> None:
-    """Raise ``WeightsError`` where a weight or a statistic is NaN or infinite; a mask that is a buffer may be infinite."""
+    """Raise ``WeightsError`` where a weight or a statistic is NaN or infinite, or a variance is below zero.
+
+    A mask that is a buffer may be infinite.
+    """
     for name, value in [*network.named_parameters(), *network.named_buffers()]:
         if not value.is_floating_point():
             continue
         is_mask = not isinstance(value, nn.Parameter) and not name.rpartition(".")[2].startswith("running_")
         if torch.isnan(value).any() or not (is_mask or torch.isfinite(value).all()):
             raise WeightsError(f"the weights hold values that are not finite (first in {name})")
+        if name.rpartition(".")[2] == "running_var" and bool((value < 0).any()):
+            raise WeightsError(f"{name} holds variances below zero: it is damaged, or was never trained")
 
 
 def check_trigger(trigger: Callable[[Tensor], Tensor], images: Tensor) -> None:
@@ -350,8 +359,11 @@ def check_preprocess(preprocess: Callable[[Tensor], Tensor], images: Tensor) -> 
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a state dict that fits (``check_shapes``)."""
+    """Load a state dict that fits (``check_shapes``), of the same kinds of numbers."""
     check_shapes(network, weights)
+    for key, value in network.state_dict().items():
+        if value.is_floating_point() != weights[key].is_floating_point():
+            raise WeightsError(f"the weights of {key} must be like {value.dtype}, not {weights[key].dtype}")
     network.load_state_dict(weights)
 
 
@@ -388,14 +400,12 @@ def _pack_images(images: LabelledImages, role: str, tensors: dict[str, Tensor]) 
     return {"dataset": source.dataset, "split": source.split, "fingerprint": digest}
 
 
-def _unpack_images(
-    described: Mapping[str, str], role: str, tensors: Mapping[str, Tensor], data: str | None
-) -> LabelledImages:
-    if not described:
+def _unpack_images(fields: ImagesFields, role: str, tensors: Mapping[str, Tensor], data: str | None) -> LabelledImages:
+    if fields.dataset is UNSET or fields.split is UNSET:
         return LabelledImages(tensors[f"{role}.images"], tensors[f"{role}.labels"])
-    dataset, split = data or described["dataset"], described["split"]
-    found = fingerprint(dataset, split)
-    if found != described["fingerprint"]:
+    dataset, split = data or named_in_file(fields.dataset), fields.split
+    digest = fingerprint(dataset, split)
+    if digest != fields.fingerprint:
         raise DataError(
             f"the split {split} of {dataset} is not the one that the model names (other labels or another order); "
             "its clean images might be training images"
@@ -404,4 +414,4 @@ def _unpack_images(
     if stored.dtype != torch.int64 or stored.ndim != 1:
         raise ModelFileError(f"{role}.indices must be int64 (n,), not {stored.dtype} {tuple(stored.shape)}")
     indices = tuple(stored.tolist())
-    return LabelledImages.from_source(DataSource(dataset, split, indices, found))
+    return LabelledImages.from_source(DataSource(dataset, split, indices, digest))

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from .errors import WeightsError
 from .zoo.targets import Target, target_labels
 
 
@@ -25,6 +26,16 @@ class Metrics:
     def as_dict(self) -> dict[str, float | None]:
         """JSON-able form."""
         return asdict(self)
+
+
+def require_finite(what: str, *values: Tensor) -> None:
+    """Find out before they are used that numbers overflowed: NaN and infinity spread, and some of PyTorch crashes on them.
+
+    Raises:
+        WeightsError: one is NaN or infinite; ``what`` says of what.
+    """
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise WeightsError(f"{what} is not finite: the network's weights are damaged, or far too large")
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from backdoor_gym.envs.defender import Defender
 from backdoor_gym.errors import DataError
+from backdoor_gym.metrics import require_finite
 
 from .rule import Rule
 from .soft_masks import SoftMasks, training_copy
@@ -70,6 +71,7 @@ def unlearn(network: fx.GraphModule, defender: Defender, random: torch.Generator
         for images, labels in _epoch(defender, random):
             optimizer.zero_grad()
             logits = network(images)
+            require_finite("what the network answers while it unlearns", logits)
             (-F.cross_entropy(logits, labels)).backward()
             torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
             optimizer.step()

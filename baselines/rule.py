@@ -5,13 +5,14 @@ from abc import abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from backdoor_gym.envs.defender import Defender
 from backdoor_gym.envs.observation import GLOBAL_FEATURES
 from backdoor_gym.errors import DataError
 from backdoor_gym.infected import check_finite
-from backdoor_gym.metrics import accuracy
+from backdoor_gym.metrics import accuracy, require_finite
 from backdoor_gym.pruning.applying import write_mask
 from backdoor_gym.pruning.masked import MaskedNetwork
 from backdoor_gym.pruning.neurons import find_neurons
@@ -114,7 +115,12 @@ class Rule(Policy):
         return self.checked(scores)
 
     def checked(self, scores: np.ndarray) -> np.ndarray:
-        """The scores; a network in which the rule can prune nothing is told."""
+        """The scores; a network in which the rule can prune nothing is told.
+
+        Raises:
+            WeightsError: a score is NaN or infinite.
+        """
+        require_finite(f"a score of {type(self).__name__}", torch.from_numpy(scores[scores != -np.inf]))
         if not (scores > -np.inf).any():
             warnings.warn(
                 f"{type(self).__name__} prunes {self.scored} alone, and this network has none: nothing is pruned",

@@ -8,6 +8,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from backdoor_gym.envs.defender import Defender
+from backdoor_gym.metrics import require_finite
 from backdoor_gym.pruning.neurons import Neurons
 
 
@@ -51,7 +52,9 @@ class SoftMasks:
                 changed[f"{part.module}.weight"] = weight * part.by_row(factor, 1).view(-1, *[1] * (weight.ndim - 1))
                 if shift is not None and isinstance(bias, Tensor):
                     changed[f"{part.module}.bias"] = bias * (1 + part.by_row(shift[layer.neurons], 0))
-        return F.cross_entropy(functional_call(self.network, changed, (images,)), labels)
+        loss = F.cross_entropy(functional_call(self.network, changed, (images,)), labels)
+        require_finite("the loss under masks", loss)
+        return loss
 
     @torch.no_grad()
     def clip(self) -> None:

@@ -215,12 +215,16 @@ def page(rows: Sequence[Row], versions: dict[str, str]) -> str:
         "|---|---|",
         *(f"| {what} | {count} |" for what, count in counts(rows)),
         "",
-        "*Coverage* is the share of the output channels and hidden features, of all layers with weights but the output, that",
-        "are neurons. *Whole* means coverage of at least 0.9, equal answers masked, written and hooked, CLP and two steps of ONP",
-        "that run (with a short search for the trigger), and a cut network with equal answers. Equal is to 1e-4 of the largest logit, beyond the rounding of the",
-        "network itself in float32. *Hooked* is the author's module with outputs multiplied by the mask, without this package.",
-        "*Smaller* is the share of parameters that is gone where 30 % of the groups (neurons that share a sum) are pruned and cut;",
-        "the pruned share is that of the neurons, times the coverage.",
+        *wrap(
+            "*Coverage* is the share of the output channels and hidden features, of all layers with weights but the output, "
+            "that are neurons. *Whole* means coverage of at least 0.9, equal answers masked, written and hooked, CLP and two "
+            "steps of ONP that run (with a short search for the trigger), and a cut network with equal answers. Equal is to "
+            "1e-4 of the largest logit, beyond the rounding of the network itself in float32. *Hooked* is the author's module "
+            "with outputs multiplied by the mask, without this package. *Smaller* is the share of parameters that is gone where "
+            "30 % of the groups (neurons that share a sum) are pruned and cut; the pruned share is that of the neurons, times "
+            "the coverage.",
+            WIDTH,
+        ),
     ]
     for package in PACKAGES:
         ours = sorted(

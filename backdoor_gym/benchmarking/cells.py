@@ -5,13 +5,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
+import msgspec
 from filelock import FileLock
+from msgspec import Meta
 
 from ..baselines.thresholds import BUDGET, parse_threshold
 from ..errors import DataError
@@ -21,6 +23,10 @@ from ..policies import BUDGETS, POLICIES, SUFFIX, check_policy, kind_of_policy, 
 OWN = None
 #: Those whose seed changes nothing, unless they learn on the network: a policy that was trained already acts as it does.
 UNSEEDED = ("onp",)
+
+Text = Annotated[str, Meta(max_length=100_000)]
+Count = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 
 Factory = Callable[[Any, int], Any]
 Policies = Sequence[str] | Mapping[str, str | Factory]
@@ -97,26 +103,26 @@ class Result:
         error: what went wrong, "" if nothing.
     """
 
-    model: str
-    policy: str
-    budget: float | None
-    seed: int
-    source: str
-    conditions: dict[str, Any]
-    attack: str = ""
-    architecture: str = ""
-    neurons: int | None = None
-    pruned: int | None = None
-    acc_before: float | None = None
-    asr_before: float | None = None
-    ra_before: float | None = None
-    acc: float | None = None
-    asr: float | None = None
-    ra: float | None = None
-    der: float | None = None
-    seconds: float | None = None
-    peak_memory: int | None = None
-    error: str = ""
+    model: Text
+    policy: Text
+    budget: Share | None
+    seed: Count
+    source: Text
+    conditions: dict[Text, Any]
+    attack: Text = ""
+    architecture: Text = ""
+    neurons: Count | None = None
+    pruned: Count | None = None
+    acc_before: Share | None = None
+    asr_before: Share | None = None
+    ra_before: Share | None = None
+    acc: Share | None = None
+    asr: Share | None = None
+    ra: Share | None = None
+    der: Share | None = None
+    seconds: Annotated[float, Meta(ge=0)] | None = None
+    peak_memory: Count | None = None
+    error: Text = ""
 
     @property
     def cell(self) -> Cell:
@@ -140,10 +146,9 @@ class Result:
             DataError: it is none.
         """
         try:
-            found = json.loads(line)
-            return cls(**{field.name: found[field.name] for field in fields(cls)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"not a result of a benchmark: {line[:80]!r}") from error
+            return msgspec.json.decode(line, type=cls)
+        except (msgspec.DecodeError, RecursionError, ValueError) as error:
+            raise DataError(f"not a result of a benchmark ({error}): {line[:80]!r}") from error
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import typer
 
 from ..errors import BackdoorGymError, TrainingError
+from ..plain_text import one_line
 from . import benchmark, infect, inspect, listing, repair, train, zoo
 
 # What is heavy (torch) is imported by the commands that need it, so that --help is quick.
@@ -59,5 +60,5 @@ def main() -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {one_line(str(error))}", file=sys.stderr)
     sys.exit(code)

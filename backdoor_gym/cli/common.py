@@ -15,10 +15,12 @@ import typer
 from rich.console import Console, RenderableType
 
 from ..errors import DataError
+from ..plain_text import printable
 from ..progress import Watch, watched
 
-console = Console()
-errors = Console(stderr=True)
+# Names out of files are shown as they are: nothing in them is markup.
+console = Console(markup=False, emoji=False, highlight=False)
+errors = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 DEFAULT_MODEL = "digits-badnets"
 
@@ -84,12 +86,13 @@ class Output:
     def note(self, line: str) -> None:
         """How the work goes: a line on standard error."""
         if not self.quiet:
-            errors.print(line, highlight=False, markup=False, soft_wrap=True)
+            errors.print(printable(line), soft_wrap=True)
 
     def say(self, what: RenderableType, **style: Any) -> None:
         """A part of the result, for people."""
         if not (self.json or self.quiet):
-            console.print(what, **{"highlight": False, "markup": False, "soft_wrap": True, **style})
+            what = printable(what) if isinstance(what, str) else what
+            console.print(what, **{"soft_wrap": True, **style})
 
     def result(self, facts: Any) -> None:
         """The whole result, for programs."""

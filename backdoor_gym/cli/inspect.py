@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ..plain_text import printable
 from . import own_network
 from .common import DEFAULT_MODEL, DataOption, JsonOption, ModelArgument, Output, QuietOption
 
@@ -83,7 +84,9 @@ def inspect(
     if left_out:
         table = Table("layer without neurons", "channels", "in neurons", "why")
         for account in neurons.left_out:
-            table.add_row(account.name, str(account.channels), str(account.units), account.reason)
+            table.add_row(
+                printable(account.name), str(account.channels), str(account.units), printable(account.reason or "")
+            )
         output.say(table)
     for note in neurons.notes:
         output.say(note)
@@ -96,6 +99,10 @@ def _table(rows: list[dict[str, Any]], u: float) -> Table:
         shown = ", ".join(f"{name.rpartition('[')[2][:-1]} ({score:.1f})" for name, score in found[:6])
         more = f", and {len(found) - 6} more" if len(found) > 6 else ""
         table.add_row(
-            row["layer"], str(row["neurons"]), f"{row['uclc_mean']:.3f}", f"{row['uclc_max']:.3f}", shown + more
+            printable(row["layer"]),
+            str(row["neurons"]),
+            f"{row['uclc_mean']:.3f}",
+            f"{row['uclc_max']:.3f}",
+            shown + more,
         )
     return table

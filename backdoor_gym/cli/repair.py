@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..plain_text import path_component, printable
 from . import own_network
 from .common import (
     DEFAULT_MODEL,
@@ -101,7 +102,7 @@ def repair(
         std=std,
         timm=timm,
     )
-    folder = out or Path("repaired") / infected.name.replace("/", "-")
+    folder = out or Path("repaired") / path_component(infected.name)
     check_writable(folder)
     with output.working("reading the neurons") as watch:
         result = repairing.repair(
@@ -157,7 +158,7 @@ def verdict_in_words(score: float, target: int | None, pruned: int) -> str:
 
 def result_table(name: str, policy: str, before: "Metrics", after: "Metrics", der: float | None) -> Table:
     """ACC, ASR, RA and DER before and after."""
-    table = Table("", "before", "after", title=f"{name}, {policy}")
+    table = Table("", "before", "after", title=printable(f"{name}, {policy}"))
     for key, label in (("acc", "ACC"), ("asr", "ASR"), ("ra", "RA")):
         values = [getattr(metrics, key) for metrics in (before, after)]
         table.add_row(label, *("unknown" if value is None else f"{value:.3f}" for value in values))

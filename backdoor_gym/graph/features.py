@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..metrics import target_margin
+from ..metrics import require_finite, target_margin
 from ..pruning.channels import WEIGHTED
 from ..pruning.neurons import Neurons
 from ..pruning.sizes import Sizes
@@ -94,7 +94,9 @@ def neuron_features(
                 features[:, column] = scores if name == "uclc" else scores.clamp(-CLAMP, CLAMP)
         features[:, -1] = index / max(1, len(neurons.layers) - 1)
         rows.append(features)
-    return torch.cat(rows).float().numpy()
+    joined = torch.cat(rows).float()
+    require_finite("a feature of a neuron", joined)
+    return joined.numpy()
 
 
 def pull(neurons: Neurons, inverted: InvertedTrigger, mask: np.ndarray | None = None) -> Tensor:

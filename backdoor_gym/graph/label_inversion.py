@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..metrics import require_finite
 from ..pruning.neurons import Neurons
 from .trigger_families import Addition
 from .trigger_inversion import BATCH, IMAGES, InvertedTrigger
@@ -87,7 +88,9 @@ def _search(one: _Found, neurons: Neurons, foreign: Tensor, steps: int) -> None:
     for _ in range(steps):
         some = foreign[torch.randperm(len(foreign), generator=one.random)[:BATCH]]
         loss = _cost(one, neurons, some)
-        (one.trigger.parameter.grad,) = torch.autograd.grad(loss, [one.trigger.parameter])
+        (gradient,) = torch.autograd.grad(loss, [one.trigger.parameter])
+        require_finite("the loss of a search for the trigger", loss, gradient)
+        one.trigger.parameter.grad = gradient
         one.optimizer.step()
     with torch.no_grad():
         one.cost = _cost(one, neurons, foreign).item()

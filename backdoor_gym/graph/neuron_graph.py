@@ -121,7 +121,7 @@ def _rows(layer: NeuronLayer, feeder: Feeder, strength: np.ndarray) -> np.ndarra
 
 
 def _similarities(layer: NeuronLayer, strengths: list[np.ndarray], most: int, threshold: float) -> Found:
-    if layer.size < 2 or most < 1:
+    if layer.size < 2 or most < 1 or not strengths:  # a normalisation of what no layer gives has no weights to compare
         return _NONE
     vectors = np.concatenate(
         [_rows(layer, feeder, one) for feeder, one in zip(layer.feeders, strengths, strict=True)], axis=1

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..metrics import target_margin
+from ..metrics import require_finite, target_margin
 from ..pruning.neurons import Neurons
 from ..zoo.training import augment
 from .batch_norms import NormReader, class_weights, early_half, normalised_layers, running_statistics
@@ -99,6 +99,7 @@ def suspect_target(neurons: Neurons, images: Tensor, labels: Tensor) -> Suspecte
         few_weights @ (after.logits.softmax(1) - before.logits[:IMAGES].softmax(1))
         for before, after in ((plain, moved), (aligned, amplified))
     ]
+    require_finite("what the network answers with its BN inputs moved", *readings)
     rises = max(readings, key=_clearness)
     target = int(rises.argmax())
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..metrics import danger
+from ..metrics import danger, require_finite
 from ..pruning.neurons import Neurons
 from .batch_norms import NormReader
 from .suspected_target import SuspectedTarget
@@ -114,7 +114,9 @@ class _Search:
             error, logits = _means_error(self.neurons, self.trigger(some), self.suspected)
             wanted = torch.full((len(some),), self.suspected.target, device=some.device)
             loss = error + self.trigger.price() + target_weight * F.cross_entropy(logits, wanted)
-            (self.trigger.parameter.grad,) = torch.autograd.grad(loss, [self.trigger.parameter])
+            (gradient,) = torch.autograd.grad(loss, [self.trigger.parameter])
+            require_finite("the loss of a search for the trigger", loss, gradient)
+            self.trigger.parameter.grad = gradient
             self._optimizer.step()
 
     @torch.no_grad()

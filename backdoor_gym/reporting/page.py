@@ -14,8 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor, nn
 
-from ..envs.drawing import printable
 from ..metrics import predict_logits
+from ..plain_text import printable
 from ..policies import is_onp
 from ..zoo.datasets import LabelledImages
 from ..zoo.targets import target_labels

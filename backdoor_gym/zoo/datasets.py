@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError, UnknownNameError
+from .schemas import DatasetName, fits
 
 DIGITS = "digits"
 DATA_VARIABLE = "BACKDOOR_GYM_DATA"
@@ -267,6 +268,22 @@ def _digits() -> tuple[Tensor, Tensor]:
     data = load_digits()
     images = torch.from_numpy(data.images).float().div_(16).unsqueeze(1)
     return images, torch.from_numpy(data.target).long()
+
+
+def named_in_file(dataset: str) -> str:
+    """The name of a data set as a model's file gives it: ``digits`` or a name of the Hub, with reading options.
+
+    What stands in a file may be anybody's word, so it opens no folder of this machine.
+
+    Raises:
+        DataError: another name, or one that is also a folder here.
+    """
+    hint = "say which data set is meant: --data NAME_OR_FOLDER (data=)"
+    if not fits(dataset, DatasetName):
+        raise DataError(f"the model names the data set {dataset!r}, which is neither {DIGITS} nor OWNER/NAME; {hint}")
+    if dataset != DIGITS and Path(_reading(dataset).name).exists():
+        raise DataError(f"the model names the data set {dataset}, and a folder here is called so too; {hint}")
+    return dataset
 
 
 def _location(dataset: str) -> str:

@@ -1,21 +1,27 @@
-"""One safetensors file: tensors, JSON metadata and a checksum; written whole or not at all, never unpickled."""
+"""One safetensors file: tensors, JSON metadata and a checksum of both; written whole or not at all, never unpickled."""
 
 import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ModelFileError
+from .schemas import MOST_METADATA, plain
 
 KEY = "backdoor_gym"
+#: How a file is protected: since this version by a checksum of names, dtypes, shapes and metadata too. In the first one it was of
+#: names and contents of tensors.
+PROTECTION = 2
 #: Format of a file with the weights of a network and nothing else.
 STATE_DICT = "state-dict"
 #: What ``holds`` says of weights without anything else.
@@ -30,11 +36,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    described = json.dumps({**metadata, "checksum": _checksum(plain)}, sort_keys=True)
+    described = json.loads(json.dumps({**metadata, "protection": PROTECTION}))  # tuples are lists there
+    text = json.dumps({**described, "checksum": _checksum(plain, described)}, sort_keys=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(descriptor)
     try:
-        save_file(plain, temporary, {KEY: described})
+        save_file(plain, temporary, {KEY: text})
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
@@ -44,8 +51,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the metadata of a file that ``write_tensors`` wrote.
 
+    The checksum tells damage. It is no signature: whoever writes a file can compute it.
+
     Raises:
         ModelFileError: missing, truncated or altered, a pickle, or not a file of this package.
+
+    Warns:
+        UserWarning: the file was written when nothing protected its metadata.
     """
     if not path.is_file():
         raise ModelFileError(f"there is no file {path}")
@@ -56,14 +68,36 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise ModelFileError(f"{path} is not a readable safetensors file, or is truncated ({error})") from error
-    try:
-        metadata = json.loads(header[KEY])
-        checksum = metadata.pop("checksum")
-    except (KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ModelFileError(f"{path} is a safetensors file, but was not written by backdoor-gym") from error
-    if checksum != _checksum(tensors):
+    if KEY not in header:
+        raise ModelFileError(f"{path} is a safetensors file, but was not written by backdoor-gym")
+    metadata = _decoded(path, header[KEY])
+    checksum = metadata.pop("checksum", None)
+    protection = metadata.get("protection", 1)
+    if protection not in (1, PROTECTION) or type(protection) is not int:
+        raise ModelFileError(f"{path} is protected in a way that this version of backdoor-gym does not know")
+    if checksum != _checksum(tensors, None if protection == 1 else metadata):
         raise ModelFileError(f"{path} is damaged: its contents do not match its checksum")
+    if metadata.pop("protection", 1) == 1:
+        warnings.warn(
+            f"{path} was written by an early version, which did not protect its metadata (name, target, data set, ...): damage "
+            "in them cannot be told; save it anew",
+            stacklevel=2,
+        )
     return tensors, metadata
+
+
+def _decoded(path: Path, text: str) -> dict[str, Any]:
+    """The metadata, which are JSON: no NaN, no lone surrogate."""
+    if len(text) > MOST_METADATA:
+        raise ModelFileError(f"{path} has {len(text):,} characters of metadata; at most {MOST_METADATA:,} are read")
+    try:
+        metadata = msgspec.json.decode(text)
+        plain(metadata)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise ModelFileError(f"{path} has metadata that are not JSON ({error})") from error
+    if not isinstance(metadata, dict):
+        raise ModelFileError(f"{path} has metadata that are no object of JSON, so backdoor-gym did not write it")
+    return metadata
 
 
 def holds(path: Path) -> str | None:
@@ -73,8 +107,8 @@ def holds(path: Path) -> str | None:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
-        return str(json.loads(header[KEY])["format"]) if KEY in header else ""
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
+        return str(_decoded(path, header[KEY])["format"]) if KEY in header else ""
+    except (ModelFileError, SafetensorError, OSError, KeyError):
         return None
 
 
@@ -99,8 +133,12 @@ def _refuse_pickle(path: Path) -> None:
         )
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> str:
+    """Of all that a file holds; of names and contents of the tensors alone where no metadata are given."""
     digest = hashlib.sha256()
+    if metadata is not None:
+        kinds = [[key, str(tensors[key].dtype), list(tensors[key].shape)] for key in sorted(tensors)]
+        digest.update(json.dumps([metadata, kinds], sort_keys=True, separators=(",", ":")).encode())
     for key in sorted(tensors):
         digest.update(key.encode())
         digest.update(tensors[key].contiguous().view(-1).view(torch.uint8).numpy().data)

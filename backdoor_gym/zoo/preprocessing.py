@@ -101,9 +101,10 @@ class Normalise(nn.Module):
             except (TypeError, ValueError) as error:
                 raise DataError(f"the {name} must be numbers, one a channel, not {values!r}") from error
             self.register_buffer(name, tensor.view(-1, 1, 1), persistent=False)
-        if not len(self.mean) == len(self.std) > 0 or not bool((self.std > 0).all()):
+        usable = bool(torch.isfinite(self.mean).all() and ((self.std > 0) & torch.isfinite(self.std)).all())
+        if not len(self.mean) == len(self.std) > 0 or not usable:
             raise DataError(
-                f"a normalisation takes one mean and one positive std a channel, not {list(mean)} and {list(std)}"
+                f"a normalisation takes one finite mean and one positive std a channel, not {list(mean)} and {list(std)}"
             )
 
     def forward(self, images: Tensor) -> Tensor:

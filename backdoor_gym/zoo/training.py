@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from ..errors import ModelFileError, TrainingError
 from .files import read_tensors, write_tensors
+from .schemas import fits
 
 CHECKPOINT = "backdoor-gym-training/1"
 
@@ -170,11 +172,21 @@ def _save(path: Path, run: dict, epoch: int, network: nn.Module, optimizer: torc
 def _resume(path: Path, run: dict, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Load weights and momentum; the number of epochs already done."""
     tensors, metadata = read_tensors(path)
-    epoch = metadata.pop("epoch", 0)
+    epoch = metadata.pop("epoch", None)
+    if not fits(epoch, Annotated[int, Meta(ge=1, le=run["epochs"])]):
+        raise ModelFileError(f"the checkpoint {path} is damaged: it says to be of epoch {epoch!r}; remove it")
     if metadata != run:
         raise ModelFileError(f"the checkpoint {path} belongs to another training run; remove it or train elsewhere")
-    network.load_state_dict({key[8:]: value for key, value in tensors.items() if key.startswith("network.")})
-    for index, parameter in enumerate(network.parameters()):
-        momentum = tensors[f"momentum.{index}"].to(parameter.device)
-        optimizer.state[parameter]["momentum_buffer"] = momentum
+    weights = {key.removeprefix("network."): value for key, value in tensors.items() if key.startswith("network.")}
+    momenta = {f"momentum.{index}": parameter for index, parameter in enumerate(network.parameters())}
+    expected = {f"network.{key}": value for key, value in network.state_dict().items()} | momenta
+    for key in tensors.keys() | expected.keys():
+        given, like = tensors.get(key), expected.get(key)
+        if given is None or like is None or (given.shape, given.dtype) != (like.shape, like.dtype):
+            raise ModelFileError(f"the checkpoint {path} is damaged: {key} is not what it must be; remove it")
+        if not torch.isfinite(given).all():
+            raise ModelFileError(f"the checkpoint {path} is damaged: {key} is not finite; remove it")
+    network.load_state_dict(weights)
+    for key, parameter in momenta.items():
+        optimizer.state[parameter]["momentum_buffer"] = tensors[key].to(parameter.device)
     return epoch

@@ -7,6 +7,7 @@ from backdoor_gym.errors import ModelFileError, TrainingError
 from backdoor_gym.zoo import training
 from backdoor_gym.zoo.architectures import build
 from backdoor_gym.zoo.datasets import load_images
+from backdoor_gym.zoo.files import read_tensors, write_tensors
 from backdoor_gym.zoo.infecting import infect
 from backdoor_gym.zoo.training import Schedule, train
 
@@ -117,3 +118,34 @@ def test_images_are_not_mirrored_where_that_would_make_them_others():
         for seed in range(100)
     }
     assert columns == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, fields: fields.update(epoch="x"),
+        lambda tensors, fields: fields.update(epoch=99),
+        lambda tensors, fields: fields.update(epoch=-5),
+        lambda tensors, fields: fields.update(epoch=True),
+        lambda tensors, fields: fields.pop("epoch"),
+        lambda tensors, fields: tensors.pop("momentum.0"),
+        lambda tensors, fields: tensors.update({"momentum.0": torch.zeros(3)}),
+        lambda tensors, fields: tensors.update({"momentum.0": tensors["momentum.0"] * torch.nan}),
+        lambda tensors, fields: tensors.update({"more": torch.zeros(1)}),
+        lambda tensors, fields: [tensors.pop(key) for key in list(tensors) if key.startswith("network.")],
+        lambda tensors, fields: tensors.update(
+            {key: value.double() for key, value in tensors.items() if key.startswith("network.")}
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_not_of_its_run_is_refused(data, tmp_path, change):
+    checkpoint = tmp_path / "run.checkpoint"
+    train(fresh(), *data, SCHEDULE, seed=1, checkpoint=checkpoint)
+    tensors, fields = read_tensors(checkpoint)
+    change(tensors, fields)
+    write_tensors(checkpoint, tensors, fields)
+    network = fresh()
+    before = [value.clone() for value in network.state_dict().values()]
+    with pytest.raises(ModelFileError, match="remove it"):
+        train(network, *data, SCHEDULE, seed=1, checkpoint=checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(before, network.state_dict().values(), strict=True))

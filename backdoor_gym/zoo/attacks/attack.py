@@ -8,12 +8,13 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ModelFileError
+from ..schemas import checked
 
 if TYPE_CHECKING:
     from .poisoning import Poisoning
@@ -90,7 +91,15 @@ class Attack(ABC):
         given, needed = {*parameters, *tensors}, {field.name for field in fields(cls)}  # type: ignore[arg-type]
         if given != needed:
             raise ModelFileError(f"the trigger of {cls.name} needs {sorted(needed)}, the file has {sorted(given)}")
-        return cls(**parameters, **tensors)
+        kinds = get_type_hints(cls)
+        values = {
+            key: checked(value, kinds[key], f"the {key} of the trigger of {cls.name}")
+            for key, value in parameters.items()
+        }
+        for key, value in tensors.items():
+            if value.dtype != torch.float32 or not torch.isfinite(value).all():
+                raise ModelFileError(f"the {key} of the trigger of {cls.name} must be float32 and finite")
+        return cls(**values, **tensors)
 
     def digest(self) -> str:
         """Tells triggers apart."""

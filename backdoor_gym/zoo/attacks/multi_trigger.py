@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError, ModelFileError, UnknownNameError
+from ..schemas import TriggerFields, checked
 from .attack import Attack, ImageShape
 from .badnets import BadNets
 from .blended import Blended
@@ -60,10 +61,11 @@ class MultiTrigger(Attack):
     @classmethod
     def from_state(cls, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
         parts = []
-        for index, kind in enumerate(parameters.get("triggers", ())):
+        kinds = checked(parameters.get("triggers", []), list[TriggerFields], "the trigger of multi-trigger")
+        for index, kind in enumerate(kinds):
             prefix = f"{index}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            parts.append(_trigger(kind["attack"]).from_state(kind["parameters"], own))
+            parts.append(_trigger(kind.attack).from_state(kind.parameters, own))
         if not parts:
             raise ModelFileError("the trigger of multi-trigger names no triggers")
         return cls(tuple(parts))
