@@ -51,12 +51,12 @@ class LookAhead:
     restore: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.candidates <= MOST:
-            raise DataError(f"a look-ahead takes 1 to {MOST} candidates, not {self.candidates}")
+        if self.candidates < 1:
+            raise DataError(f"a look-ahead takes at least one candidate, not {self.candidates}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if not (isfinite(value) and value >= 0):
-                raise DataError(f"{field.name} of a look-ahead must be a finite number of at least 0, not {value}")
+            if not isfinite(value):
+                raise DataError(f"{field.name} of a look-ahead must be a finite number, not {value}")
 
     def is_done(self, observation: Mapping[str, np.ndarray], env: Any, environment: int) -> bool:
         """Whether the suspected danger fell below ``done``, or levels off: where it never was above, it says nothing.

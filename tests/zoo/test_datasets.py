@@ -63,7 +63,10 @@ def test_a_model_of_another_data_set_and_image_size(folder, tmp_path):
         clean_images=20,
     )
     assert model.num_classes == 3
-    again = type(model).load(model.save(tmp_path / "model.safetensors"))
+    path = model.save(tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match="--data"):  # a folder that a file names is not opened
+        type(model).load(path)
+    again = type(model).load(path, data=str(folder))
     assert torch.equal(again.clean.images, model.clean.images)
     assert again.test.source.split == "test"
 
