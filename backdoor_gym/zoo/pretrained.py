@@ -27,6 +27,7 @@ from .files import is_pickle
 from .foreign import Factory, differing_length, load_foreign
 from .own_images import Source, _is_image_folder, all_images, own_images
 from .preprocessing import Normalise, Preprocessed
+from .sizes import within
 
 HUB = "hf:"
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
@@ -264,10 +265,8 @@ def _of_transformers(config: Mapping[str, Any], weights: dict[str, Tensor], fold
             described = transformers.AutoConfig.for_model(kind, **_plain_config(config))
             described.architectures = [chosen]
             automatic = transformers.AutoModelForImageClassification
-            with torch.device(
-                "meta"
-            ):  # a file says how large the network is: nothing is allocated before that is known
-                planned = automatic.from_config(described, trust_remote_code=False)
+            # A file says how large the network is: nothing is allocated before that is known.
+            planned = within(lambda: automatic.from_config(described, trust_remote_code=False), weights)
             _check_size(planned, {key: value.shape for key, value in weights.items()}, folder)
             network, info = type(planned).from_pretrained(
                 None, config=described, state_dict=floats, output_loading_info=True, ignore_mismatched_sizes=True
@@ -326,7 +325,7 @@ def _of_timm(config: Mapping[str, Any], weights: dict[str, Tensor], folder: Path
     if classes is not None:
         arguments["num_classes"] = classes
     shapes = {key: value.shape for key, value in weights.items()}
-    _check_size(_planned(name, arguments), shapes, folder)
+    _check_size(within(lambda: _planned(name, arguments), weights), shapes, folder)
     network = _create(name, arguments)
     unused = fit_weights(network, Checkpoint(folder / WEIGHTS, weights, {}))
     check_finite(network)

@@ -85,3 +85,27 @@ def test_input_strengths_of_a_concatenation_are_of_the_part_that_each_channel_is
     writers = (network.features.conv0, network.features.denseblock1.denselayer1.conv2)
     expected = torch.cat([conv.weight.detach().abs().sum((1, 2, 3)) for conv in writers]).numpy()
     np.testing.assert_allclose(input_strengths(network, neurons)[layer.neurons], expected / expected.max(), rtol=1e-5)
+
+
+class NormalisedAttention(nn.Module):
+    """A batch normalisation of what no layer gives: attention of pixels by themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, images):
+        pixels = self.conv(images).flatten(2).transpose(1, 2)
+        attended = (pixels @ pixels.transpose(1, 2)).softmax(-1) @ pixels.tanh()
+        return self.head(self.norm(attended.transpose(1, 2).reshape(len(images), 4, 6, 6)).mean((2, 3)))
+
+
+def test_a_layer_that_none_feeds_has_no_edges_to_itself():
+    network = NormalisedAttention().eval()
+    neurons = find_neurons(network, torch.rand(2, 3, 6, 6))
+    unfed = [layer for layer in neurons.layers if not layer.feeders]
+    graph = neuron_graph(network, neurons)
+    assert unfed
+    for layer in unfed:
+        places = np.arange(layer.start, layer.start + layer.size)
+        assert not (np.isin(graph.edge_links, places).all(axis=1)).any()
