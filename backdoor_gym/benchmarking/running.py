@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..cluster import ClusterPool, Kept
 from ..devices import find_device
 from ..envs.prune import BackdoorPruneEnv
-from ..errors import DataError, UnknownNameError
+from ..errors import DataError, check_name
 from ..infected import InfectedModel
 from ..metrics import Metrics
 from ..processes import died, workers
@@ -135,8 +135,7 @@ def benchmark(
     for what, count in counts.items():
         if count is not None and count < 1:
             raise DataError(f"{what} must be at least 1, not {count}")
-    if residual not in RESIDUAL_MODES:
-        raise UnknownNameError("residual mode", residual, RESIDUAL_MODES)
+    check_name("residual mode", residual, RESIDUAL_MODES)
     find_device(device)
     given = [infected] if isinstance(infected, str | Path | InfectedModel) else list(infected)
     own = {one.name: one for one in given if isinstance(one, InfectedModel)}

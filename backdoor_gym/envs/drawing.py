@@ -16,6 +16,8 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..wording import printable
+
 #: Frame size in pixels, always the same, and such as video codecs like.
 WIDTH, HEIGHT, DPI = 1024, 640, 100
 #: Suspicion from this one on has the strongest colour.
@@ -295,8 +297,3 @@ def _shortened(name: str, most: int) -> str:
     """The end of a name tells it apart."""
     name = " ".join(printable(name).split())
     return name if len(name) <= most else f"…{name[1 - most :]}"
-
-
-def printable(said: str) -> str:
-    """Text as it was, without what would be no picture of a character, in files that may say anything."""
-    return "".join(one if one.isprintable() or one == "\n" else "\ufffd" for one in said)

@@ -14,9 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor, nn
 
-from ..envs.drawing import printable
 from ..metrics import predict_logits
 from ..policies import is_onp
+from ..wording import printable
 from ..zoo.datasets import LabelledImages
 from ..zoo.targets import target_labels
 from . import pictures

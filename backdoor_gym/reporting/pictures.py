@@ -24,9 +24,9 @@ from ..envs.drawing import (
     draw_network,
     frame,
     place,
-    printable,
     size_levels,
 )
+from ..wording import printable
 
 #: Images of the data are shown at most as large as this, in pixels.
 LARGEST = 96

@@ -6,6 +6,7 @@ that begins with ``hf:`` reaches the Hub.
 
 import importlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -99,7 +100,7 @@ class Layout:
 
 def is_pretrained(name: str) -> bool:
     """Whether a name is ``hf:owner/name`` or a folder with a ``config.json``."""
-    return name.startswith(HUB) or (Path(name).expanduser() / CONFIG).is_file()
+    return name.startswith(HUB) or os.path.isfile(os.path.join(os.path.expanduser(name), CONFIG))
 
 
 def load_pretrained(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import BackdoorGymError, DataError, UnknownNameError, WeightsError
+from ...errors import BackdoorGymError, DataError, WeightsError, check_name
 from .convnext import convnext, convnext_tiny
 from .densenet import densenet, densenet121, densenet161
 from .efficientnet import efficientnet_b0, efficientnet_b3
@@ -48,13 +48,11 @@ def build(name: str, num_classes: int, in_channels: int, **options: Any) -> nn.M
     Raises:
         UnknownNameError: no such architecture, or an option it does not have.
     """
-    if name not in ARCHITECTURES:
-        raise UnknownNameError("architecture", name, ARCHITECTURES)
+    check_name("architecture", name, ARCHITECTURES)
     factory = ARCHITECTURES[name]
     known = set(inspect.signature(factory).parameters) - {"num_classes", "in_channels"}
     for option in options:
-        if option not in known:
-            raise UnknownNameError(f"option of {name}", option, known)
+        check_name(f"option of {name}", option, known)
     try:
         return factory(num_classes=num_classes, in_channels=in_channels, **options)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
