@@ -25,6 +25,7 @@ from ..errors import ModelFileError, WeightsError
 from ..wording import cut, printable
 from .files import is_pickle
 from .pickles import check_torch_file, is_zip
+from .plain import odd_kind
 
 #: Keys under which training code keeps the weights, the likelier first (``netC`` is the classifier beside a generator).
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "netC", "network", "weights", "params")
@@ -135,13 +136,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise ModelFileError(f"{path} is damaged: what it holds is not put together as weights are") from error
     _check_names(path, weights)
     for name, tensor in weights.items():
-        if not tensor.is_nested and tensor.is_quantized:
+        odd = odd_kind(tensor)
+        if odd == "quantised":
             raise _quantised(path, name)
-        if tensor.is_nested or tensor.is_meta or tensor.layout != torch.strided:
-            kind = "nested" if tensor.is_nested else "without values" if tensor.is_meta else f"{tensor.layout}"
+        if odd:
             raise ModelFileError(
-                f"{path} holds a tensor that is no plain array of numbers ({name} is {kind.removeprefix('torch.')}): save the "
-                "dense one in its place"
+                f"{path} holds a tensor that is no plain array of numbers ({name} is {odd}): save the dense one in its place"
             )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ModelFileError(f"{path} is damaged: {name} is larger than what is stored of it")
