@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackdoorGymError, DataError, check_name
+from ...wording import shown
 from .attack import Alter, Attack, Helper, ImageShape
 from .badnets import BadNets
 from .blended import Blended
@@ -67,10 +68,10 @@ def draw_attack(name: str, shape: ImageShape, generator: torch.Generator, **para
         check_name(f"option of {name}", parameter, known)
     try:
         return attack.draw(shape, generator, **parameters)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, BackdoorGymError):
             raise
-        raise DataError(f"the options {parameters} of {name} cannot be used: {error}") from error
+        raise DataError(f"the options {shown(parameters)} of {name} cannot be used: {error}") from error
 
 
 def attack_from_state(name: str, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> Attack:
