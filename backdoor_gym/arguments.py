@@ -1,6 +1,7 @@
 """Arguments of calls, checked before anything is done with them: their type, whether they are finite, and their range."""
 
 import math
+from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...], what: str, 
     """Raise ``DataError`` unless it is of that type, which ``what`` says in words."""
     if not (value is None and may_be_none) and not isinstance(value, kind):
         raise DataError(f"{name} must be {what}{' or None' if may_be_none else ''}, not {shown(value)}")
+
+
+def check_options(name: str, value: Any) -> None:
+    """Raise ``DataError`` unless it is None, or a mapping from texts."""
+    check_kind(name, value, Mapping, "a dict", may_be_none=True)
+    for key in value or {}:
+        check_kind(f"a name in {name}", key, str, "a text")
 
 
 def check_callable(name: str, value: Any, *, may_be_none: bool = False) -> None:

@@ -281,7 +281,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         """
         asked_for = self._option(options)
         random, random_seed = self._np_random, self._np_random_seed
-        random_state = None if random is None else random.bit_generator.state
+        random_state: Any = None if random is None else random.bit_generator.state
         try:
             super().reset(seed=seed)
             drawn_from = self.np_random.bit_generator.state

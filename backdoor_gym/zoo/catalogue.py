@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arguments import check_kind, check_path
+from ..arguments import check_callable, check_kind, check_options, check_path
 from ..errors import DataError, ModelFileError, UnknownNameError
 from ..infected import FORMAT, InfectedModel
 from . import family
@@ -112,6 +112,10 @@ def load_infected(
     """
     check_path("the name of an infected model", name)
     check_path("data", data, may_be_none=True)
+    check_kind("architecture", architecture, str, "a name", may_be_none=True)
+    check_options("options", options)
+    check_callable("preprocess", preprocess, may_be_none=True)
+    check_kind("timm", timm, str, "a name", may_be_none=True)
     text, data = str(name), None if data is None else str(data)
     own: dict[str, Any] = {
         "architecture": architecture,

@@ -1,6 +1,6 @@
 """Making an infected model: choose the trigger, poison the training images, train, measure."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_callable, check_kind, check_path, check_whole, is_finite
+from ..arguments import check_callable, check_kind, check_options, check_path, check_whole, is_finite
 from ..devices import find_device
 from ..errors import DataError
 from ..infected import InfectedModel
@@ -86,7 +86,7 @@ def infect(
     if attack != CLEAN:
         get_attack(attack)
     for what, options in (("architecture_options", architecture_options), ("attack_options", attack_options)):
-        check_kind(what, options, Mapping, "a dict", may_be_none=True)
+        check_options(what, options)
     check_kind("schedule", schedule, Schedule, "a Schedule", may_be_none=True)
     check_kind("name", name, str, "a text", may_be_none=True)
     check_path("checkpoint", checkpoint, may_be_none=True)

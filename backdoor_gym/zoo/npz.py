@@ -82,7 +82,7 @@ class Member(NamedTuple):
 
     def _block(self, file: IO[bytes], shape: tuple[int, ...]) -> np.ndarray:
         numbers = np.empty(math.prod(shape), self.dtype)
-        room = memoryview(numbers.view(np.uint8)) if numbers.size else memoryview(b"")
+        room = numbers.view(np.uint8).data if numbers.size else memoryview(b"")
         for place in range(0, len(room), AT_ONCE):
             part = file.read(min(AT_ONCE, len(room) - place))
             room[place : place + len(part)] = part
