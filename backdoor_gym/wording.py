@@ -31,3 +31,8 @@ def cut(said: str, most: int = MOST_SHOWN) -> str:
 def one_line(said: str, most: int = MOST_SAID) -> str:
     """Text in one line of a bearable length, in characters that can be shown."""
     return " ".join(printable(cut(said, most)).split("\n"))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

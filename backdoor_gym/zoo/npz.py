@@ -8,7 +8,7 @@ from typing import IO, NamedTuple, Self
 import numpy as np
 
 from ..errors import DataError
-from ..wording import cut
+from ..wording import cut, first_line
 
 #: How many times as large as in the file an array may be, and what any array may have besides.
 MOST_UNPACKED, SPARE = 100, 64 << 20
@@ -119,4 +119,4 @@ def members(path: Path, names: tuple[str, ...]) -> list[Member]:
     except DataError as error:
         raise DataError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
     except Exception as error:  # whatever a damaged archive makes its readers raise
-        raise DataError(f"{path} cannot be read as an .npz without pickled objects: {error}") from error
+        raise DataError(f"{path} cannot be read as an .npz without pickled objects: {first_line(error)}") from error

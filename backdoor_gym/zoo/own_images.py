@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..arguments import check_kind, check_whole
 from ..errors import DataError
-from ..wording import shown
+from ..wording import first_line, shown
 from . import datasets
 from .checkpoints import is_archive
 from .datasets import MOST_SIDE, DataSource, LabelledImages
@@ -254,7 +254,7 @@ def _npz_items(path: Path) -> _Items:
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
         except Exception as error:  # whatever a damaged archive makes its readers raise
-            raise DataError(f"{path} cannot be read as an .npz without pickled objects: {error}") from error
+            raise DataError(f"{path} cannot be read as an .npz without pickled objects: {first_line(error)}") from error
 
     numbers = read(labels, None, as_labels)
     if 0 in images.shape or images.shape[:1] != tuple(numbers.shape):
