@@ -31,8 +31,8 @@ from .plain import odd_kind
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "netC", "network", "weights", "params")
 #: What a checkpoint may say about itself beside the weights, as BackdoorBench's do, and the type each must have.
 FACTS = {"model_name": str, "num_classes": int, "clean_data": str, "img_size": list | tuple}
-#: What torch's reader raises on files that it does not take.
-_UNREADABLE = (
+#: What the readers of torch and safetensors raise on files that they do not take.
+UNREADABLE = (
     pickle.UnpicklingError,
     ArithmeticError,
     AssertionError,
@@ -103,11 +103,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         try:
             with safe_open(str(path), framework="pt") as file:
                 names = list(file.keys())
-                _check_names(path, names)
+                check_names(path, names)
                 weights = {name: file.get_tensor(name) for name in names}
         except ModelFileError:
             raise
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise ModelFileError(
                 f"{path} is neither a readable safetensors file nor a torch file, or is truncated ({error})"
             ) from error
@@ -134,7 +134,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         ValueError,
     ) as error:  # a file that holds itself, or parts of no such kind
         raise ModelFileError(f"{path} is damaged: what it holds is not put together as weights are") from error
-    _check_names(path, weights)
+    check_names(path, weights)
     for name, tensor in weights.items():
         odd = odd_kind(tensor)
         if odd == "quantised":
@@ -148,7 +148,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, weights, facts, unread)
 
 
-def _check_names(path: Path, names: Collection[str]) -> None:
+def check_names(path: Path, names: Collection[str]) -> None:
     """Raise ``ModelFileError`` where a file holds more tensors, or longer names, than networks have."""
     if len(names) > MOST_TENSORS:
         raise ModelFileError(f"{path} holds {len(names):,} tensors; {MOST_TENSORS:,} is the most")
@@ -205,7 +205,8 @@ def fit_weights(network: nn.Module, checkpoint: Checkpoint) -> list[str]:
     more = [key for key in weights if key not in taken]
     own = {key.partition(".")[0] for key in wanted}
     beside = [key for key in more if key.startswith(copies) or _is_beside(key, weights[key], prefix, own)]
-    unexpected = [key for key in more if key not in beside]
+    left_out = set(beside)
+    unexpected = [key for key in more if key not in left_out]
     differing = [
         f"{key} {tuple(weights[name].shape)} instead of {tuple(wanted[key].shape)}"
         for key, name in found.items()
@@ -336,7 +337,7 @@ def _read_torch(path: Path) -> tuple[Any, tuple[str, ...]]:
             with safe_globals([(_StandIn, name) for name in unknown]):
                 content = torch.load(file, map_location="cpu", weights_only=True)
         return content, tuple(printable(cut(name, MOST_NAME)) for name in unknown)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         called = re.search(r"GLOBAL ([\w.]+)", str(error))
         lines = (str(error).strip() or type(error).__name__).splitlines()
         reason = f"it names {called[1]}" if called else lines[0]

@@ -7,6 +7,7 @@ import os
 import tarfile
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -395,10 +396,8 @@ def test_numbers_that_safetensors_knows_and_torch_may_not(tmp_path, dtype):
     }
     header = json.dumps(tensors)
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
-    try:
-        read_checkpoint(tmp_path / "a.safetensors")
-    except ModelFileError as error:
-        assert str(error).isprintable()
+    with suppress(ModelFileError):  # and nothing else
+        assert set(read_checkpoint(tmp_path / "a.safetensors").weights) == {"v", "w"}
 
 
 @pytest.mark.parametrize("length", [2**63, 10**9, 100])
