@@ -65,6 +65,8 @@ MOST_MODULES, MOST_PARTS, MOST_NETWORKS = 20_000, 100_000, 64
 MOST_DEPTH = 10
 #: Tensors of a file, and characters of the name of each, and of what a file says of itself.
 MOST_TENSORS, MOST_NAME = 50_000, 500
+#: Bytes of the header of a safetensors file: the names, the shapes, and what else it says.
+MOST_HEADER = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise ModelFileError(f"there is no file {path}")
     refuse_archive(path)
     if not is_pickle(path):
+        check_header(path)
         try:
             with safe_open(str(path), framework="pt") as file:
                 names = list(file.keys())
@@ -146,6 +149,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ModelFileError(f"{path} is damaged: {name} is larger than what is stored of it")
     return Checkpoint(path, weights, facts, unread)
+
+
+def check_header(path: Path) -> None:
+    """Raise ``ModelFileError`` where the header of a safetensors file is longer than any network's: it is read before the rest."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if MOST_HEADER < length <= path.stat().st_size:  # a longer one is none
+        raise ModelFileError(f"{path} has a header of {length:,} bytes; {MOST_HEADER:,} is the most")
 
 
 def check_names(path: Path, names: Collection[str]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from ..infected import InfectedModel, check_finite, check_preprocess
 from ..wording import shown
-from .checkpoints import COUNTER, UNREADABLE, Checkpoint, check_names, fit_weights, read_checkpoint
+from .checkpoints import COUNTER, UNREADABLE, Checkpoint, check_header, check_names, fit_weights, read_checkpoint
 from .datasets import MOST_SIDE, LabelledImages
 from .files import is_pickle
 from .foreign import Factory, differing_length, load_foreign
@@ -432,6 +432,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             )
         if is_pickle(path):
             raise ModelFileError(f"{path} is a pickle, whatever its name says, and is not opened")
+        check_header(path)
         try:
             with safe_open(str(path), framework="pt") as opened:
                 names = list(opened.keys())

@@ -19,7 +19,7 @@ from torch import nn
 
 from backdoor_gym import load_infected
 from backdoor_gym.errors import ModelFileError, WeightsError
-from backdoor_gym.zoo.checkpoints import Checkpoint, beginnings, fit_weights, read_checkpoint
+from backdoor_gym.zoo.checkpoints import MOST_HEADER, Checkpoint, beginnings, fit_weights, read_checkpoint
 
 
 class Net(nn.Module):
@@ -398,6 +398,14 @@ def test_numbers_that_safetensors_knows_and_torch_may_not(tmp_path, dtype):
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
     with suppress(ModelFileError):  # and nothing else
         assert set(read_checkpoint(tmp_path / "a.safetensors").weights) == {"v", "w"}
+
+
+def test_headers_are_bearable(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(
+        (2 * MOST_HEADER).to_bytes(8, "little") + b"{" + b" " * (2 * MOST_HEADER - 2) + b"}"
+    )
+    with pytest.raises(ModelFileError, match="is the most"):
+        read_checkpoint(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("length", [2**63, 10**9, 100])
