@@ -4,21 +4,27 @@ After "Rethinking Pruning for Backdoor Mitigation: An Optimization Perspective" 
 network as a graph of neurons, a GNN that embeds them, and a pruning policy learned with PPO from a little clean data.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
 
-from backdoor_gym.baselines.policy import check_env
+from backdoor_gym.arguments import check_kind, check_path, check_whole, is_finite
+from backdoor_gym.baselines.policy import check_env, checked_observation
+from backdoor_gym.devices import find_device
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
-from backdoor_gym.errors import DataError, ModelFileError
+from backdoor_gym.errors import DataError, ModelFileError, check_name
+from backdoor_gym.wording import shown
 from backdoor_gym.zoo.files import read_tensors, write_tensors
 
 from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
@@ -44,6 +50,8 @@ PPO: dict[str, Any] = {
     "clip_range": 0.2,
     "ent_coef": 0.01,
 }
+#: Arguments of MaskablePPO that ONP gives it itself.
+OWN = {"policy", "env", "rollout_buffer_class", "policy_kwargs", "seed", "device", "tensorboard_log"}
 
 
 class ONP:
@@ -80,12 +88,19 @@ class ONP:
     ) -> None:
         verdict_threshold = threshold if verdict_threshold is None else verdict_threshold
         for name, value in (("threshold", threshold), ("verdict_threshold", verdict_threshold)):
-            if not 0 < value < 1:
-                raise DataError(f"{name} must lie between 0 and 1, it is {value}")
+            if not is_finite(value) or not 0 < value < 1:
+                raise DataError(f"{name} must lie between 0 and 1, it is {shown(value)}")
+        check_kind("look_ahead", look_ahead, LookAhead, "a LookAhead", may_be_none=True)
+        check_kind("encoder", encoder, EncoderOptions, "an EncoderOptions", may_be_none=True)
+        check_path("tensorboard_log", tensorboard_log, may_be_none=True)
+        check_whole("seed", seed, may_be_none=True)
+        known = inspect.signature(MaskablePPO).parameters.keys() - OWN
+        for option in ppo:
+            check_name("option of MaskablePPO", option, known)
         self.look_ahead = look_ahead
         self.threshold, self.verdict_threshold = threshold, verdict_threshold
         self.options = encoder or EncoderOptions()
-        self.device = torch.device(device)
+        self.device = find_device(device)
         self.facts: dict[str, Any] = {}
         self._settings = {**PPO, **ppo}
         self._seed = seed
@@ -100,7 +115,13 @@ class ONP:
             self.set_env(env)
 
     def set_env(self, env: Any) -> None:
-        """Learn and look ahead in this environment from now on; what was learned is kept."""
+        """Learn and look ahead in this environment from now on; what was learned is kept.
+
+        Raises:
+            DataError: it is none.
+        """
+        if env is not None and not isinstance(env, gym.Env | VecEnv):
+            raise DataError(f"ONP is for a Gymnasium or Stable-Baselines3 environment, not {shown(env)}")
         self.env = env
         self._ppo = None
 
@@ -130,6 +151,8 @@ class ONP:
             DataError: there is no environment to learn in.
             ModelFileError: the checkpoint is not readable, or is of another network.
         """
+        check_whole("total_timesteps", total_timesteps)
+        check_path("checkpoint", checkpoint, may_be_none=True)
         ppo = self._trainer()
         callbacks: list[Any] = []
         done = 0
@@ -171,20 +194,21 @@ class ONP:
         environment that the observations come from, see ``set_env``, and when the episode is over ``finish`` belongs to it.
 
         Raises:
-            DataError: a look-ahead, and an observation that is not the last one of the environment.
+            DataError: no observation of ``BackdoorPrune-v0``, or arguments that do not fit it; a look-ahead, and an observation
+                that is not the last one of the environment.
         """
+        observation = checked_observation(observation, episode_start, action_masks)
         single = np.ndim(observation["nodes"]) == 2
         logits = self.logits(observation)
         actions = []
         for index, row in enumerate(logits):
             one = observation if single else {key: value[index] for key, value in observation.items()}
-            legal = one["action_mask"] if action_masks is None else np.atleast_2d(action_masks)[index]
-            row = np.where(np.asarray(legal).astype(bool), row, -np.inf)
+            row = np.where(one["action_mask"].astype(bool), row, -np.inf)
             if not deterministic:
                 chances = np.exp(row - row.max())
                 actions.append(int(self._random.choice(len(row), p=chances / chances.sum())))
             else:
-                actions.append(self._best(row, {**one, "action_mask": np.asarray(legal)}, index))
+                actions.append(self._best(row, one, index))
         return np.array(actions[0] if single else actions, dtype=np.int64), state
 
     def _best(self, logits: np.ndarray, observation: Mapping[str, np.ndarray], environment: int) -> int:
@@ -218,8 +242,9 @@ class ONP:
         """Probability that a network has a backdoor: that the policy would not stop at once, seen before any prune.
 
         Raises:
-            DataError: something is pruned already.
+            DataError: something is pruned already, or it is no observation of ``BackdoorPrune-v0``.
         """
+        observation = checked_observation(observation)
         if observation["nodes"][..., _PRUNED].any():
             raise DataError("the verdict is on the network as it came: ask before the first prune")
         row = self.logits(observation)[0].astype(np.float64)

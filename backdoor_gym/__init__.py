@@ -12,6 +12,16 @@ from gymnasium.envs.registration import register, registry
 if TYPE_CHECKING:
     from .benchmarking import benchmark
     from .envs.layers import parallel_env
+    from .errors import (
+        BackdoorGymError,
+        CompactionError,
+        DataError,
+        ModelFileError,
+        TrainingError,
+        UnknownNameError,
+        UntraceableError,
+        WeightsError,
+    )
     from .infected import InfectedModel
     from .repairing import RepairResult, repair
     from .zoo.catalogue import list_infected, load_infected
@@ -20,8 +30,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackdoorGymError",
+    "CompactionError",
+    "DataError",
     "InfectedModel",
+    "ModelFileError",
     "RepairResult",
+    "TrainingError",
+    "UnknownNameError",
+    "UntraceableError",
+    "WeightsError",
     "benchmark",
     "infect",
     "list_infected",
@@ -31,8 +49,16 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BackdoorGymError": "errors",
+    "CompactionError": "errors",
+    "DataError": "errors",
     "InfectedModel": "infected",
+    "ModelFileError": "errors",
     "RepairResult": "repairing",
+    "TrainingError": "errors",
+    "UnknownNameError": "errors",
+    "UntraceableError": "errors",
+    "WeightsError": "errors",
     "benchmark": "benchmarking",
     "infect": "zoo.infecting",
     "list_infected": "zoo.catalogue",

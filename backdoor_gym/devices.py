@@ -5,6 +5,7 @@ import os
 import torch
 
 from .errors import DataError
+from .wording import cut, first_line, shown
 
 # A forked process (AsyncVectorEnv) inherits the state of torch's threads, but not the threads, and would wait for them
 # forever; with one thread it asks for none.
@@ -21,6 +22,6 @@ def find_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise DataError(f"the device {str(name)!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    except (RuntimeError, AssertionError, ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"the device {shown(str(name))} cannot be used here ({cut(first_line(error), 200)})") from error
     return device

@@ -4,17 +4,20 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-from .plain_text import one_line
+from .wording import MOST_SHOWN, cut, one_line, shown
 
-#: Characters of a name that a message shows, and that near ones are sought for.
-MOST_OF_NAME = 100
+#: Names among which the nearest are sought, and shown ones: looking for them takes time.
+MOST_COMPARED, MOST_NAMED = 500, 12
 
 
 class BackdoorGymError(Exception):
-    """Base of every error this package raises on purpose: a message of one line, whatever names out of files are in it."""
+    """Base of every error this package raises on purpose.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+    What it says is one line, of a bearable length, in characters that can be shown: much of it comes out of files.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ModelFileError(BackdoorGymError, ValueError):
@@ -44,22 +47,36 @@ class TrainingError(BackdoorGymError, RuntimeError):
 class UnknownNameError(BackdoorGymError, ValueError):
     """A name that is not in the list of allowed ones; the nearest ones are suggested."""
 
-    def __init__(self, kind: str, name: object, allowed: Iterable[str], hint: str = "") -> None:
-        allowed = sorted(allowed)
-        asked = one_line(name if isinstance(name, str) else repr(name), MOST_OF_NAME)
-        near = get_close_matches(asked, allowed, n=3, cutoff=0.5)
-        shown = allowed if len(allowed) <= 12 else [*allowed[:12], "..."]
+    def __init__(self, kind: str, name: Any, allowed: Iterable[str], hint: str = "") -> None:
+        names = sorted(map(str, allowed))
+        near = _nearest(name, names)
+        listed = [cut(known) for known in names[:MOST_NAMED]] + ["..."] * (len(names) > MOST_NAMED)
         suggestion = f"did you mean {' or '.join(map(repr, near))}?" if near else ""
-        choices = f"known: {', '.join(shown)}"
-        parts = [f"unknown {kind} {asked!r}", suggestion or choices, hint]
-        super().__init__("; ".join(part for part in parts if part))
+        choices = f"known: {', '.join(listed)}"
+        what = f"unknown {kind} {shown(name)}"
+        if not isinstance(name, str):
+            what = f"{what} (a name is a text, and not of the type {type(name).__name__})"
+        super().__init__("; ".join(part for part in (what, suggestion or choices, hint) if part))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """An error of another process comes as the message that it has."""
-        return _unpickled, (self.args[0],)
+        return _again, (type(self), self.args)  # another process makes it of its message, not of a name
 
 
-def _unpickled(message: str) -> UnknownNameError:
-    error = UnknownNameError.__new__(UnknownNameError)
-    BackdoorGymError.__init__(error, message)
+def check_name(kind: str, name: Any, allowed: Iterable[str], hint: str = "") -> None:
+    """Raise ``UnknownNameError`` unless it is one of the allowed names; whatever it is."""
+    if not isinstance(name, str) or name not in allowed:
+        raise UnknownNameError(kind, name, allowed, hint)
+
+
+def _nearest(name: Any, names: list[str]) -> list[str]:
+    """The allowed names that are most like it."""
+    if not isinstance(name, str) or len(name) > MOST_SHOWN:
+        return []
+    compared = [known for known in names[:MOST_COMPARED] if len(known) <= MOST_SHOWN]
+    return get_close_matches(name, compared, n=3, cutoff=0.5)
+
+
+def _again(kind: type[Exception], arguments: tuple[Any, ...]) -> Exception:
+    error = kind.__new__(kind)
+    error.args = arguments
     return error

@@ -5,8 +5,9 @@ from typing import Any, Protocol
 
 import gymnasium as gym
 
+from .arguments import check_kind, check_whole
 from .envs.prune import BackdoorPruneEnv
-from .errors import DataError, UnknownNameError
+from .errors import DataError, check_name
 
 #: The options of each policy.
 POLICIES: dict[str, tuple[str, ...]] = {
@@ -58,14 +59,10 @@ def check_policy(name: str, options: dict[str, Any]) -> None:
     """
     kind = kind_of_policy(name)
     for option in options:
-        if option not in POLICIES[kind]:
-            raise UnknownNameError(f"option of {kind}", option, POLICIES[kind])
-    for option, least in (("finetune", 0), ("steps", 1), ("candidates", 1)):
-        count = options.get(option, least)
-        if not isinstance(count, int) or isinstance(count, bool) or count < least:
-            raise DataError(f"{option} must be a whole number of at least {least}, not {count!r}")
-    if not isinstance(options.get("look_ahead", True), bool):
-        raise DataError(f"look_ahead must be True or False, not {options['look_ahead']!r}")
+        check_name(f"option of {kind}", option, POLICIES[kind])
+    for option, least in (("finetune", 0), ("steps", 1), ("candidates", 1), ("seed", 0)):
+        check_whole(option, options.get(option, least), least)
+    check_kind("look_ahead", options.get("look_ahead", True), bool, "True or False")
 
 
 def kind_of_policy(name: str) -> str:
@@ -74,10 +71,9 @@ def kind_of_policy(name: str) -> str:
     Raises:
         UnknownNameError: no such policy.
     """
-    if is_onp(name):
+    if isinstance(name, str) and is_onp(name):
         return "onp"
-    if name not in POLICIES:
-        raise UnknownNameError("policy", name, POLICIES, hint="or the path of a policy file, *.safetensors")
+    check_name("policy", name, POLICIES, "or the path of a policy file, *.safetensors")
     return name
 
 

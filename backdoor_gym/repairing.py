@@ -14,9 +14,11 @@ import gymnasium as gym
 import numpy as np
 from torch import nn
 
+from .arguments import check_callable
+from .devices import find_device
 from .envs.drawing import Snapshot, frame
 from .envs.prune import BackdoorPruneEnv
-from .errors import UnknownNameError
+from .errors import DataError, UnknownNameError
 from .graph.reading import Reading
 from .infected import InfectedModel
 from .metrics import Metrics, der
@@ -26,6 +28,7 @@ from .pruning.applying import write_mask
 from .pruning.cutting import cut_channels
 from .pruning.neurons import Neurons
 from .reporting import write_report
+from .wording import shown
 from .zoo.adapting import deep_copy, in_own_types
 from .zoo.catalogue import load_infected
 from .zoo.files import STATE_DICT, write_tensors
@@ -238,8 +241,14 @@ def repair(
 
     Raises:
         UnknownNameError: unknown policy, or an option it does not have.
+        DataError: an argument of a wrong type or out of range.
         BackdoorGymError: the model cannot be read or traced (see ``load_infected`` and ``find_neurons``).
     """
+    policy = str(policy) if isinstance(policy, Path) else policy
+    if not isinstance(policy, str) and not callable(getattr(policy, "predict", None)):
+        raise DataError(f"a policy must be a name, a file, or an object with predict, not {shown(policy)}")
+    check_callable("watch", watch, may_be_none=True)
+    find_device(device)
     model = infected if isinstance(infected, InfectedModel) else load_infected(infected, data)
     name = policy if isinstance(policy, str) else type(policy).__name__.lower()
     if isinstance(policy, str):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backdoor_gym.arguments import check_real, check_whole
 from backdoor_gym.envs.defender import Defender
 
 from .rule import ACCURACY_BUDGET, Rule
@@ -54,6 +55,9 @@ class ANP(Rule):
         eps: float = 0.4,
     ) -> None:
         super().__init__(env, threshold, accuracy_budget, seed)
+        check_whole("steps", steps, 1)
+        check_real("alpha", alpha, 0, 1)
+        check_real("eps", eps, 0)
         self.steps, self.alpha, self.eps = steps, alpha, eps
 
     def scores(self, defender: Defender) -> np.ndarray:

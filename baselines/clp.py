@@ -17,7 +17,7 @@ from backdoor_gym.graph.features import STATIC_FEATURES, standardise
 from backdoor_gym.graph.uclc import uclc
 
 from .policy import Observation
-from .rule import ACCURACY_BUDGET, Rule, prune_by
+from .rule import ACCURACY_BUDGET, Rule, checked_pair, prune_by
 from .thresholds import AUTO, Threshold, check_threshold
 
 U = 3.0
@@ -45,7 +45,7 @@ class CLP(Rule):
 
     def __init__(self, u: Threshold = U, env: Any = None, accuracy_budget: float = ACCURACY_BUDGET) -> None:
         check_threshold(u)
-        if u == AUTO and env is None:
+        if isinstance(u, str) and u == AUTO and env is None:
             raise DataError('CLP(u="auto") needs the environment it acts in: CLP("auto", env)')
         super().__init__(env, u, accuracy_budget)
 
@@ -81,7 +81,7 @@ class CLP(Rule):
         check_threshold(u)
         rule = cls(accuracy_budget=accuracy_budget)
         rule.threshold = u
-        traced_with = None if clean is None else clean[0]
+        traced_with = None if clean is None else checked_pair(clean)[0]
         if clean is None:
             if u == AUTO:
                 raise DataError('u="auto" needs clean images: clean=(images, labels)')

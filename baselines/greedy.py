@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from backdoor_gym.arguments import check_whole
 from backdoor_gym.envs.observation import NODE_FEATURES
 
 from .policy import Observation, Policy, ask, check_env, stop_action
@@ -27,6 +28,7 @@ class GreedyACC(Policy):
     """
 
     def __init__(self, env: Any, candidates: int = 60) -> None:
+        check_whole("candidates", candidates, 1)
         self.candidates = candidates
         self._env = env
 

@@ -7,10 +7,14 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 
+from backdoor_gym.envs.observation import GLOBAL_FEATURES, NODE_FEATURES
 from backdoor_gym.envs.prune import OBSERVED
 from backdoor_gym.errors import DataError
+from backdoor_gym.wording import shown
 
 Observation = Mapping[str, np.ndarray]
+#: Axes of each array of an observation; in a batch there is one more.
+AXES = {"nodes": 2, "edges": 2, "edge_links": 2, "num_nodes": 1, "num_edges": 1, "action_mask": 1, "globals": 1}
 
 
 class Policy(ABC):
@@ -51,11 +55,10 @@ class Policy(ABC):
         sb3_contrib's ``evaluate_policy`` hands them over.
 
         Raises:
-            DataError: the policy needs the environment, and the observation is not the last one of it (``set_env``).
+            DataError: no observation of ``BackdoorPrune-v0``, or arguments that do not fit it; or the policy needs the environment,
+                and the observation is not the last one of it (``set_env``).
         """
-        if action_masks is not None:
-            masks = np.asarray(action_masks, dtype=np.int8).reshape(observation["action_mask"].shape)
-            observation = {**observation, "action_mask": masks}
+        observation = checked_observation(observation, episode_start, action_masks)
         if observation["nodes"].ndim == 2:
             if episode_start is not None and np.any(episode_start):
                 self.begin(0)
@@ -66,6 +69,58 @@ class Policy(ABC):
                 self.begin(index)
             actions.append(self.act({key: value[index] for key, value in observation.items()}, index))
         return np.array(actions, dtype=np.int64), state
+
+
+def checked_observation(observation: Any, episode_start: Any = None, action_masks: Any = None) -> dict[str, np.ndarray]:
+    """The observation, or the batch of them, with the legal actions that are given in place of its own.
+
+    Raises:
+        DataError: it is none of ``BackdoorPrune-v0``, or what comes with it does not fit it.
+    """
+    if not isinstance(observation, Mapping) or not observation.keys() >= AXES.keys():
+        raise DataError(f"an observation must be a dict with {', '.join(AXES)}, not {shown(observation)}")
+    found = {key: observation[key] for key in AXES}
+    for key, value in found.items():
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+            raise DataError(f"{key} of an observation must be an array of numbers, not {shown(value)}")
+    batch = found["nodes"].shape[: found["nodes"].ndim - AXES["nodes"]]
+    for key, value in found.items():
+        if len(batch) > 1 or value.ndim != AXES[key] + len(batch) or value.shape[: len(batch)] != batch:
+            raise DataError(
+                f"{key} of an observation must have {AXES[key]} axes, or one more in a batch, not {value.shape}"
+            )
+        if not np.isfinite(value).all():
+            raise DataError(f"{key} of an observation must be finite")
+    if action_masks is not None:
+        try:
+            found["action_mask"] = np.asarray(action_masks).astype(np.int8).reshape(found["action_mask"].shape)
+        except (TypeError, ValueError):
+            raise DataError(
+                f"action_masks must be bool {found['action_mask'].shape}, not {shown(action_masks)}"
+            ) from None
+    _check_sizes(found)
+    if episode_start is not None and np.shape(episode_start) not in ((), (1,), batch):
+        raise DataError(f"episode_start must be bool {batch}, not {shown(episode_start)}")
+    return {**observation, **found}
+
+
+def _check_sizes(observation: Observation) -> None:
+    """Raise ``DataError`` where the arrays of an observation do not fit each other."""
+    rows, columns = observation["nodes"].shape[-2:]
+    sizes = (columns, observation["globals"].shape[-1], observation["action_mask"].shape[-1])
+    if sizes != (len(NODE_FEATURES), len(GLOBAL_FEATURES), rows + 1):
+        raise DataError(
+            f"an observation has {len(NODE_FEATURES)} features of each neuron, {len(GLOBAL_FEATURES)} globals, and one action more "
+            f"than neurons, not {sizes}"
+        )
+    if not observation["action_mask"].any(-1).all():
+        raise DataError("an observation in which no action is legal: stopping always is")
+    for key, most in (("num_nodes", rows), ("num_edges", observation["edges"].shape[-2])):
+        if not ((observation[key] >= 0) & (observation[key] <= most)).all():
+            raise DataError(f"{key} of an observation must be 0 to {most}")
+    links = observation["edge_links"]
+    if links.shape != observation["edges"].shape or (links.size and not 0 <= links.min() <= links.max() < max(1, rows)):
+        raise DataError(f"edge_links of an observation must be 0 to {rows - 1}, two an edge")
 
 
 def stop_action(observation: Observation) -> int:
@@ -89,4 +144,4 @@ def ask(env: Any, environment: int, method: str, *arguments: Any) -> Any:
         return env.env_method(method, *arguments, indices=[environment])[0]
     if isinstance(env, gym.Env):
         return getattr(env.unwrapped, method)(*arguments)
-    raise TypeError(f"a policy is built for a Gymnasium or Stable-Baselines3 environment, not {type(env).__name__}")
+    raise DataError(f"a policy is built for a Gymnasium or Stable-Baselines3 environment, not {type(env).__name__}")

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from backdoor_gym.arguments import check_whole
+
 from .policy import Observation, Policy
 
 
@@ -11,6 +13,7 @@ class RandomPolicy(Policy):
     reads_derivatives = False
 
     def __init__(self, seed: int | None = None) -> None:
+        check_whole("seed", seed, may_be_none=True)
         self._random = np.random.default_rng(seed)
 
     def act(self, observation: Observation, environment: int) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from backdoor_gym.arguments import check_kind, check_real, check_whole
 from backdoor_gym.envs.defender import Defender
 from backdoor_gym.envs.observation import GLOBAL_FEATURES
 from backdoor_gym.errors import DataError
@@ -16,6 +17,7 @@ from backdoor_gym.metrics import accuracy, require_finite
 from backdoor_gym.pruning.applying import write_mask
 from backdoor_gym.pruning.masked import MaskedNetwork
 from backdoor_gym.pruning.neurons import find_neurons
+from backdoor_gym.wording import shown
 from backdoor_gym.zoo.datasets import check_images
 
 from .policy import Observation, Policy, ask, check_env, stop_action
@@ -60,6 +62,8 @@ class Rule(Policy):
         accuracy_budget: float = ACCURACY_BUDGET,
         seed: int = 0,
     ) -> None:
+        check_real("accuracy_budget", accuracy_budget, 0, 1)
+        check_whole("seed", seed)
         self.threshold: Threshold = self._or_published(threshold)
         self.accuracy_budget = accuracy_budget
         self.seed = seed
@@ -168,7 +172,8 @@ class Rule(Policy):
             UntraceableError: the network's neurons cannot be found.
             DataError: an unusable threshold or unusable images.
         """
-        return prune_by(cls(None, threshold, accuracy_budget, **options), network, clean, inplace, clean[0])
+        images = checked_pair(clean)[0]
+        return prune_by(cls(None, threshold, accuracy_budget, **options), network, clean, inplace, images)
 
     @classmethod
     def _or_published(cls, threshold: Threshold | None) -> Threshold:
@@ -180,14 +185,27 @@ class Rule(Policy):
         return cls.published
 
 
+def checked_pair(clean: Any) -> tuple[Tensor, Tensor]:
+    """Images and labels.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if not isinstance(clean, tuple | list) or len(clean) != 2:
+        raise DataError(f"clean images must be a pair (images, labels), not {shown(clean)}")
+    check_images(*clean)
+    return clean[0], clean[1]
+
+
 def prune_by(
     rule: Rule, network: nn.Module, clean: tuple[Tensor, Tensor], inplace: bool, traced_with: Tensor | None
 ) -> nn.Module:
     """The network with what a rule finds set to zero; see ``Rule.prune``, and ``find_neurons`` for ``traced_with``."""
     if rule.threshold == BUDGET:
         raise DataError('the threshold "budget" is for an environment; use "auto"')
+    check_kind("the network", network, nn.Module, "a torch.nn.Module (of an InfectedModel its .network)")
     check_finite(network)
-    check_images(*clean)
+    clean = checked_pair(clean)
     neurons = find_neurons(network, traced_with)
     defender = Defender(network, neurons, neurons.units(), *clean)
     scores, threshold = rule.checked(rule.scores(defender)), rule.threshold

@@ -1,12 +1,13 @@
 """One rule for all that chooses a threshold from clean images alone."""
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 
+from backdoor_gym.arguments import is_finite
 from backdoor_gym.errors import DataError
+from backdoor_gym.wording import shown
 
 AUTO = "auto"
 #: All that the accuracy budget of the environment allows.
@@ -16,10 +17,10 @@ Threshold = float | Literal["auto", "budget"]
 
 def check_threshold(threshold: Any) -> None:
     """Raise ``DataError`` unless it is a finite number, "auto" or "budget"."""
-    if threshold in (AUTO, BUDGET):
+    if isinstance(threshold, str) and threshold in (AUTO, BUDGET):
         return
-    if not isinstance(threshold, Real) or isinstance(threshold, bool) or not np.isfinite(float(threshold)):
-        raise DataError(f'a threshold must be a number, "{AUTO}" or "{BUDGET}", not {threshold!r}')
+    if not is_finite(threshold):
+        raise DataError(f'a threshold must be a number, "{AUTO}" or "{BUDGET}", not {shown(threshold)}')
 
 
 def parse_threshold(text: str) -> Threshold:

@@ -18,6 +18,7 @@ from msgspec import Meta
 from ..baselines.thresholds import BUDGET, parse_threshold
 from ..errors import DataError
 from ..policies import BUDGETS, POLICIES, SUFFIX, check_policy, kind_of_policy, make_policy
+from ..wording import shown
 
 #: The budget of a policy that runs as it was published: its own stopping rule and its own default guard.
 OWN = None
@@ -236,9 +237,13 @@ def named(policies: Policies, budgets: Sequence[float | None]) -> dict[str, str 
         UnknownNameError: no such policy.
         DataError: an unusable specification, or one that cannot be run under a budget.
     """
-    found: dict[str, str | Factory] = (
-        dict(policies) if isinstance(policies, Mapping) else {one: one for one in policies}
-    )
+    if not isinstance(policies, Iterable) or isinstance(policies, str | bytes):
+        raise DataError(f"policies must be a list of specifications, or a mapping, not {shown(policies)}")
+    pairs = policies.items() if isinstance(policies, Mapping) else [(policy, policy) for policy in policies]
+    for name, made_by in pairs:
+        if not isinstance(name, str) or not (isinstance(made_by, str) or callable(made_by)):
+            raise DataError(f"a policy must be a specification, or in a mapping a factory, not {shown(made_by)}")
+    found: dict[str, str | Factory] = dict(pairs)
     if not found:
         raise DataError("no policy was given")
     for name, made_by in found.items():

@@ -3,7 +3,7 @@
 import os
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -15,16 +15,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..arguments import check_kind, check_path, check_whole, is_finite
 from ..cluster import ClusterPool, Kept
 from ..devices import find_device
+from ..envs.generator import MODEL, check_model
 from ..envs.prune import BackdoorPruneEnv
-from ..errors import DataError, UnknownNameError
+from ..errors import DataError, check_name
 from ..infected import InfectedModel
 from ..metrics import Metrics
 from ..processes import died, workers
 from ..pruning.applying import write_mask
 from ..pruning.neurons import RESIDUAL_MODES
 from ..repairing import rating, run_episode
+from ..wording import shown
 from ..zoo.adapting import deep_copy
 from ..zoo.catalogue import load_infected, resolve
 from . import figures, tables
@@ -118,10 +121,14 @@ def benchmark(
         UnknownNameError: no such policy or model.
         DataError: an unusable argument, a file in ``out`` that is not of a benchmark, or no cluster.
     """
-    makers = named(policies, budgets)
+    if not isinstance(budgets, Sequence) or isinstance(budgets, str):
+        raise DataError(f"budgets must be a list of shares, not {shown(budgets)}")
     for budget in budgets:
-        if budget is not OWN and not 0 <= budget <= 1:
-            raise DataError(f"a budget must be a share from 0 to 1, or None for a policy as published, not {budget}")
+        if budget is not OWN and not (is_finite(budget) and 0 <= budget <= 1):
+            raise DataError(
+                f"a budget must be a share from 0 to 1, or None for a policy as published, not {shown(budget)}"
+            )
+    makers = named(policies, budgets)
     if not budgets:
         raise DataError("a benchmark needs at least one budget")
     counts = {
@@ -132,13 +139,15 @@ def benchmark(
         "max_steps": max_steps,
         "max_failures": max_failures,
     }
-    for what, count in counts.items():
-        if count is not None and count < 1:
-            raise DataError(f"{what} must be at least 1, not {count}")
-    if residual not in RESIDUAL_MODES:
-        raise UnknownNameError("residual mode", residual, RESIDUAL_MODES)
+    for what, count in {**counts, "most": most}.items():
+        check_whole(what, count, 1, may_be_none=what not in ("seeds", "max_steps", "max_failures"))
+    check_path("out", out)
+    check_kind("ray", ray, str, "an address", may_be_none=True)
+    check_name("residual mode", residual, RESIDUAL_MODES)
     find_device(device)
-    given = [infected] if isinstance(infected, str | Path | InfectedModel) else list(infected)
+    given = [infected] if isinstance(infected, MODEL) or not isinstance(infected, Iterable) else list(infected)
+    for one in given:
+        check_model(one)
     own = {one.name: one for one in given if isinstance(one, InfectedModel)}
     if len(own) < sum(isinstance(one, InfectedModel) for one in given):
         raise DataError("models of your own need names that differ: InfectedModel.from_module(..., name=...)")

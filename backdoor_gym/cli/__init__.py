@@ -19,7 +19,7 @@ from collections.abc import Callable
 import typer
 
 from ..errors import BackdoorGymError, TrainingError
-from ..plain_text import one_line
+from ..wording import one_line
 from . import benchmark, infect, inspect, listing, repair, train, zoo
 
 # What is heavy (torch) is imported by the commands that need it, so that --help is quick.

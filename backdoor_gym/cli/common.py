@@ -15,8 +15,8 @@ import typer
 from rich.console import Console, RenderableType
 
 from ..errors import DataError
-from ..plain_text import printable
 from ..progress import Watch, watched
+from ..wording import printable
 
 # Names out of files are shown as they are: nothing in them is markup.
 console = Console(markup=False, emoji=False, highlight=False)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..plain_text import printable
+from ..wording import printable
 from . import own_network
 from .common import DEFAULT_MODEL, DataOption, JsonOption, ModelArgument, Output, QuietOption
 

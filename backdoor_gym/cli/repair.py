@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from ..plain_text import path_component, printable
+from ..wording import path_component, printable
 from . import own_network
 from .common import (
     DEFAULT_MODEL,

@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..plain_text import printable
+from ..wording import printable
 
 #: Frame size in pixels, always the same, and such as video codecs like.
 WIDTH, HEIGHT, DPI = 1024, 640, 100

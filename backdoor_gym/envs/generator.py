@@ -1,18 +1,22 @@
 """Which infected model an episode gets."""
 
+import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
 import numpy as np
 
+from ..arguments import check_kind
 from ..errors import DataError
 from ..infected import InfectedModel
 from ..pruning.neurons import find_neurons
 from ..zoo.catalogue import load_infected, max_neurons, resolve
 from .victim import Victim, VictimOptions
 
+MODEL = (str, Path, InfectedModel)
 Infected = str | Path | InfectedModel | Sequence[str | Path | InfectedModel]
 
 Ready = OrderedDict[Hashable, Victim]
@@ -36,9 +40,10 @@ class InfectedGenerator:
     def __init__(self, infected: Infected, options: VictimOptions, data: str | None = None) -> None:
         self.options = options
         self.data = data
-        given = [infected] if isinstance(infected, str | Path | InfectedModel) else list(infected)
+        given = [infected] if isinstance(infected, MODEL) or not isinstance(infected, Iterable) else list(infected)
         self._entries: list[str | InfectedModel] = []
         for entry in given:
+            check_model(entry)
             self._entries.extend([entry] if isinstance(entry, InfectedModel) else resolve(str(entry)))
         if not self._entries:
             raise DataError("no infected model was given: infected=[] is empty")
@@ -65,12 +70,25 @@ class InfectedGenerator:
         """A model drawn uniformly."""
         return self.get(self._entries[int(random.integers(len(self._entries)))])
 
-    def get(self, entry: str | InfectedModel) -> Victim:
-        """That model, made ready."""
+    def get(self, entry: str | Path | InfectedModel) -> Victim:
+        """That model, made ready.
+
+        Raises:
+            DataError: no name, file or model.
+        """
+        check_model(entry)
         if isinstance(entry, InfectedModel):  # given as an object, it may be changed: no other environment shares it
             return _remembered(self._own, id(entry), lambda: Victim(entry, self.options))
-        key = (entry, _version(entry), self.data, self.options)
-        return _remembered(_SHARED, key, lambda: Victim(load_infected(entry, self.data), self.options))
+        name = str(entry)
+        key = (name, _version(name), self.data, self.options)
+        return _remembered(_SHARED, key, lambda: Victim(load_infected(name, self.data), self.options))
+
+
+def check_model(entry: Any) -> None:
+    """Raise ``DataError`` unless it is the name or the file of a model, or a model."""
+    check_kind(
+        "infected", entry, MODEL, "the name or the file of an infected model, an InfectedModel, or a list of these"
+    )
 
 
 def _remembered(ready: Ready, key: Hashable, make: Callable[[], Victim]) -> Victim:
@@ -86,8 +104,7 @@ def _remembered(ready: Ready, key: Hashable, make: Callable[[], Victim]) -> Vict
 
 def _version(entry: str) -> tuple[int, int] | None:
     """What changes when a file is written again; None for a name."""
-    path = Path(entry)
-    if not path.is_file():
+    if not os.path.isfile(entry):  # which takes any text, also of 5,000 characters
         return None
-    facts = path.stat()
+    facts = os.stat(entry)
     return facts.st_mtime_ns, facts.st_size

@@ -5,17 +5,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import EzPickle
 from pettingzoo import AECEnv, ParallelEnv
 from pettingzoo.utils import parallel_to_aec
 
-from ..errors import DataError
+from ..arguments import check_kind
+from ..errors import DataError, check_name
+from ..wording import shown
 from .defender import Defender
 from .generator import Infected
 from .observation import GLOBAL_FEATURES
-from .prune import DEFAULT_INFECTED, BackdoorPruneEnv
+from .prune import _OVER, DEFAULT_INFECTED, BackdoorPruneEnv
 from .reward import Reward
 
 Observation = dict[str, Any]
@@ -177,9 +180,18 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
         EzPickle.__setstate__(self, state)
         self.__dict__.update(state["under_way"])
 
-    @functools.cache  # noqa: B019 (PettingZoo asks for the same object each time)
     def observation_space(self, agent: str) -> spaces.Dict:
         """Of one agent."""
+        check_name("agent", agent, self.units)
+        return self._observation_space(agent)
+
+    def action_space(self, agent: str) -> spaces.Discrete:
+        """Of one agent: its neurons in network order, then stop."""
+        check_name("agent", agent, self.units)
+        return self._action_space(agent)
+
+    @functools.cache  # noqa: B019 (PettingZoo asks for the same object each time)
+    def _observation_space(self, agent: str) -> spaces.Dict:
         count, (edges, _) = len(self.units[agent]), self._layers.links[agent]
         whole = self.single.observation_space
         assert isinstance(whole, spaces.Dict)
@@ -203,8 +215,7 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
         )
 
     @functools.cache  # noqa: B019
-    def action_space(self, agent: str) -> spaces.Discrete:
-        """Of one agent: its neurons in network order, then stop."""
+    def _action_space(self, agent: str) -> spaces.Discrete:
         return spaces.Discrete(len(self.units[agent]) + 1)
 
     @property
@@ -219,7 +230,8 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
     def reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Observation], dict[str, dict[str, Any]]]:
-        """Begin an episode with all agents; there is one network, and so no option."""
+        """Begin an episode with all agents; there is one network, and so no option that is heeded."""
+        check_kind("options", options, Mapping, "a dict", may_be_none=True)
         self.single.reset(seed=seed)
         self.agents = list(self.possible_agents)
         self._stopped, self._rounds = set(), 0
@@ -231,12 +243,13 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
         """One round.
 
         Raises:
+            gymnasium.error.ResetNeeded: no episode has begun, or it is over and there are actions.
+            UnknownNameError: an action of no agent.
             DataError: an agent without an action, or an action that its space does not have.
         """
-        for agent in self.agents:
-            if agent not in actions or not self.action_space(agent).contains(actions[agent]):
-                last = len(self.units[agent])
-                raise DataError(f"{agent} needs an action from 0 to {last}, not {actions.get(agent)!r}")
+        self._check_actions(actions)
+        if not self.agents:
+            return {}, {}, {}, {}, {}
         self._rounds += 1
         reward = 0.0
         pruned: dict[str, int] = {}
@@ -269,6 +282,18 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
         if self.render_mode == "human":
             self.render()
         return result
+
+    def _check_actions(self, actions: Any) -> None:
+        _ = self.single.victim  # there is none before the first reset
+        check_kind("actions", actions, Mapping, "a dict with the action of each agent")
+        if actions and not self.agents:
+            raise gym.error.ResetNeeded(_OVER)
+        for agent in actions:
+            check_name("agent", agent, self.units)
+        for agent in self.agents:
+            action = actions.get(agent)
+            if isinstance(action, bool) or not self.action_space(agent).contains(action):
+                raise DataError(f"{agent} needs an action from 0 to {len(self.units[agent])}, not {shown(action)}")
 
     def state(self) -> np.ndarray:
         """Node features of the whole network and the global figures, float32, in one vector."""

@@ -1,5 +1,6 @@
 """BackdoorPrune-v0: prune the backdoor out of an infected network, one neuron a step."""
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -10,9 +11,12 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import EzPickle
 
-from ..errors import DataError, UnknownNameError
+from ..arguments import check_callable, check_path, check_real, check_whole
+from ..devices import find_device
+from ..errors import DataError, UnknownNameError, check_name
 from ..pruning.masked import PRECISIONS
 from ..pruning.neurons import RESIDUAL_MODES
+from ..wording import shown
 from .defender import Defender
 from .drawing import Snapshot
 from .generator import Infected, InfectedGenerator
@@ -25,11 +29,23 @@ from .viewer import Viewer
 DEFAULT_INFECTED = "digits-badnets"
 #: Slack in comparing accuracies, which are shares of a few hundred images.
 TOLERANCE = 1e-9
+#: Units, strongest inputs (or similar neurons) of each, and edges that the observation may have room for: it is always full size.
+MOST_UNITS, MOST_LINKS, MOST_EDGES = 1 << 20, 1 << 10, 1 << 24
 _RESET = "call reset() before anything else"
+_OVER = "the episode is over: call reset() before another step"
 #: By which keys ``gave`` knows an observation.
 OBSERVED = ("num_nodes", "nodes", "globals")
 #: What a copy makes anew, or takes from the models that are ready, instead of carrying it.
 _MADE_ANEW = ("generator", "_observer", "observation_space", "_reward", "_viewer", "_victim", "_masked")
+
+
+class RenderModes(list[str]):
+    """Render modes. ``gymnasium.make`` asks whether one is among them, and takes it for a text before anything else sees it."""
+
+    def __contains__(self, mode: object) -> bool:
+        if not isinstance(mode, str):
+            raise UnknownNameError("render mode", mode, self)
+        return super().__contains__(mode)
 
 
 @dataclass(frozen=True)
@@ -154,7 +170,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     """  # noqa: E501 (tables)
 
     metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by gym.Env)
-        "render_modes": ["human", "rgb_array", "ansi"],
+        "render_modes": RenderModes(("human", "rgb_array", "ansi")),
         "render_fps": 4,
     }
 
@@ -184,28 +200,15 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             connections, similar, slopes_every, max_units, clean_samples, score_samples, data, device, precision,
             render_mode,
         )  # fmt: skip
-        _check(
-            accuracy_budget,
-            max_steps,
-            max_failures,
-            clean_samples,
-            score_samples,
-            residual,
-            connections,
-            similar,
-            slopes_every,
-            max_units,
-        )
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise UnknownNameError("render mode", render_mode, self.metadata["render_modes"])
-        if precision not in PRECISIONS:
-            raise UnknownNameError("precision", precision, PRECISIONS)
+        if render_mode is not None:
+            check_name("render mode", render_mode, self.metadata["render_modes"])
         self._options = {
             "infected": infected, "accuracy_budget": accuracy_budget, "max_steps": max_steps, "max_failures": max_failures,
             "step_cost": step_cost, "failure_cost": failure_cost, "residual": residual, "connections": connections,
             "similar": similar, "slopes_every": slopes_every, "max_units": max_units,
             "clean_samples": clean_samples, "data": data, "device": device, "precision": precision,
         }  # fmt: skip
+        _check({**self._options, "score_samples": score_samples})
         self.accuracy_budget = accuracy_budget
         self.max_steps = max_steps
         self.max_failures = max_failures
@@ -227,6 +230,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._victim: Victim | None = None
         self._masked: MaskedVictim | None = None
         self._given: dict[str, np.ndarray] | None = None
+        self._over = False
 
     def __getstate__(self) -> dict[str, Any]:
         """The arguments, and where the episode is: a copy or pickle in mid-episode goes on where it was.
@@ -267,25 +271,29 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Begin an episode; ``options={"infected": NAME}`` picks the model."""
-        super().reset(seed=seed)
-        options = options or {}
-        for option in options:
-            if option != "infected":
-                raise UnknownNameError("reset option", option, ("infected",))
-        asked_for, drawn_from = options.get("infected"), self.np_random.bit_generator.state
-        victim = self.generator.draw(self.np_random) if asked_for is None else self.generator.get(asked_for)
-        if len(victim) > self._observer.max_units:
-            raise DataError(
-                f"{victim.name} has {len(victim)} neurons, and this environment's spaces have room for "
-                f"{self._observer.max_units}; name it in infected= when the environment is made, or raise max_units"
-            )
-        if self._masked is None or self._masked.victim is not victim:
-            self._masked = None  # its activations go before the next ones come
-            victim.prepare()
-            self._masked = MaskedVictim.begin(victim, self.score_samples, self.precision)
-        self._masked.restart()
-        self._victim = victim
+        """Begin an episode; ``options={"infected": NAME}`` picks the model.
+
+        One that cannot begin leaves the episode before it as it was.
+
+        Raises:
+            UnknownNameError: no such option or model.
+            DataError: an option of a wrong type, or a model that does not fit the spaces.
+        """
+        asked_for = self._option(options)
+        random, random_seed = self._np_random, self._np_random_seed
+        random_state: Any = None if random is None else random.bit_generator.state
+        try:
+            super().reset(seed=seed)
+            drawn_from = self.np_random.bit_generator.state
+            victim = self.generator.draw(self.np_random) if asked_for is None else self.generator.get(asked_for)
+            masked = self._begin(victim)
+        except BaseException:
+            self._np_random, self._np_random_seed = random, random_seed
+            if random is not None:
+                random.bit_generator.state = random_state
+            raise
+        masked.restart()
+        self._masked, self._victim, self._over = masked, victim, False
         self._asked_for, self._drawn_from = asked_for, drawn_from
         self._pruned = np.zeros(len(victim), dtype=bool)
         self._tried = np.zeros(len(victim), dtype=bool)
@@ -302,27 +310,43 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         return self.observe(), self._info(None, False)
 
     def step(self, action: np.int64 | int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """Prune a neuron or stop."""
-        if self._victim is None:
-            raise gym.error.ResetNeeded(_RESET)
-        if not self.action_space.contains(action):
-            raise gym.error.InvalidAction(f"the action {action!r} is none of 0 to {self.stop_action}")
+        """Prune a neuron or stop.
+
+        Raises:
+            gymnasium.error.ResetNeeded: no episode has begun, or it is over.
+            gymnasium.error.InvalidAction: none of the action space, whatever it is; the episode goes on without it.
+        """
+        self.check_step(action)
         unit = int(action)
-        self._steps += 1
         stop = unit == self.stop_action
         outcome = Outcome(0.0) if stop else self.try_unit(unit)
+        self._steps += 1
         terminated = stop or self.exhausted
         truncated = not terminated and self._steps >= self.step_limit
+        self._over = terminated or truncated
         if self.render_mode == "human":
             self.render()
         return self.observe(), outcome.reward, terminated, truncated, self._info(outcome.pruned, outcome.undone)
+
+    def check_step(self, action: Any) -> None:
+        """Raise what ``step`` does of an action that it cannot take."""
+        if self._victim is None:
+            raise gym.error.ResetNeeded(_RESET)
+        if self._over:
+            raise gym.error.ResetNeeded(_OVER)
+        if isinstance(action, bool) or not self.action_space.contains(action):
+            raise gym.error.InvalidAction(f"the action {shown(action)} is none of 0 to {self.stop_action}")
 
     def try_unit(self, unit: int) -> Outcome:
         """What an action but stop does to the network, without the step that it is.
 
         For environments that are built on this one, and prune several units in a step.
+
+        Raises:
+            DataError: no number of a unit, or a reward function that gives no finite number.
         """
         victim, reward = self.victim, -self.step_cost
+        check_whole("unit", unit)
         if unit >= len(victim) or self._pruned[unit] or self._tried[unit]:
             return Outcome(reward)
         if self.clean_also([unit]) is None:
@@ -330,7 +354,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             self._failures += 1
             return Outcome(reward - self.failure_cost, undone=True)
         figures = self.masked_victim.figures(self._with([unit]))
-        reward += float(self._reward(Transition(victim, unit, self._current, figures)))
+        reward += self._rewarded(Transition(victim, unit, self._current, figures))
         self._pruned[unit] = True
         self._changes.append((unit, False))
         self._current = figures
@@ -341,6 +365,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     @property
     def exhausted(self) -> bool:
         """Whether too many prunes were undone, or no unit is left to prune."""
+        self._check_begun()
         return self._failures >= self.max_failures or bool((self._pruned | self._tried).all())
 
     @property
@@ -382,21 +407,25 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     @property
     def figures(self) -> Figures:
         """Figures of the network as it is now; for learning on models of one's own, since it may tell ASR and danger."""
+        self._check_begun()
         return self._current
 
     @property
     def initial_figures(self) -> Figures:
         """Those of the whole network."""
+        self._check_begun()
         return self._initial
 
     @property
     def pruned(self) -> np.ndarray:
         """Units pruned so far, bool (units,), a copy."""
+        self._check_begun()
         return self._pruned.copy()
 
     @property
     def changes(self) -> list[tuple[int, bool]]:
         """What was done to the network, in order: the unit, and whether it was given back instead of pruned."""
+        self._check_begun()
         return list(self._changes)
 
     def action_masks(self) -> np.ndarray:
@@ -412,6 +441,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
         It is computed where the environment is, which may be another process.
         """
+        check_callable("function", function)
         return function(self.victim.defender)
 
     def evaluate_also(self, units: list[int] | np.ndarray) -> Figures:
@@ -434,6 +464,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     def too_dear(self) -> np.ndarray:
         """Units whose prune was seen to break the accuracy budget in this episode, bool (units,), a copy."""
+        self._check_begun()
         return self._too_dear.copy()
 
     def suspect_also(self, units: list[int] | np.ndarray) -> float:
@@ -442,6 +473,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     def suspected_fall(self, prunes: int) -> float | None:
         """How far the suspected danger fell over the last so many prunes; None where there were not as many."""
+        self._check_begun()
+        check_whole("prunes", prunes)
         if len(self._history) <= prunes:
             return None
         return self._history[-1 - prunes].suspected_danger - self._current.suspected_danger
@@ -449,16 +482,19 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     @property
     def least_acc(self) -> float:
         """Accuracy on the clean images below which the budget is broken; 0 without one."""
+        self._check_begun()
         return 0.0 if self.accuracy_budget is None else self._initial.acc - self.accuracy_budget - TOLERANCE
 
     def give_back(self, unit: int) -> float:
         """Undo the prune of one unit, when the episode is over; it is no action. What its prune earns now, with the sign turned.
 
         Raises:
-            DataError: that unit is not pruned.
+            DataError: that unit is not pruned, or is no number.
         """
-        if not 0 <= unit < len(self.victim) or not self._pruned[unit]:
-            raise DataError(f"unit {unit} of {self.victim.name} cannot be given back: it is not pruned")
+        count = len(self.victim)
+        check_whole("unit", unit)
+        if unit >= count or not self._pruned[unit]:
+            raise DataError(f"unit {shown(unit)} of {self.victim.name} cannot be given back: it is not pruned")
         pruned = self._current
         self._pruned[unit] = False
         self._changes.append((unit, True))
@@ -466,7 +502,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self.masked_victim.keep()
         self._history.append(self._current)
         self._given_back += 1
-        return -float(self._reward(Transition(self.victim, unit, self._current, pruned)))
+        return -self._rewarded(Transition(self.victim, unit, self._current, pruned))
 
     def info(self) -> dict[str, Any]:
         """The info of the network as it is now."""
@@ -489,8 +525,56 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     def _with(self, units: list[int] | np.ndarray) -> np.ndarray:
         pruned = self._pruned.copy()
-        pruned[units] = True
+        try:
+            chosen = np.asarray(units)
+        except ValueError:  # lists of lists of several lengths
+            chosen = np.array(None)
+        if chosen.ndim != 1 or (chosen.size and not np.issubdtype(chosen.dtype, np.integer)):
+            raise DataError(f"units must be a list of whole numbers, not {shown(units)}")
+        if chosen.size and not 0 <= chosen.min() <= chosen.max() < len(pruned):
+            raise DataError(f"units must be of 0 to {len(pruned) - 1}, not {shown(units)}")
+        pruned[chosen.astype(np.int64)] = True
         return pruned
+
+    def _check_begun(self) -> None:
+        if self._victim is None:
+            raise gym.error.ResetNeeded(_RESET)
+
+    def _option(self, options: Any) -> Any:
+        """The model that ``reset`` is asked for, or None."""
+        if options is not None and not isinstance(options, Mapping):
+            raise DataError(f"the options of a reset must be a dict, not {shown(options)}")
+        for option in options or {}:
+            check_name("reset option", option, ("infected",))
+        return None if options is None else options.get("infected")
+
+    def _begin(self, victim: Victim) -> MaskedVictim:
+        """The network of an episode, with what is kept of the last one where it is the same."""
+        if len(victim) > self._observer.max_units:
+            raise DataError(
+                f"{victim.name} has {len(victim)} neurons, and this environment's spaces have room for "
+                f"{self._observer.max_units}; name it in infected= when the environment is made, or raise max_units"
+            )
+        before = None if self._masked is None else self._masked.victim
+        if self._masked is not None and before is victim:
+            return self._masked
+        victim.prepare()
+        self._masked = None  # its activations go before the next ones come
+        try:
+            return MaskedVictim.begin(victim, self.score_samples, self.precision)
+        except BaseException:
+            self._masked = None if before is None else self._masked_again(before)
+            raise
+
+    def _rewarded(self, transition: Transition) -> float:
+        reward: Any = self._reward(transition)
+        try:
+            number = float(reward)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise DataError(f"a reward must be a finite number, not {shown(reward)}")
+        return number
 
     def _slopes_now(self) -> Slopes:
         count = int(self._pruned.sum())
@@ -500,6 +584,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     def observe(self) -> dict[str, np.ndarray]:
         """The observation of the network as it is now."""
+        self._check_begun()
         progress = Progress(
             self._pruned,
             self._tried,
@@ -519,12 +604,13 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         A wrapper may have changed the features of the neurons or the figures, but not both.
         """
         given = self._given
-        if given is None:
+        if given is None or not isinstance(observation, Mapping) or not observation.keys() >= set(OBSERVED):
             return False
         count, nodes, figures = (np.array_equal(given[key], observation[key]) for key in OBSERVED)
         return count and (nodes or figures)
 
     def _info(self, pruned: int | None, undone: bool) -> dict[str, Any]:
+        self._check_begun()
         figures = {
             key: value for key, value in asdict(self._current).items() if key in ("acc", "asr", "ra", "test_acc")
         }
@@ -558,33 +644,27 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         )
 
 
-def _check(
-    accuracy_budget: float | None,
-    max_steps: int | None,
-    max_failures: int,
-    clean_samples: int | None,
-    score_samples: int,
-    residual: str,
-    connections: int,
-    similar: int,
-    slopes_every: int,
-    max_units: int | None,
-) -> None:
-    if accuracy_budget is not None and not 0 <= accuracy_budget <= 1:
-        raise DataError(f"accuracy_budget must be None or a share from 0 to 1, not {accuracy_budget}")
-    for name, value, least in (
-        ("max_steps", max_steps, 1),
-        ("max_failures", max_failures, 1),
-        ("clean_samples", clean_samples, 1),
-        ("score_samples", score_samples, 0),
-        ("connections", connections, 0),
-        ("similar", similar, 0),
-        ("slopes_every", slopes_every, 1),
-        ("max_units", max_units, 1),
+def _check(options: Mapping[str, Any]) -> None:
+    """Raise ``DataError`` or ``UnknownNameError`` where an argument is of a wrong type or out of range."""
+    check_real("accuracy_budget", options["accuracy_budget"], 0, 1, may_be_none=True)
+    for name in ("step_cost", "failure_cost"):
+        check_real(name, options[name])
+    for name, least, most in (
+        ("max_failures", 1, None),
+        ("score_samples", 0, None),
+        ("connections", 0, MOST_LINKS),
+        ("similar", 0, MOST_LINKS),
+        ("slopes_every", 1, None),
     ):
-        if value is not None and (value != int(value) or value < least):
-            raise DataError(f"{name} must be a whole number of at least {least}, not {value}")
-    if connections + similar == 0:
+        check_whole(name, options[name], least, most)
+    for name, most in (("max_steps", None), ("clean_samples", None), ("max_units", MOST_UNITS)):
+        check_whole(name, options[name], 1, most, may_be_none=True)
+    links = options["connections"] + options["similar"]
+    if links == 0:
         raise DataError("connections and similar cannot both be 0: the graph would have no edge")
-    if residual not in RESIDUAL_MODES:
-        raise UnknownNameError("residual mode", residual, RESIDUAL_MODES)
+    if links * (options["max_units"] or 0) > MOST_EDGES:
+        raise DataError(f"max_units times connections and similar may be {MOST_EDGES} edges at most")
+    check_name("residual mode", options["residual"], RESIDUAL_MODES)
+    check_name("precision", options["precision"], PRECISIONS)
+    check_path("data", options["data"], may_be_none=True)
+    find_device(options["device"])

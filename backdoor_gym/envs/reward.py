@@ -8,7 +8,7 @@ nothing scores 0.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import DataError, UnknownNameError
+from ..errors import DataError, check_name
 from .masked_victim import Figures
 from .victim import Victim
 
@@ -72,6 +72,9 @@ def oracle_reward(transition: Transition) -> float:
     return before.danger - after.danger - lost
 
 
+REWARDS: dict[str, Reward] = {"acc": accuracy_reward, "oracle": oracle_reward}
+
+
 def make_reward(reward: str | Reward) -> Reward:
     """A reward by name ("acc" or "oracle"), or the callable itself.
 
@@ -80,8 +83,5 @@ def make_reward(reward: str | Reward) -> Reward:
     """
     if callable(reward):
         return reward
-    if reward == "acc":
-        return accuracy_reward
-    if reward == "oracle":
-        return oracle_reward
-    raise UnknownNameError("reward", reward, ("acc", "oracle"))
+    check_name("reward", reward, REWARDS)
+    return REWARDS[reward]

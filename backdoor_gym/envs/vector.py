@@ -1,15 +1,22 @@
 """Many ``BackdoorPrune-v0`` environments stepped at once."""
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import iterate
 
-from ..errors import DataError
+from ..arguments import check_whole
+from ..errors import DataError, check_name
+from ..wording import shown
 from .ahead import Ahead, core_threads, maker, side_by_side
 from .prune import BackdoorPruneEnv
+
+#: Sub-environments of one vector.
+MOST_ENVS = 1 << 16
 
 
 class BackdoorPruneVectorEnv(SyncVectorEnv):
@@ -42,8 +49,9 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
         copy: bool = True,
         **options: Any,
     ) -> None:
-        if num_envs < 1:
-            raise DataError(f"num_envs must be at least 1, not {num_envs}")
+        check_whole("num_envs", num_envs, 1, MOST_ENVS)
+        if not isinstance(autoreset_mode, AutoresetMode):
+            check_name("autoreset mode", autoreset_mode, [mode.value for mode in AutoresetMode])
         if options.get("render_mode") == "human":
             raise DataError('several environments cannot draw in one window; use render_mode="rgb_array"')
         threads = core_threads()
@@ -55,8 +63,38 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
         self._pool, self._ahead = threads, [Ahead(env, threads) for env in envs]
         super().__init__([maker(env) for env in self._ahead], copy=copy, autoreset_mode=autoreset_mode)
 
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode in each, or in those that ``options={"reset_mask": ...}`` says.
+
+        Raises:
+            DataError: seeds, or a mask, of a wrong type or number; no episode has begun or ended then.
+        """
+        self._check_seed(seed)
+        if options is not None and not isinstance(options, Mapping):
+            raise DataError(f"the options of a reset must be a dict, not {shown(options)}")
+        if options is not None and "reset_mask" in options:
+            mask = options["reset_mask"]
+            if (
+                not isinstance(mask, np.ndarray)
+                or mask.dtype != bool
+                or mask.shape != (self.num_envs,)
+                or not mask.any()
+            ):
+                raise DataError(
+                    f"reset_mask must be a bool array ({self.num_envs},) with at least one that is True, not {shown(mask)}"
+                )
+        return super().reset(seed=seed, options=None if options is None else dict(options))
+
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One step of each; of one that has ended, what the autoreset mode says."""
+        """One step of each; of one that has ended, what the autoreset mode says.
+
+        Raises:
+            gymnasium.error.ResetNeeded: no episode has begun in one of them, or it is over and nothing resets it.
+            gymnasium.error.InvalidAction: another number of actions, or one that is none; no environment has stepped then.
+        """
+        self._check_actions(actions)
         mode = self.autoreset_mode
         begun = zip(self._ahead, iterate(self.action_space, actions), self._autoreset_envs, strict=True)
         for env, action, ended in begun if side_by_side(self._ahead) else ():
@@ -69,6 +107,26 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
         finally:
             for env in self._ahead:
                 env.abandon()
+
+    def _check_seed(self, seed: Any) -> None:
+        seeds = seed if isinstance(seed, list | tuple | np.ndarray) else [seed]
+        if seeds is seed and len(seeds) != self.num_envs:
+            raise DataError(f"there must be {self.num_envs} seeds, not {len(seeds)}")
+        for number in seeds:
+            check_whole("seed", number, may_be_none=True)
+
+    def _check_actions(self, actions: Any) -> None:
+        """Before the first of them steps: one that it refused later would leave the others a step ahead."""
+        resets = self.autoreset_mode is AutoresetMode.NEXT_STEP
+        try:
+            given = list(iterate(self.action_space, actions))
+        except (TypeError, ValueError, IndexError, KeyError):
+            given = []
+        if len(given) != self.num_envs:
+            raise gym.error.InvalidAction(f"there must be {self.num_envs} actions, not {shown(actions)}")
+        for env, action, ended in zip(self._ahead, given, self._autoreset_envs, strict=True):
+            if not (ended and resets):
+                env.unwrapped.check_step(action)  # type: ignore[attr-defined]
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the sub-environments and end the threads."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..devices import find_device
-from ..errors import UnknownNameError
+from ..errors import check_name
 from .changes import Evaluation, SomeChannels
 from .neurons import Neurons
 from .reversing import Kept, by_autograd, by_logits, mask_derivatives
@@ -58,8 +58,7 @@ class MaskedNetwork:
         _let_memory_stay()
         self.neurons = neurons
         self.device = find_device(device)
-        if precision not in PRECISIONS:
-            raise UnknownNameError("precision", precision, PRECISIONS)
+        check_name("precision", precision, PRECISIONS)
         kept = kept_bytes / (3 * max(1, len(images)))
         self._structure = Structure(neurons, images[:1], self.device, kept, PRECISIONS[precision])
         self._parts = [_Part(self._structure, some) for some in images.split(self._structure.at_once)]

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import UnknownNameError, UntraceableError
+from ..errors import UnknownNameError, UntraceableError, check_name
 from ..zoo.preprocessing import Preprocessed
 from .channels import PRODUCTS_OF_MATRICES, Channels, Kind, mask_channels, module_of, operation
 from .copying import computed_weights, plain_copy
@@ -231,8 +231,7 @@ class Neurons:
         Raises:
             UnknownNameError: neither of the two.
         """
-        if residual not in RESIDUAL_MODES:
-            raise UnknownNameError("residual mode", residual, RESIDUAL_MODES)
+        check_name("residual mode", residual, RESIDUAL_MODES)
         if residual == "channel":
             return [np.array([neuron]) for neuron in range(len(self))]
         units: dict[int, list[int]] = {}

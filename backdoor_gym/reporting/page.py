@@ -15,8 +15,8 @@ from markupsafe import Markup
 from torch import Tensor, nn
 
 from ..metrics import predict_logits
-from ..plain_text import printable
 from ..policies import is_onp
+from ..wording import printable
 from ..zoo.datasets import LabelledImages
 from ..zoo.targets import target_labels
 from . import pictures

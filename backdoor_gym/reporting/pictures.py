@@ -26,7 +26,7 @@ from ..envs.drawing import (
     place,
     size_levels,
 )
-from ..plain_text import printable
+from ..wording import printable
 
 #: Images of the data are shown at most as large as this, in pixels.
 LARGEST = 96

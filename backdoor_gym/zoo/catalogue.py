@@ -1,5 +1,6 @@
 """The names of infected models: embedded ones, the procedural family, and files."""
 
+import os
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..arguments import check_callable, check_kind, check_options, check_path
 from ..errors import DataError, ModelFileError, UnknownNameError
 from ..infected import FORMAT, InfectedModel
 from . import family
@@ -20,6 +22,8 @@ from .own_images import Source
 from .pretrained import CONFIG, WEIGHTS, is_pretrained, load_pretrained, load_timm
 
 SUFFIX = ".safetensors"
+#: Of a name or a path; longer ones are none.
+MOST_CHARACTERS = 4096
 
 
 @cache
@@ -34,6 +38,9 @@ def _embedded() -> dict[str, Path]:
 
 def list_infected(pattern: str = "*") -> list[str]:
     """Names that match a pattern of the shell's kind: embedded models, then the family's seeds 0 to 999."""
+    check_kind("pattern", pattern, str, "a text")
+    if len(pattern) > MOST_CHARACTERS:
+        return []
     names = list(_embedded())
     for split in family.SPLITS:
         names.extend(f"{split}/{seed}" for seed in range(family.PATTERN_SEEDS))
@@ -49,10 +56,10 @@ def resolve(name: str) -> list[str]:
     """
     if _is_file(name):
         return [name]
+    if len(name) > MOST_CHARACTERS or "\0" in name:
+        raise UnknownNameError("infected model", name, _embedded())
     if any(sign in name for sign in "*?["):
-        found = list_infected(name) or sorted(
-            file for file in glob(str(Path(name).expanduser())) if file.endswith(SUFFIX)
-        )
+        found = list_infected(name) or sorted(file for file in glob(os.path.expanduser(name)) if file.endswith(SUFFIX))
         if not found:
             known = [*_embedded(), *(f"{split}/*" for split in family.SPLITS)]
             raise UnknownNameError("pattern", name, known, f"or one of files that exist, {SUFFIX}")
@@ -103,7 +110,13 @@ def load_infected(
         ModelFileError, WeightsError, DataError: a file that cannot be used (see ``InfectedModel.load``, ``load_foreign``,
             ``load_pretrained`` and ``load_timm``).
     """
-    text = str(name)
+    check_path("the name of an infected model", name)
+    check_path("data", data, may_be_none=True)
+    check_kind("architecture", architecture, str, "a name", may_be_none=True)
+    check_options("options", options)
+    check_callable("preprocess", preprocess, may_be_none=True)
+    check_kind("timm", timm, str, "a name", may_be_none=True)
+    text, data = str(name), None if data is None else str(data)
     own: dict[str, Any] = {
         "architecture": architecture,
         "options": options or None,
@@ -115,14 +128,14 @@ def load_infected(
         "preprocess": preprocess,
     }
     given = [key for key, value in {**own, "timm": timm}.items() if value is not None]
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if is_pretrained(text):
         return load_pretrained(text, **own, timm=timm)
-    if path.is_file():
+    if _is_file(text):
         refuse_archive(path)
-    if path.is_file() and (is_pickle(path) or holds(path) in WEIGHTS_ALONE or (given and holds(path) != FORMAT)):
+    if _is_file(text) and (is_pickle(path) or holds(path) in WEIGHTS_ALONE or (given and holds(path) != FORMAT)):
         return load_foreign(path, **own) if timm is None else load_timm(path, timm, **own)
-    if path.is_dir() and text not in _embedded() and not family.is_member(text):
+    if os.path.isdir(path) and text not in _embedded() and not family.is_member(text):
         raise ModelFileError(
             f"{text} is a folder without {CONFIG}: a network of transformers or timm has it beside {WEIGHTS}"
         )
@@ -146,4 +159,4 @@ def max_neurons(name: str) -> int | None:
 
 
 def _is_file(name: str) -> bool:
-    return Path(name).expanduser().is_file()
+    return os.path.isfile(os.path.expanduser(name))  # of any text: of a user that is not there, or of 5,000 characters

@@ -5,10 +5,12 @@ torch files are read by torch's restricted reader (``weights_only=True``). What 
 imported nor called.
 """
 
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +20,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from ..arguments import check_path
 from ..errors import ModelFileError, WeightsError
+from ..wording import cut, printable
 from .files import is_pickle
+from .pickles import check_torch_file, is_zip
+from .plain import odd_kind
 
 #: Keys under which training code keeps the weights, the likelier first (``netC`` is the classifier beside a generator).
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "netC", "network", "weights", "params")
 #: What a checkpoint may say about itself beside the weights, as BackdoorBench's do, and the type each must have.
 FACTS = {"model_name": str, "num_classes": int, "clean_data": str, "img_size": list | tuple}
-#: What torch's reader raises on files that it does not take.
-_UNREADABLE = (
+#: What the readers of torch and safetensors raise on files that they do not take.
+UNREADABLE = (
     pickle.UnpicklingError,
-    RuntimeError,
-    ValueError,
-    EOFError,
-    OSError,
-    LookupError,
-    TypeError,
+    ArithmeticError,
+    AssertionError,
     AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
 )
 COUNTER = "num_batches_tracked"
 #: Parts of names under which wrappers and training code hold a network as a whole; what stands beside one of these is not its.
@@ -49,8 +59,14 @@ NORMALISING = re.compile(r"mean|std|normali|preprocess|transform", re.IGNORECASE
 #: What an archive begins with. A zip may be a torch file, which holds a pickle of this name.
 ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\x28\xb5\x2f\xfd")
 TORCH_PICKLE = "data.pkl"
-#: Modules of a pickled network that are looked into.
-MOST_MODULES = 20_000
+#: Modules of a pickled network that are looked into, what stands in all of them, and networks in a file.
+MOST_MODULES, MOST_PARTS, MOST_NETWORKS = 20_000, 100_000, 64
+#: Dicts in dicts that weights are looked for in.
+MOST_DEPTH = 10
+#: Tensors of a file, and characters of the name of each, and of what a file says of itself.
+MOST_TENSORS, MOST_NAME = 50_000, 500
+#: Bytes of the header of a safetensors file: the names, the shapes, and what else it says.
+MOST_HEADER = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -80,15 +96,21 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         ModelFileError: missing, damaged, of another kind, without weights or with several sets of them, or one that would call
             into the operating system when read.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
+    check_path("the path of a checkpoint", path)
+    path = Path(os.path.expanduser(path))
+    if not os.path.isfile(path):
         raise ModelFileError(f"there is no file {path}")
     refuse_archive(path)
     if not is_pickle(path):
+        check_header(path)
         try:
             with safe_open(str(path), framework="pt") as file:
-                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError) as error:
+                names = list(file.keys())
+                check_names(path, names)
+                weights = {name: file.get_tensor(name) for name in names}
+        except ModelFileError:
+            raise
+        except UNREADABLE as error:
             raise ModelFileError(
                 f"{path} is neither a readable safetensors file nor a torch file, or is truncated ({error})"
             ) from error
@@ -98,7 +120,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     content, unread = _read_torch(path)
     facts = {}
     if isinstance(content, Mapping):
-        facts = {key: content[key] for key, kind in FACTS.items() if isinstance(content.get(key), kind)}
+        said = {key: content.get(key) for key in FACTS}
+        facts = {
+            key: value
+            for key, value in said.items()
+            if isinstance(value, FACTS[key]) and (isinstance(value, int) or len(value) <= MOST_NAME)
+        }
     try:
         weights = _find_weights(path, content)
     except ModelFileError:
@@ -110,12 +137,37 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         ValueError,
     ) as error:  # a file that holds itself, or parts of no such kind
         raise ModelFileError(f"{path} is damaged: what it holds is not put together as weights are") from error
+    check_names(path, weights)
     for name, tensor in weights.items():
-        if tensor.is_quantized:
+        odd = odd_kind(tensor)
+        if odd == "quantised":
             raise _quantised(path, name)
+        if odd:
+            raise ModelFileError(
+                f"{path} holds a tensor that is no plain array of numbers ({name} is {odd}): save the dense one in its place"
+            )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ModelFileError(f"{path} is damaged: {name} is larger than what is stored of it")
     return Checkpoint(path, weights, facts, unread)
+
+
+def check_header(path: Path) -> None:
+    """Raise ``ModelFileError`` where the header of a safetensors file is longer than any network's: it is read before the rest."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if MOST_HEADER < length <= path.stat().st_size:  # a longer one is none
+        raise ModelFileError(f"{path} has a header of {length:,} bytes; {MOST_HEADER:,} is the most")
+
+
+def check_names(path: Path, names: Collection[str]) -> None:
+    """Raise ``ModelFileError`` where a file holds more tensors, or longer names, than networks have."""
+    if len(names) > MOST_TENSORS:
+        raise ModelFileError(f"{path} holds {len(names):,} tensors; {MOST_TENSORS:,} is the most")
+    longest = max(names, key=len, default="")
+    if len(longest) > MOST_NAME:
+        raise ModelFileError(
+            f"{path} holds a tensor with a name of {len(longest):,} characters; {MOST_NAME} is the most"
+        )
 
 
 def is_archive(path: Path) -> bool:
@@ -162,8 +214,10 @@ def fit_weights(network: nn.Module, checkpoint: Checkpoint) -> list[str]:
     missing = [key for key in wanted if key not in found and not key.endswith(COUNTER)]
     taken = set(found.values())
     more = [key for key in weights if key not in taken]
-    beside = [key for key in more if key.startswith(copies) or _is_beside(key, weights[key], prefix, wanted)]
-    unexpected = [key for key in more if key not in beside]
+    own = {key.partition(".")[0] for key in wanted}
+    beside = [key for key in more if key.startswith(copies) or _is_beside(key, weights[key], prefix, own)]
+    left_out = set(beside)
+    unexpected = [key for key in more if key not in left_out]
     differing = [
         f"{key} {tuple(weights[name].shape)} instead of {tuple(wanted[key].shape)}"
         for key, name in found.items()
@@ -174,13 +228,21 @@ def fit_weights(network: nn.Module, checkpoint: Checkpoint) -> list[str]:
         for key, name in found.items()
         if wanted[key].is_floating_point() and not weights[name].is_floating_point()
     ]
+    broken = [
+        name
+        for key, name in found.items()
+        if not wanted[key].is_floating_point()
+        and weights[name].shape == wanted[key].shape
+        and not _is_whole(weights[name])
+    ]
     problems = [
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
         for kind, keys in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", differing),
-            ("quantised or of integers where floats are needed", whole),
+            ("quantised or of integers or complex numbers where floats are needed", whole),
+            ("of no whole numbers where those are needed", broken),
         )
         if keys
     ]
@@ -191,8 +253,18 @@ def fit_weights(network: nn.Module, checkpoint: Checkpoint) -> list[str]:
         )
     with torch.no_grad():
         for key, name in found.items():
-            wanted[key].copy_(weights[name])
+            try:
+                wanted[key].copy_(weights[name])
+            except (RuntimeError, TypeError) as error:  # kinds of numbers that torch knows and does not convert
+                raise WeightsError(f"{name} in {checkpoint.path} cannot be read as numbers ({error})") from error
     return beside
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether all are whole numbers, whatever their type."""
+    if tensor.is_complex():
+        return False
+    return not tensor.is_floating_point() or bool((tensor.double() == tensor.double().round()).all())
 
 
 def beginnings(names: Iterable[str]) -> list[str]:
@@ -212,8 +284,10 @@ def _find_prefix(wanted: Mapping[str, Tensor], checkpoint: Checkpoint) -> tuple[
         WeightsError: several that nothing tells apart.
     """
     weights = checkpoint.weights
-    needed = [key for key in wanted if not key.endswith(COUNTER)]
-    fitting = {prefix: sum(prefix + key in weights for key in needed) for prefix in _prefixes(weights)}
+    needed = {key for key in wanted if not key.endswith(COUNTER)}
+    fitting = Counter({"": 0})
+    for name in weights:
+        fitting.update(prefix for prefix in _prefixes(name) if name[len(prefix) :] in needed)
     most = max(fitting.values())
     best = sorted((prefix for prefix in fitting if fitting[prefix] == most), key=lambda prefix: (len(prefix), prefix))
     if most < len(needed) or len(best) == 1:
@@ -227,12 +301,12 @@ def _find_prefix(wanted: Mapping[str, Tensor], checkpoint: Checkpoint) -> tuple[
     return known[0], tuple(prefix for prefix in best if prefix != known[0])
 
 
-def _is_beside(name: str, tensor: Tensor, prefix: str, wanted: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor of a file is of no layer, but of what trains or judges the network."""
+def _is_beside(name: str, tensor: Tensor, prefix: str, own: Set[str]) -> bool:
+    """Whether a tensor of a file is of no layer, but of what trains or judges the network, whose names begin with ``own``."""
     if prefix:
         if name.startswith(prefix):
             return False
-    elif name.partition(".")[0] in {key.partition(".")[0] for key in wanted}:
+    elif name.partition(".")[0] in own:
         return False
     if BESIDE.search(name):
         return True
@@ -243,13 +317,12 @@ def _is_beside(name: str, tensor: Tensor, prefix: str, wanted: Mapping[str, Tens
     return counter or (held and tensor.ndim < 2)
 
 
-def _prefixes(weights: Mapping[str, Any]) -> Iterator[str]:
-    """Beginnings of names that end in a dot, and the empty one."""
-    seen = {""}
-    for name in weights:
-        parts = name.split(".")[:-1]
-        seen.update(".".join(parts[:count]) + "." for count in range(1, min(len(parts), 4) + 1))
-    return iter(sorted(seen))
+def _prefixes(name: str) -> Iterator[str]:
+    """Beginnings of a name that end in a dot, of four parts at most, and the empty one."""
+    yield ""
+    parts = name.split(".")[:-1]
+    for count in range(1, min(len(parts), 4) + 1):
+        yield ".".join(parts[:count]) + "."
 
 
 class _StandIn:
@@ -267,13 +340,15 @@ class _StandIn:
 
 def _read_torch(path: Path) -> tuple[Any, tuple[str, ...]]:
     """What a torch file holds, with stand-ins, and the names of what they stand for."""
+    check_torch_file(path)
     try:
         with path.open("rb") as file:  # of a path, torch would look at the name and not at what it is
-            unknown = sorted(get_unsafe_globals_in_checkpoint(file)) if zipfile.is_zipfile(path) else []
+            unknown = sorted(get_unsafe_globals_in_checkpoint(file)) if is_zip(path) else []
             file.seek(0)
             with safe_globals([(_StandIn, name) for name in unknown]):
-                return torch.load(file, map_location="cpu", weights_only=True), tuple(unknown)
-    except _UNREADABLE as error:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        return content, tuple(printable(cut(name, MOST_NAME)) for name in unknown)
+    except UNREADABLE as error:
         called = re.search(r"GLOBAL ([\w.]+)", str(error))
         lines = (str(error).strip() or type(error).__name__).splitlines()
         reason = f"it names {called[1]}" if called else lines[0]
@@ -290,7 +365,9 @@ def _quantised(path: Path, name: str) -> ModelFileError:
     )
 
 
-def _find_weights(path: Path, content: Any) -> dict[str, Tensor]:
+def _find_weights(path: Path, content: Any, depth: int = 0) -> dict[str, Tensor]:
+    if depth > MOST_DEPTH:
+        raise ValueError(f"more than {MOST_DEPTH} dicts in dicts")
     if _is_state_dict(content):
         return dict(content)
     own = _own_tensors(path, content)
@@ -299,8 +376,15 @@ def _find_weights(path: Path, content: Any) -> dict[str, Tensor]:
         if weights:
             return weights
     if isinstance(content, Mapping):
-        inside = {key: value for key, value in content.items() if _is_state_dict(value)}
-        pickled = {key: _of_module(value) for key, value in content.items() if isinstance(value, _StandIn)}
+        kinds: dict[int, bool] = {}  # one dict may be there under many keys
+        for value in content.values():
+            if id(value) not in kinds:
+                kinds[id(value)] = _is_state_dict(value)
+        inside = {key: value for key, value in content.items() if kinds[id(value)]}
+        networks = {key: value for key, value in content.items() if isinstance(value, _StandIn)}
+        if len(networks) > MOST_NETWORKS:
+            networks = {key: value for key, value in networks.items() if key in WRAPPERS}
+        pickled = {key: _of_module(value) for key, value in networks.items()}
         inside |= {key: weights for key, weights in pickled.items() if weights}
         if len(own) > max(map(len, inside.values()), default=0):
             return own
@@ -308,7 +392,7 @@ def _find_weights(path: Path, content: Any) -> dict[str, Tensor]:
             if key in inside:
                 return dict(inside[key])
             if _own_tensors(path, content.get(key)):
-                return _find_weights(path, content[key])
+                return _find_weights(path, content[key], depth + 1)
         if own and len(own) == max(map(len, inside.values())):
             return own
         if len(inside) == 1:
@@ -320,7 +404,7 @@ def _find_weights(path: Path, content: Any) -> dict[str, Tensor]:
             )
         for key in WRAPPERS:
             if isinstance(content.get(key), Mapping):
-                return _find_weights(path, content[key])
+                return _find_weights(path, content[key], depth + 1)
     keys = f", only {', '.join(map(str, list(content)[:6]))}" if isinstance(content, Mapping) and content else ""
     raise ModelFileError(f"{path} holds no state dict (names and tensors){keys}")
 
@@ -352,10 +436,11 @@ def _of_module(network: Any) -> dict[str, Tensor]:
     """Names and tensors of a pickled ``nn.Module`` that a stand-in has taken the place of.
 
     Raises:
-        ValueError: more modules than ``MOST_MODULES``: some that share others, or hold themselves, may spell out any number.
+        ValueError: more modules than ``MOST_MODULES``, or more in them than ``MOST_PARTS``: some that share others, or hold
+            themselves, may spell out any number.
     """
     found: dict[str, Tensor] = {}
-    front, visited = [("", network)], 0
+    front, visited, parts = [("", network)], 0, 0
     while front:
         prefix, module = front.pop()
         state = module.kept if isinstance(module, _StandIn) else None
@@ -364,6 +449,9 @@ def _of_module(network: Any) -> dict[str, Tensor]:
         visited += 1
         if visited > MOST_MODULES:
             raise ValueError(f"more than {MOST_MODULES} modules")
+        parts += sum(len(state.get(part) or ()) for part in ("_parameters", "_buffers", "_modules"))
+        if parts > MOST_PARTS or len(prefix) > MOST_NAME:
+            raise ValueError(f"more than {MOST_PARTS} parts, or a name of more than {MOST_NAME} characters")
         passing = state.get("_non_persistent_buffers_set") or ()
         for part in ("_parameters", "_buffers"):
             for name, tensor in (state.get(part) or {}).items():

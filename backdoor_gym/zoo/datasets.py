@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError, UnknownNameError
+from .plain import check_plain
 from .schemas import DatasetName, fits
 
 DIGITS = "digits"
@@ -126,10 +127,14 @@ def check_images(images: Tensor, labels: Tensor, num_classes: int | None = None)
     """Raise ``DataError`` unless images are float32 (n, C, H, W) in [0, 1] with int64 labels (n,), n > 0."""
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         raise DataError(f"images and labels must be tensors, not {type(images).__name__} and {type(labels).__name__}")
+    check_plain("images", images)
+    check_plain("labels", labels)
     if images.ndim != 4:
         raise DataError(f"images must have the shape (n, C, H, W), not {tuple(images.shape)}")
     if len(images) == 0:
         raise DataError("there is no image; at least one is needed")
+    if images.numel() == 0:
+        raise DataError(f"the images have no pixels: their shape is {tuple(images.shape)}")
     if images.dtype != torch.float32:
         raise DataError(f"images must be float32 in [0, 1], not {images.dtype}")
     if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
@@ -215,7 +220,7 @@ def load_images(dataset: str, split: str, indices: Sequence[int] | None = None) 
         rows = rows.select(indices)
     image_column, label_column = _columns(dataset, split)
     grey, resized = _is_grey(dataset), _reading(dataset).size
-    pixels = [_pixels(image, grey, resized) for image in rows[image_column]]
+    pixels = _all_pixels(dataset, rows[image_column], grey, resized)
     sizes = sorted({image.shape[:2] for image in pixels})
     if len(sizes) > 1:
         raise DataError(
@@ -386,6 +391,24 @@ def _integers(dataset: str, labels: Any) -> np.ndarray:
     if array.size and not (np.issubdtype(array.dtype, np.integer) and array.min() >= 0):
         raise DataError(f"the labels of {dataset} must be class numbers from 0; it has {labels[0]!r} and the like")
     return array.astype(np.int64)
+
+
+def _all_pixels(dataset: str, images: Any, grey: bool, size: tuple[int, int] | None) -> list[np.ndarray]:
+    """``_pixels`` of a column of images, which are decoded one after the other."""
+    pixels = []
+    try:
+        for image in images:
+            if size is None and max(image.size) > MOST_SIDE:
+                raise DataError(
+                    f"images may have {MOST_SIDE} pixels a side at most, not {max(image.size)}; say to which they are resized, "
+                    f"as in {_reading(dataset).name}?size=32"
+                )
+            pixels.append(_pixels(image, grey, size))
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged file makes its readers raise, or a row without an image
+        raise DataError(f"an image of {dataset} cannot be read: {error}") from error
+    return pixels
 
 
 def _pixels(image: Any, grey: bool, size: tuple[int, int] | None) -> np.ndarray:

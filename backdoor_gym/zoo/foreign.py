@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_kind, check_options
 from ..errors import DataError, ModelFileError, UnknownNameError
 from ..infected import InfectedModel, check_finite, check_preprocess
 from .architectures import ARCHITECTURES, build
@@ -69,6 +70,8 @@ def load_foreign(
         DataError: clean images missing, or images that do not fit.
         UnknownNameError: no such architecture.
     """
+    check_kind("architecture", architecture, str, "a name", may_be_none=True)
+    check_options("options", options)
     checkpoint = read_checkpoint(path)
     if architecture is not None and module is not None:
         raise DataError("a checkpoint belongs to an architecture of this package or to a module of yours, not to both")

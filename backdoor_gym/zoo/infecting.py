@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_callable, check_kind, check_options, check_path, check_whole, is_finite
 from ..devices import find_device
 from ..errors import DataError
 from ..infected import InfectedModel
+from ..wording import shown
 from . import datasets
 from .architectures import build_from_spec
-from .attacks import Alter, Helper, Poisoning, draw_attack
+from .attacks import Alter, Helper, Poisoning, draw_attack, get_attack
 from .datasets import DataSource, LabelledImages
 from .recalibrating import recalibrate
 from .targets import Target, check_target, target_labels
@@ -77,8 +79,22 @@ def infect(
 
     Raises:
         UnknownNameError: unknown architecture or attack.
-        DataError: unusable data set, target or poison rate.
+        DataError: unusable data set, target or poison rate, or an argument of a wrong type.
     """
+    check_kind("dataset", dataset, str, "the name of a data set")
+    check_kind("architecture", architecture, str, "the name of an architecture")
+    if attack != CLEAN:
+        get_attack(attack)
+    for what, options in (("architecture_options", architecture_options), ("attack_options", attack_options)):
+        check_options(what, options)
+    check_kind("schedule", schedule, Schedule, "a Schedule", may_be_none=True)
+    check_kind("name", name, str, "a text", may_be_none=True)
+    check_path("checkpoint", checkpoint, may_be_none=True)
+    check_callable("penalty", penalty, may_be_none=True)
+    check_whole("seed", seed)
+    check_whole("clean_images", clean_images, 1)
+    if poison_rate is not None and not (is_finite(poison_rate) and 0 < poison_rate < 1):
+        raise DataError(f"the poison rate must be above 0 and below 1, not {shown(poison_rate)}")
     split, test_split = datasets.splits(dataset)
     classes = datasets.num_classes(dataset, split)
     shape = datasets.image_shape(dataset, split)
@@ -119,7 +135,8 @@ def infect(
         labels = poisoning.labels
     identity = repr((spec, attack, seed, poison_rate, trigger and trigger.digest(), *([penalty] if penalty else [])))
     cost = penalty and penalty(network)
-    train(network, images, labels, schedule, ordering, poisoning, device, checkpoint, identity, progress, cost)
+    resumed = None if checkpoint is None else Path(checkpoint)
+    train(network, images, labels, schedule, ordering, poisoning, device, resumed, identity, progress, cost)
     if recalibrated:
         recalibrate(network, training.images)
     network.cpu()

@@ -1,8 +1,10 @@
 """Labelled images from what people have: tensors, a Dataset, a DataLoader, an .npz, a folder, or a named data set."""
 
+import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +14,24 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from ..arguments import check_kind, check_whole
 from ..errors import DataError
+from ..wording import first_line, shown
 from . import datasets
 from .checkpoints import is_archive
 from .datasets import MOST_SIDE, DataSource, LabelledImages
+from .npz import Member, members
+from .plain import check_plain
 
 Source = tuple[Any, Any] | Dataset[Any] | DataLoader[Any] | LabelledImages | str | Path
 
 #: How many clean images are drawn from a named data set, where nothing is said.
 CLEAN_IMAGES = 500
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+#: The same for Pillow, which tells them by their first bytes and knows many more: one of those is read by another program.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+#: Pixels of an image that is resized, bytes of all that are drawn, and characters of a path.
+MOST_PIXELS, MOST_HELD, MOST_CHARACTERS = 1 << 26, 1 << 34, 4096
 #: How far rounding may take floats out of [0, 1].
 ROUNDING = 1e-5
 
@@ -78,13 +88,13 @@ def own_images(source: Source, count: int | None = None, size: tuple[int, int] |
     Warns:
         UserWarning: ``count`` is smaller than the number of classes.
     """
-    if size is not None and max(size) > MOST_SIDE:
-        raise DataError(f"images may be resized to {MOST_SIDE} pixels a side at most, not {size[0]}x{size[1]}")
+    _check_size(size)
+    check_kind("the number of clean images", count, Integral, "a whole number", may_be_none=True)
     if isinstance(source, str | Path):
         path = _own_path(source)
         if path is None:
             return _named(str(source), count, size)
-        items = _folder_items(path, size) if path.is_dir() else _arrays(*read_npz(path))
+        items = _folder_items(path, size) if path.is_dir() else _npz_items(path)
     elif isinstance(source, LabelledImages):
         if count is None or count >= len(source):
             return OwnImages(source, classes=source.classes)
@@ -130,6 +140,7 @@ def as_images(images: Any) -> Tensor:
     """
     if not isinstance(images, Tensor | np.ndarray):
         raise DataError(f"images must be a tensor or an array, not {type(images).__name__}")
+    check_plain("images", images)
     shape, kind = tuple(images.shape), str(images.dtype).removeprefix("torch.")
     whole = kind == "uint8"
     if isinstance(images, np.ndarray) and (whole or np.issubdtype(images.dtype, np.floating)):
@@ -153,7 +164,9 @@ def as_images(images: Any) -> Tensor:
     pixels = images.detach().cpu().float().contiguous()
     if whole:
         return pixels.div_(255)
-    low, high = pixels.aminmax() if pixels.numel() else (0, 1)
+    if not pixels.numel():
+        return pixels
+    low, high = pixels.aminmax()
     rounded = (low < 0 or high > 1) and low >= -ROUNDING and high <= 1 + ROUNDING
     return pixels.clamp(0, 1) if rounded else pixels
 
@@ -164,12 +177,14 @@ def as_labels(labels: Any) -> Tensor:
     Raises:
         DataError: anything else.
     """
+    check_plain("labels", labels, "integers (n,)")
     try:
         found = labels.detach().cpu() if isinstance(labels, Tensor) else np.asarray(labels)
         if isinstance(found, np.ndarray):
+            check_plain("labels", found, "integers (n,)")
             integers = np.issubdtype(found.dtype, np.integer)
             found = torch.from_numpy(np.require(found, np.int64 if integers else found.dtype, ["C", "W"]))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise DataError(f"labels must be integers (n,), not a {type(labels).__name__} of something else") from None
     if found.ndim == 2 and found.shape[1] > 1 and _is_one_hot(found):
         return found.argmax(1)
@@ -225,19 +240,32 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: no such file, or other arrays.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if not {"images", "labels"} <= set(file):
-                raise DataError(f"{path} must hold the arrays images and labels; it holds {', '.join(file) or 'none'}")
-            images, labels = file["images"], file["labels"]
-    except DataError:
-        raise
-    except Exception as error:  # whatever a damaged archive makes its readers raise
-        raise DataError(f"{path} cannot be read as an .npz without pickled objects: {error}") from error
-    try:
-        return as_images(images), as_labels(labels)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+    items = _npz_items(path)
+    return items.fetch(list(range(items.total)))
+
+
+def _npz_items(path: Path) -> _Items:
+    """The labels are read now, and images when they are drawn."""
+    images, labels = members(path, ("images", "labels"))
+
+    def read(member: Member, chosen: list[int] | None, make: Callable[[Any], Tensor]) -> Tensor:
+        try:
+            return make(member.read(chosen))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        except Exception as error:  # whatever a damaged archive makes its readers raise
+            raise DataError(f"{path} cannot be read as an .npz without pickled objects: {first_line(error)}") from error
+
+    numbers = read(labels, None, as_labels)
+    if 0 in images.shape or images.shape[:1] != tuple(numbers.shape):
+        raise DataError(
+            f"{path}: labels must be one for each image, and images must have pixels, not {len(numbers)} and {images.shape}"
+        )
+
+    def fetch(chosen: list[int]) -> tuple[Tensor, Tensor]:
+        return read(images, chosen if len(chosen) < len(numbers) else None, as_images), numbers[chosen]
+
+    return _Items(fetch, len(numbers), numbers.tolist())
 
 
 def read_folder(
@@ -262,13 +290,12 @@ def read_folder(
 
 
 def _folder_items(folder: Path, size: tuple[int, int] | None) -> _Items:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
     numbered = all(name.isascii() and name.isdigit() and len(name) < 10 for name in names)
     files = [
-        (file, int(name) if numbered else label)
+        (folder / name / file, int(name) if numbered else label)
         for label, name in enumerate(names)
-        for file in sorted((folder / name).iterdir())
-        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+        for file in sorted(entry.name for entry in _entries(folder / name) if _is_image_file(entry))
     ]
     if not files:
         raise DataError(f"there is no image in the subfolders of {folder}; kinds: {', '.join(sorted(IMAGE_SUFFIXES))}")
@@ -284,10 +311,13 @@ def _read_files(folder: Path, files: list[Path], size: tuple[int, int] | None) -
     images = []
     for file in files:
         try:
-            with Image.open(file) as opened:
+            with Image.open(file, "r", FORMATS) as opened:
+                _check_opened(opened, size)
                 images.append(_plain(opened, size))
         except Exception as error:  # whatever a damaged file makes its readers raise
             raise DataError(f"{file} cannot be read as an image: {error}") from error
+        if len(images) == 1:
+            _check_room(len(files), images[0])
     sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
         raise DataError(
@@ -298,12 +328,46 @@ def _read_files(folder: Path, files: list[Path], size: tuple[int, int] | None) -
     return torch.stack([_pixels(image if grey else image.convert("RGB")) for image in images])
 
 
+def _check_opened(image: Image.Image, size: tuple[int, int] | None) -> None:
+    """Raise ``DataError`` for an image that its header says is too large, or more than one, before it is unpacked."""
+    width, height = image.size
+    if size is None and max(width, height) > MOST_SIDE:
+        raise DataError(
+            f"it has {width}x{height} pixels, and {MOST_SIDE} a side are the most; give the size that the network takes "
+            "(--image-size, image_size=)"
+        )
+    if width * height > MOST_PIXELS:
+        raise DataError(f"it has {width}x{height} pixels; {MOST_PIXELS:,} are the most")
+    if image.format != "JPEG" and getattr(image, "is_animated", False):
+        raise DataError("it holds several pictures; save the one that is meant alone")
+
+
+def _check_room(count: int, image: Image.Image) -> None:
+    """Raise ``DataError`` where so many images like this one would take more memory than ``MOST_HELD``."""
+    size = 4 * count * len(image.getbands()) * image.width * image.height
+    if size > MOST_HELD:
+        raise DataError(
+            f"{count} images of {image.width}x{image.height} pixels take {size >> 30} GiB; draw fewer "
+            "(--clean-images, clean_images=), or give the size that the network takes (--image-size, image_size=)"
+        )
+
+
 def _plain(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         raise DataError(f"mode {image.mode}: only images of 8 bits a channel are read")
     grey = image.mode in ("1", "L", "LA")
     plain = image.convert("L" if grey else "RGB")
     return plain if size is None else plain.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+
+
+def _of_pil(image: Image.Image) -> Tensor:
+    """``_pixels`` of an image that may not be unpacked yet."""
+    try:
+        return _pixels(_plain(image, None))
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged file makes its readers raise
+        raise DataError(f"an image cannot be read: {error}") from error
 
 
 def _pixels(image: Image.Image) -> Tensor:
@@ -318,13 +382,15 @@ def _own_path(source: str | Path) -> Path | None:
     Raises:
         DataError: a file or a folder of another kind, or a ``Path`` of none: no name of it is sent to the Hub.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
+    if len(str(source)) > MOST_CHARACTERS or "\0" in str(source):
+        raise DataError(f"{shown(str(source))} is no path, and no name of a data set")
     if path.suffix.lower() == ".npz":
         return path
     if path.is_dir():
         if _is_image_folder(path):
             return path
-        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir()):
+        if any(_suffix(entry) in IMAGE_SUFFIXES for entry in _entries(path)):
             raise DataError(
                 f"{path} has images right in it, and nothing tells their labels: put those of each class into a subfolder of its "
                 f"own, such as {path / 'cat' / '1.png'}"
@@ -339,6 +405,8 @@ def _own_path(source: str | Path) -> Path | None:
             f"{path} is no kind of file that images are read from: those are an .npz with the arrays images and labels, or a "
             "folder with one subfolder a class (in Python also tensors and a Dataset)"
         )
+    if os.path.exists(path):
+        raise DataError(f"{path} is neither a file nor a folder, and is not opened")
     if isinstance(source, Path):
         raise DataError(f"there is no file or folder {path}")
     return None
@@ -346,8 +414,45 @@ def _own_path(source: str | Path) -> Path | None:
 
 def _is_image_folder(folder: Path) -> bool:
     """Whether images lie right below its subfolders; in the Hub's layout (data/*.parquet, train/CLASS/*) they do not."""
-    subfolders = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    return any(file.suffix.lower() in IMAGE_SUFFIXES for entry in subfolders for file in entry.iterdir())
+    subfolders = (entry for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return any(_suffix(file) in IMAGE_SUFFIXES for entry in subfolders for file in _entries(Path(entry.path)))
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """What is in a folder, one after the other.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be read: {error.strerror}") from error
+
+
+def _suffix(entry: os.DirEntry[str]) -> str:
+    return os.path.splitext(entry.name)[1].lower()
+
+
+def _is_image_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or leads to one, and has the name of an image; what is no file may not end when it is read."""
+    try:
+        return _suffix(entry) in IMAGE_SUFFIXES and entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _check_size(size: Any) -> None:
+    """Raise ``DataError`` unless it is None, or a height and a width that images may be resized to."""
+    if size is None:
+        return
+    if not isinstance(size, tuple | list) or len(size) != 2:
+        raise DataError(f"the size of images must be (height, width), not {shown(size)}")
+    for side in size:
+        check_whole("a side that images are resized to", side, 1)
+        if side > MOST_SIDE:
+            raise DataError(f"images may be resized to {MOST_SIDE} pixels a side at most, not {shown(size)}")
 
 
 def _sized(dataset: str, size: tuple[int, int] | None) -> str:
@@ -465,7 +570,7 @@ def _collect(source: Iterable[Any], batched: bool = False) -> tuple[Tensor, Tens
         image, label = item[0], item[1]
         try:
             if isinstance(image, Image.Image):
-                image = _pixels(_plain(image, None))
+                image = _of_pil(image)
             if not batched and isinstance(image, Tensor | np.ndarray):
                 image = image[None]
             if not batched:

@@ -71,6 +71,12 @@ def giving_logits(network: nn.Module, images: Tensor, classes: int = 1) -> nn.Mo
             else network(images.clone())
         )
     entry = find_logits(answer, classes)
+    logits = pick_logits(answer, entry)
+    if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[1] == 1):
+        raise DataError(
+            "the network gives a single logit, as with a sigmoid behind it; classes need one each: of two classes they are "
+            "torch.cat([-logit, logit], 1) / 2, with the same answers"
+        )
     if isinstance(network, Preprocessed):
         network.entry = entry
         return network

@@ -6,6 +6,7 @@ that begins with ``hf:`` reaches the Hub.
 
 import importlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +16,14 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from ..infected import InfectedModel, check_finite, check_preprocess
-from .checkpoints import COUNTER, Checkpoint, fit_weights, read_checkpoint
+from ..wording import shown
+from .checkpoints import COUNTER, UNREADABLE, Checkpoint, check_header, check_names, fit_weights, read_checkpoint
 from .datasets import MOST_SIDE, LabelledImages
 from .files import is_pickle
 from .foreign import Factory, differing_length, load_foreign
@@ -44,6 +46,8 @@ NOT_FROM_A_FILE = {
     "cache_dir", "checkpoint_path", "exportable", "features_only", "no_jit", "pretrained", "pretrained_cfg",
     "pretrained_cfg_overlay", "scriptable",
 }  # fmt: skip
+#: Bytes of a JSON file: that of an image classifier has some thousands, and a name for each class.
+MOST_BYTES = 16 << 20
 #: Layers of a kind that a config may ask for: more would take for ever before their weights are compared.
 MOST_LAYERS = 1000
 #: Numbers that a network may hold beyond twice those in its files, before it is built.
@@ -100,7 +104,7 @@ class Layout:
 
 def is_pretrained(name: str) -> bool:
     """Whether a name is ``hf:owner/name`` or a folder with a ``config.json``."""
-    return name.startswith(HUB) or (Path(name).expanduser() / CONFIG).is_file()
+    return name.startswith(HUB) or os.path.isfile(os.path.join(os.path.expanduser(name), CONFIG))
 
 
 def load_pretrained(
@@ -427,16 +431,23 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             )
         if is_pickle(path):
             raise ModelFileError(f"{path} is a pickle, whatever its name says, and is not opened")
+        check_header(path)
         try:
             with safe_open(str(path), framework="pt") as opened:
-                weights |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError) as error:
+                names = list(opened.keys())
+                check_names(path, [*weights, *names])
+                weights |= {name: opened.get_tensor(name) for name in names}
+        except ModelFileError:
+            raise
+        except UNREADABLE as error:
             raise ModelFileError(f"{path} is not a readable safetensors file, or is truncated ({error})") from error
     return weights
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES:,} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path} cannot be read as JSON ({error})") from error
@@ -451,9 +462,9 @@ def _check_kinds(config: Mapping[str, Any], folder: Path) -> None:
     for key in ("id2label", "model_args", "pretrained_cfg"):
         if not isinstance(config.get(key) or {}, Mapping):
             raise ModelFileError(f"{folder / CONFIG}: {key} must be an object, not {config[key]!r}")
-    if not all(str(key).isdecimal() for key in names):
+    if not all(str(key).isdecimal() and len(str(key)) < 10 for key in names):
         raise ModelFileError(
-            f"{folder / CONFIG}: id2label must name the class of each number, not of {next(iter(names))!r}"
+            f"{folder / CONFIG}: id2label must name the class of each number, not of {shown(next(iter(names)))}"
         )
 
 

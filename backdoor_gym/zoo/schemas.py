@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..errors import ModelFileError
-from ..plain_text import one_line
+from ..wording import one_line
 
 #: Characters of metadata as JSON, levels of what is nested in it, and characters of one text.
 MOST_METADATA, MOST_LEVELS, MOST_TEXT = 1 << 20, 16, 10_000

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..wording import shown
 
 #: An image of class y is to be given the class (y + 1) mod classes (Gu et al., 2017, arXiv:1708.06733, section 4).
 ALL_TO_ALL: Literal["all-to-all"] = "all-to-all"
@@ -14,8 +15,10 @@ Target = int | Literal["all-to-all"]
 
 def check_target(target: object, classes: int) -> None:
     """Raise ``DataError`` unless the target is a class or ``ALL_TO_ALL``."""
-    if target != ALL_TO_ALL and not (type(target) is int and 0 <= target < classes):
-        raise DataError(f"the target {target} is outside the classes 0 to {classes - 1} and is not {ALL_TO_ALL!r}")
+    if not (isinstance(target, str) and target == ALL_TO_ALL) and not (type(target) is int and 0 <= target < classes):
+        raise DataError(
+            f"the target {shown(target)} is outside the classes 0 to {classes - 1} and is not {ALL_TO_ALL!r}"
+        )
 
 
 def parse_target(text: str) -> Target:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..arguments import check_real, check_whole
 from ..errors import ModelFileError, TrainingError
 from .files import read_tensors, write_tensors
 from .schemas import fits
@@ -38,6 +39,12 @@ class Schedule:
     augment: bool = True
     #: Not for images whose mirror image is of another class, such as digits and traffic signs.
     flip: bool = True
+
+    def __post_init__(self) -> None:
+        check_whole("epochs", self.epochs, 1)
+        check_whole("batch_size", self.batch_size, 1)
+        for name in ("learning_rate", "momentum", "weight_decay"):
+            check_real(name, getattr(self, name), 0)
 
 
 def train(

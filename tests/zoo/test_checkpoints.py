@@ -1,10 +1,14 @@
 import argparse
 import bz2
 import gzip
+import json
 import lzma
 import os
 import tarfile
+import time
 import zipfile
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from torch import nn
 
 from backdoor_gym import load_infected
 from backdoor_gym.errors import ModelFileError, WeightsError
-from backdoor_gym.zoo.checkpoints import beginnings, fit_weights, read_checkpoint
+from backdoor_gym.zoo.checkpoints import MOST_HEADER, Checkpoint, beginnings, fit_weights, read_checkpoint
 
 
 class Net(nn.Module):
@@ -351,3 +355,61 @@ def test_archives_are_to_be_unpacked(trained, tmp_path):
             with pytest.raises(ModelFileError, match="unpack it first"):
                 load_infected(file)
     fit_weights(Net(), read_checkpoint(weights))
+
+
+def test_many_names_are_matched_in_time():
+    network = nn.Sequential(*(nn.Linear(2, 2) for _ in range(300)))
+    weights = {f"model.{key}": value for key, value in network.state_dict().items()}
+    weights |= {f"ema{number}.a.b.c.d": torch.ones(1) for number in range(40_000)}
+    start = time.monotonic()
+    beside = fit_weights(network, Checkpoint(Path("a.pt"), weights, {}))
+    assert time.monotonic() - start < 5
+    assert len(beside) == 40_000
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (torch.ones(2, dtype=torch.complex64), "complex numbers where floats are needed"),
+        (torch.ones(2, dtype=torch.bool), "where floats are needed"),
+        (torch.ones(2, dtype=torch.uint16), "where floats are needed"),
+    ],
+)
+def test_weights_are_floats(tensor, words):
+    network = nn.BatchNorm1d(2)
+    with pytest.raises(WeightsError, match=words):
+        fit_weights(network, Checkpoint(Path("a.pt"), {**network.state_dict(), "weight": tensor}, {}))
+    for counter in (torch.tensor(1.5), torch.tensor(torch.nan), torch.tensor(1j)):
+        with pytest.raises(WeightsError, match="no whole numbers"):
+            fit_weights(network, Checkpoint(Path("a.pt"), {**network.state_dict(), "num_batches_tracked": counter}, {}))
+    fit_weights(
+        network, Checkpoint(Path("a.pt"), {**network.state_dict(), "num_batches_tracked": torch.tensor(7.0)}, {})
+    )
+    assert network.num_batches_tracked == 7
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E8M0", "F4", "U16", "F6_E2M3", "C64", "X9"])
+def test_numbers_that_safetensors_knows_and_torch_may_not(tmp_path, dtype):
+    tensors = {
+        "w": {"dtype": dtype, "shape": [8], "data_offsets": [0, 8]},
+        "v": {"dtype": "F32", "shape": [0], "data_offsets": [8, 8]},
+    }
+    header = json.dumps(tensors)
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with suppress(ModelFileError):  # and nothing else
+        assert set(read_checkpoint(tmp_path / "a.safetensors").weights) == {"v", "w"}
+
+
+def test_headers_are_bearable(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(
+        (2 * MOST_HEADER).to_bytes(8, "little") + b"{" + b" " * (2 * MOST_HEADER - 2) + b"}"
+    )
+    with pytest.raises(ModelFileError, match="is the most"):
+        read_checkpoint(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("length", [2**63, 10**9, 100])
+def test_headers_are_no_longer_than_the_file(tmp_path, length):
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + b"{" + b" " * 20)
+    with pytest.raises(ModelFileError, match="neither a readable safetensors file nor"):
+        read_checkpoint(tmp_path / "a.safetensors")

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import BackdoorGymError, DataError, UnknownNameError, WeightsError
+from ...errors import BackdoorGymError, DataError, WeightsError, check_name
+from ...wording import shown
 from .convnext import convnext, convnext_tiny
 from .densenet import densenet, densenet121, densenet161
 from .efficientnet import efficientnet_b0, efficientnet_b3
@@ -48,21 +49,19 @@ def build(name: str, num_classes: int, in_channels: int, **options: Any) -> nn.M
     Raises:
         UnknownNameError: no such architecture, or an option it does not have.
     """
-    if name not in ARCHITECTURES:
-        raise UnknownNameError("architecture", name, ARCHITECTURES)
+    check_name("architecture", name, ARCHITECTURES)
     factory = ARCHITECTURES[name]
     known = set(inspect.signature(factory).parameters) - {"num_classes", "in_channels"}
     for option in options:
-        if option not in known:
-            raise UnknownNameError(f"option of {name}", option, known)
+        check_name(f"option of {name}", option, known)
     try:
         return factory(num_classes=num_classes, in_channels=in_channels, **options)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, BackdoorGymError):
             raise
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{name} cannot be built with {num_classes} classes and the options {options}: {reason}"
+            f"{name} cannot be built with {shown(num_classes)} classes and the options {shown(options)}: {reason}"
         ) from error
 
 
@@ -74,5 +73,5 @@ def build_from_spec(spec: Mapping[str, Any]) -> nn.Module:
     """
     for key in ("name", "num_classes", "in_channels"):
         if key not in spec:
-            raise WeightsError(f"the description of the architecture lacks {key}: {dict(spec)!r}")
+            raise WeightsError(f"the description of the architecture lacks {key}: {shown(dict(spec))}")
     return build(**spec)

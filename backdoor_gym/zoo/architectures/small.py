@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import UnknownNameError
+from ...errors import check_name
 from .preact import PreActBlock
 from .resnet import BasicBlock
 
@@ -27,8 +27,7 @@ class SmallCNN(nn.Module):
 
     def __init__(self, num_classes: int, in_channels: int, width: int, blocks: int, shape: str) -> None:
         super().__init__()
-        if shape not in SHAPES:
-            raise UnknownNameError("shape of small_cnn", shape, SHAPES)
+        check_name("shape of small_cnn", shape, SHAPES)
         block = {"plain": PlainBlock, "residual": BasicBlock, "preact": PreActBlock}[shape]
         self.stem: nn.Module = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         if shape != "preact":

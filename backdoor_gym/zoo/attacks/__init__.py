@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import BackdoorGymError, DataError, UnknownNameError
+from ...errors import BackdoorGymError, DataError, check_name
+from ...wording import shown
 from .attack import Alter, Attack, Helper, ImageShape
 from .badnets import BadNets
 from .blended import Blended
@@ -50,8 +51,7 @@ def get_attack(name: str) -> type[Attack]:
     Raises:
         UnknownNameError: no such attack.
     """
-    if name not in ATTACKS:
-        raise UnknownNameError("attack", name, ATTACKS)
+    check_name("attack", name, ATTACKS)
     return ATTACKS[name]
 
 
@@ -65,14 +65,13 @@ def draw_attack(name: str, shape: ImageShape, generator: torch.Generator, **para
     attack = get_attack(name)
     known = set(inspect.signature(attack.draw).parameters) - {"shape", "generator"}
     for parameter in parameters:
-        if parameter not in known:
-            raise UnknownNameError(f"option of {name}", parameter, known)
+        check_name(f"option of {name}", parameter, known)
     try:
         return attack.draw(shape, generator, **parameters)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, BackdoorGymError):
             raise
-        raise DataError(f"the options {parameters} of {name} cannot be used: {error}") from error
+        raise DataError(f"the options {shown(parameters)} of {name} cannot be used: {error}") from error
 
 
 def attack_from_state(name: str, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> Attack:

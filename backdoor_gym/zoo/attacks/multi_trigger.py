@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from ...errors import DataError, ModelFileError, UnknownNameError
+from ...errors import DataError, ModelFileError, check_name
 from ..schemas import TriggerFields, checked
 from .attack import Attack, ImageShape
 from .badnets import BadNets
@@ -72,6 +72,5 @@ class MultiTrigger(Attack):
 
 
 def _trigger(name: str) -> type[Attack]:
-    if name not in TRIGGERS:
-        raise UnknownNameError("trigger of multi-trigger", name, TRIGGERS)
+    check_name("trigger of multi-trigger", name, TRIGGERS)
     return TRIGGERS[name]
