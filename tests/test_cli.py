@@ -412,3 +412,37 @@ def test_a_network_of_ones_own_is_repaired_and_inspected(run, tmp_path, monkeypa
 
 class ExecuteError(Exception):
     """What a checkpoint may hold beside the weights."""
+
+
+EVIL = "a\x1b]0;title\x07\nerror: all is well [/red] [bold]"
+
+
+@pytest.fixture
+def renamed(infected_file, tmp_path):
+    """Writes the model again under another name, with facts to match."""
+
+    def write(name):
+        tensors, metadata = read_tensors(infected_file)
+        write_tensors(tmp_path / "in" / "model.safetensors", tensors, {**metadata, "name": name, "facts": {name: name}})
+        return tmp_path / "in" / "model.safetensors"
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["..", "", ".", "../../x", "/x", EVIL])
+def test_the_name_of_a_model_chooses_no_folder(run, renamed, tmp_path, name):
+    code, out, errors = run("repair", renamed(name), "--policy", "random")
+    assert code == 0, errors
+    written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.parts[0] for path in written} == {"in", "repaired"}
+    assert {len(path.parts) for path in written if path.parts[0] == "repaired"} == {3}
+    assert "\x1b" not in out + errors
+    assert "\nerror: all" not in out + errors
+
+
+def test_texts_of_a_file_are_shown_as_they_are_and_harmless(run, renamed):
+    code, out, errors = run("inspect", renamed(EVIL))
+    assert code == 0, errors
+    assert "[/red] [bold]" in out
+    assert "\x1b" not in out + errors
+    assert "\nerror: all" not in out + errors
