@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 import gymnasium as gym
@@ -11,7 +12,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import EzPickle
 
-from ..arguments import check_callable, check_path, check_real, check_whole
+from ..arguments import check_callable, check_kind, check_path, check_real, check_whole
 from ..devices import find_device
 from ..errors import DataError, UnknownNameError, check_name
 from ..pruning.masked import PRECISIONS
@@ -492,17 +493,19 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             DataError: that unit is not pruned, or is no number.
         """
         count = len(self.victim)
-        check_whole("unit", unit)
-        if unit >= count or not self._pruned[unit]:
+        check_kind("unit", unit, Integral, "a whole number")
+        if not 0 <= unit < count or not self._pruned[unit]:
             raise DataError(f"unit {shown(unit)} of {self.victim.name} cannot be given back: it is not pruned")
-        pruned = self._current
-        self._pruned[unit] = False
+        left = self._pruned.copy()
+        left[unit] = False
+        figures = self.masked_victim.figures(left)
+        reward = self._rewarded(Transition(self.victim, unit, figures, self._current))
+        self._pruned, self._current = left, figures
         self._changes.append((unit, True))
-        self._current = self.masked_victim.figures(self._pruned)
         self.masked_victim.keep()
-        self._history.append(self._current)
+        self._history.append(figures)
         self._given_back += 1
-        return -self._rewarded(Transition(self.victim, unit, self._current, pruned))
+        return -reward
 
     def info(self) -> dict[str, Any]:
         """The info of the network as it is now."""

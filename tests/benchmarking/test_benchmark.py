@@ -293,7 +293,7 @@ def test_what_cannot_be_run_is_refused_before_the_work(files, tmp_path):
         ({"budgets": [2.0]}, "share from 0 to 1"),
         ({"budgets": []}, "one budget"),
         ({"seeds": 0}, "seeds must be a whole number of at least 1"),
-        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"max_steps": 0}, "max_steps must be a whole number of at least 1"),
         ({"residual": "groups"}, "residual mode"),
         ({"device": "cpux"}, "device"),
     ):
