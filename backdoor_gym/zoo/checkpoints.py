@@ -6,24 +6,22 @@ imported nor called.
 """
 
 import os
-import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ..arguments import check_path
 from ..errors import ModelFileError, WeightsError
 from ..wording import cut, printable
-from .files import is_pickle
+from .files import MOST_NAME, UNREADABLE, check_names, is_pickle, read_safetensors
 from .pickles import check_torch_file, is_zip
 from .plain import odd_kind
 
@@ -31,21 +29,6 @@ from .plain import odd_kind
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "netC", "network", "weights", "params")
 #: What a checkpoint may say about itself beside the weights, as BackdoorBench's do, and the type each must have.
 FACTS = {"model_name": str, "num_classes": int, "clean_data": str, "img_size": list | tuple}
-#: What the readers of torch and safetensors raise on files that they do not take.
-UNREADABLE = (
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    TypeError,
-    ValueError,
-)
 COUNTER = "num_batches_tracked"
 #: Parts of names under which wrappers and training code hold a network as a whole; what stands beside one of these is not its.
 HOLDERS = frozenset({*WRAPPERS, "module", "_orig_mod", "classifier", "student", "online"})
@@ -63,10 +46,6 @@ TORCH_PICKLE = "data.pkl"
 MOST_MODULES, MOST_PARTS, MOST_NETWORKS = 20_000, 100_000, 64
 #: Dicts in dicts that weights are looked for in.
 MOST_DEPTH = 10
-#: Tensors of a file, and characters of the name of each, and of what a file says of itself.
-MOST_TENSORS, MOST_NAME = 50_000, 500
-#: Bytes of the header of a safetensors file: the names, the shapes, and what else it says.
-MOST_HEADER = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -102,18 +81,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise ModelFileError(f"there is no file {path}")
     refuse_archive(path)
     if not is_pickle(path):
-        check_header(path)
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                names = list(file.keys())
-                check_names(path, names)
-                weights = {name: file.get_tensor(name) for name in names}
-        except ModelFileError:
-            raise
-        except UNREADABLE as error:
-            raise ModelFileError(
-                f"{path} is neither a readable safetensors file nor a torch file, or is truncated ({error})"
-            ) from error
+        weights, _ = read_safetensors(path)
         if not weights:
             raise ModelFileError(f"{path} holds no tensor")
         return Checkpoint(path, weights, {})
@@ -149,25 +117,6 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ModelFileError(f"{path} is damaged: {name} is larger than what is stored of it")
     return Checkpoint(path, weights, facts, unread)
-
-
-def check_header(path: Path) -> None:
-    """Raise ``ModelFileError`` where the header of a safetensors file is longer than any network's: it is read before the rest."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if MOST_HEADER < length <= path.stat().st_size:  # a longer one is none
-        raise ModelFileError(f"{path} has a header of {length:,} bytes; {MOST_HEADER:,} is the most")
-
-
-def check_names(path: Path, names: Collection[str]) -> None:
-    """Raise ``ModelFileError`` where a file holds more tensors, or longer names, than networks have."""
-    if len(names) > MOST_TENSORS:
-        raise ModelFileError(f"{path} holds {len(names):,} tensors; {MOST_TENSORS:,} is the most")
-    longest = max(names, key=len, default="")
-    if len(longest) > MOST_NAME:
-        raise ModelFileError(
-            f"{path} holds a tensor with a name of {len(longest):,} characters; {MOST_NAME} is the most"
-        )
 
 
 def is_archive(path: Path) -> bool:

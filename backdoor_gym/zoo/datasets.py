@@ -19,7 +19,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -286,7 +285,7 @@ def named_in_file(dataset: str) -> str:
     hint = "say which data set is meant: --data NAME_OR_FOLDER (data=)"
     if not fits(dataset, DatasetName):
         raise DataError(f"the model names the data set {dataset!r}, which is neither {DIGITS} nor OWNER/NAME; {hint}")
-    if dataset != DIGITS and Path(_reading(dataset).name).exists():
+    if dataset != DIGITS and os.path.exists(_reading(dataset).name):
         raise DataError(f"the model names the data set {dataset}, and a folder here is called so too; {hint}")
     return dataset
 
@@ -297,15 +296,15 @@ def _location(dataset: str) -> str:
     Raises:
         DataError: none of these: names of local files are nobody else's business.
     """
-    folder = Path(dataset).expanduser()
-    if folder.is_dir():
-        return str(folder.absolute())  # a bare name may also be that of a builder in the library
+    folder = os.path.expanduser(dataset)  # what is no path at all is none that exists
+    if os.path.isdir(folder):
+        return os.path.abspath(folder)  # a bare name may also be that of a builder in the library
     root = os.environ.get(DATA_VARIABLE)
-    if root and (local := Path(root) / dataset.rsplit("/", 1)[-1]).is_dir():
-        return str(local.absolute())
-    if folder.exists():
+    if root and os.path.isdir(local := os.path.join(root, dataset.rsplit("/", 1)[-1])):
+        return os.path.abspath(local)
+    if os.path.exists(folder):
         raise DataError(f"{dataset} is a file; a data set is a folder, or OWNER/NAME on the Hub")
-    if not _HUB_ID.fullmatch(dataset) or _OF_FILES.search(dataset) or folder.parent.is_dir():
+    if not _HUB_ID.fullmatch(dataset) or _OF_FILES.search(dataset) or os.path.isdir(os.path.dirname(folder) or "."):
         raise DataError(
             f"there is no file or folder {dataset}, nor one of that name under ${DATA_VARIABLE}; a data set of the Hub is "
             f"named OWNER/NAME, as in uoft-cs/cifar10"

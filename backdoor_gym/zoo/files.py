@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+import pickle
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,32 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ModelFileError
+from ..wording import first_line
 from .schemas import MOST_METADATA, plain
 
 KEY = "backdoor_gym"
 #: How a file is protected: since this version by a checksum of names, dtypes, shapes and metadata too. In the first one it was of
 #: names and contents of tensors.
 PROTECTION = 2
+#: Tensors of a file, and characters of the name of each.
+MOST_TENSORS, MOST_NAME = 50_000, 500
+#: Bytes of the header of a safetensors file: the names, the shapes, and what else it says.
+MOST_HEADER = 16 << 20
+#: What the readers of torch and safetensors raise on files that they do not take.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 #: Format of a file with the weights of a network and nothing else.
 STATE_DICT = "state-dict"
 #: What ``holds`` says of weights without anything else.
@@ -62,12 +83,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise ModelFileError(f"there is no file {path}")
     _refuse_pickle(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path} is not a readable safetensors file, or is truncated ({error})") from error
+    tensors, header = read_safetensors(path)
     if KEY not in header:
         raise ModelFileError(f"{path} is a safetensors file, but was not written by backdoor-gym")
     metadata = _decoded(path, header[KEY])
@@ -84,6 +100,45 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             stacklevel=2,
         )
     return tensors, metadata
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of anybody's safetensors file, and what its header says beside them.
+
+    Raises:
+        ModelFileError: damaged, of another kind, or with a header or names beyond those of any network.
+    """
+    try:
+        check_header(path)
+        with safe_open(str(path), framework="pt") as file:
+            names = list(file.keys())
+            check_names(path, names)
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except ModelFileError:
+        raise
+    except UNREADABLE as error:
+        raise ModelFileError(
+            f"{path} is not a readable safetensors file, or is truncated ({first_line(error)})"
+        ) from error
+
+
+def check_header(path: Path) -> None:
+    """Raise ``ModelFileError`` where the header of a safetensors file is longer than any network's: it is read before the rest."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if MOST_HEADER < length <= path.stat().st_size:  # a longer one is none
+        raise ModelFileError(f"{path} has a header of {length:,} bytes; {MOST_HEADER:,} is the most")
+
+
+def check_names(path: Path, names: Collection[str]) -> None:
+    """Raise ``ModelFileError`` where a file holds more tensors, or longer names, than networks have."""
+    if len(names) > MOST_TENSORS:
+        raise ModelFileError(f"{path} holds {len(names):,} tensors; {MOST_TENSORS:,} is the most")
+    longest = max(names, key=len, default="")
+    if len(longest) > MOST_NAME:
+        raise ModelFileError(
+            f"{path} holds a tensor with a name of {len(longest):,} characters; {MOST_NAME} is the most"
+        )
 
 
 def _decoded(path: Path, text: str) -> dict[str, Any]:

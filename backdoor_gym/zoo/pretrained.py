@@ -16,16 +16,15 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from ..infected import InfectedModel, check_finite, check_preprocess
 from ..wording import shown
-from .checkpoints import COUNTER, UNREADABLE, Checkpoint, check_header, check_names, fit_weights, read_checkpoint
+from .checkpoints import COUNTER, Checkpoint, fit_weights, read_checkpoint
 from .datasets import MOST_SIDE, LabelledImages
-from .files import is_pickle
+from .files import check_names, is_pickle, read_safetensors
 from .foreign import Factory, differing_length, load_foreign
 from .own_images import Source, _is_image_folder, all_images, own_images
 from .preprocessing import Normalise, Preprocessed
@@ -431,16 +430,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             )
         if is_pickle(path):
             raise ModelFileError(f"{path} is a pickle, whatever its name says, and is not opened")
-        check_header(path)
-        try:
-            with safe_open(str(path), framework="pt") as opened:
-                names = list(opened.keys())
-                check_names(path, [*weights, *names])
-                weights |= {name: opened.get_tensor(name) for name in names}
-        except ModelFileError:
-            raise
-        except UNREADABLE as error:
-            raise ModelFileError(f"{path} is not a readable safetensors file, or is truncated ({error})") from error
+        weights |= read_safetensors(path)[0]
+        check_names(path, weights)
     return weights
 
 

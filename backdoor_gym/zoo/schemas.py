@@ -25,7 +25,8 @@ Count = Annotated[int, Meta(ge=0, le=1 << 53)]
 Share = Annotated[float, Meta(gt=0, lt=1)]
 #: ``digits``, or a name of the Hub with the reading options of ``zoo.datasets``: never a path, nor a builder of the library.
 DatasetName = Annotated[
-    str, Meta(pattern=r"\A(digits|[A-Za-z0-9][\w.-]{0,99}/[\w.-]{1,100}(\?[\w=&.-]{1,200})?)\Z", max_length=400)
+    str,
+    Meta(pattern=r"\A(digits|[A-Za-z0-9][\w.-]{0,99}/[A-Za-z0-9_][\w.-]{0,99}(\?[\w=&.-]{1,200})?)\Z", max_length=400),
 ]
 Option = bool | Annotated[int, Meta(ge=-MOST_SIZE, le=MOST_SIZE)] | float | Annotated[str, Meta(max_length=100)] | None
 Options = dict[

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from backdoor_gym.errors import ModelFileError
-from backdoor_gym.zoo.checkpoints import MOST_NAME, MOST_TENSORS, read_checkpoint
+from backdoor_gym.zoo.checkpoints import read_checkpoint
+from backdoor_gym.zoo.files import MOST_NAME, MOST_TENSORS
 
 HEAD = b"\x80\x02"
 
