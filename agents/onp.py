@@ -25,6 +25,7 @@ from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
 from .graph_policy import GraphPolicy, as_tensors
 from .look_ahead import LookAhead
 from .restoring import restore
+from .resuming import go_on, progress_of
 from .rollout_buffer import GraphRolloutBuffer
 
 _PRUNED, _TRIED = (NODE_FEATURES.index(name) for name in ("pruned", "tried"))
@@ -91,6 +92,7 @@ class ONP:
         self._log = None if tensorboard_log is None else str(tensorboard_log)
         self._random = np.random.default_rng(seed)
         self._ppo: MaskablePPO | None = None
+        self._callbacks: list[Any] = []
         self.env: Any = None
         if seed is not None:
             torch.manual_seed(seed)
@@ -123,7 +125,8 @@ class ONP:
             callback: Stable-Baselines3 callbacks.
             progress_bar: whether to draw one.
             checkpoint: file written after every rollout. Where it exists, learning goes on from it: with its weights,
-                the state of the optimizer, and the number of steps.
+                the state of the optimizer, the number of steps, the random numbers and, with the environments of ``school``,
+                the episodes: it comes to what it would have come to in one go.
 
         Raises:
             DataError: there is no environment to learn in.
@@ -134,13 +137,14 @@ class ONP:
         done = 0
         if checkpoint is not None:
             path = Path(checkpoint)
-            if path.is_file():
-                done = self._resume(path)
             callbacks.append(_Checkpoints(self, path))
         if isinstance(callback, list):
             callbacks.extend(callback)
         elif callback is not None:
             callbacks.append(callback)
+        self._callbacks = callbacks
+        if checkpoint is not None and path.is_file():
+            done = self._resume(path)
         ppo.num_timesteps = done
         before = self.num_timesteps
         if total_timesteps > done:
@@ -306,7 +310,14 @@ class ONP:
         for index, entry in optimizer["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
         write_tensors(
-            Path(path), tensors, {**self._description(), "format": CHECKPOINT, "timesteps": int(ppo.num_timesteps)}
+            Path(path),
+            tensors,
+            {
+                **self._description(),
+                "format": CHECKPOINT,
+                "timesteps": int(ppo.num_timesteps),
+                "progress": progress_of(ppo, self._callbacks),
+            },
         )
 
     def _resume(self, path: Path) -> int:
@@ -325,6 +336,8 @@ class ONP:
                 state.setdefault(int(index), {})[name] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.facts["timesteps"] = metadata["facts"].get("timesteps", 0)
+        if "progress" in metadata:
+            go_on(self._trainer(), self._callbacks, metadata["progress"], path)
         return int(metadata["timesteps"])
 
 
