@@ -43,3 +43,10 @@ class UnknownNameError(BackdoorGymError, ValueError):
         choices = f"known: {', '.join(shown)}"
         parts = [f"unknown {kind} {name!r}", suggestion or choices, hint]
         super().__init__("; ".join(part for part in parts if part))
+
+
+class WriteError(BackdoorGymError, OSError):
+    """Something cannot be written, such as to a full disk or a read-only folder; the files that were there are unharmed."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written: {self.strerror}"

@@ -102,7 +102,7 @@ def repair(
         timm=timm,
     )
     folder = out or Path("repaired") / infected.name.replace("/", "-")
-    check_writable(folder)
+    check_writable(*(folder / name for name in repairing.files_of(infected)))
     with output.working("reading the neurons") as watch:
         result = repairing.repair(
             infected,

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ModelFileError
+from ..writing import replacing
 
 KEY = "backdoor_gym"
 #: Format of a file with the weights of a network and nothing else.
@@ -26,19 +25,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write the file beside its place and move it there, so that nobody ever sees half of it.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        WriteError: the folder cannot be made or written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     described = json.dumps({**metadata, "checksum": _checksum(plain)}, sort_keys=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    try:
-        save_file(plain, temporary, {KEY: described})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as place:
+        save_file(plain, place, {KEY: described})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
