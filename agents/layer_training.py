@@ -12,7 +12,7 @@ from backdoor_gym.zoo.catalogue import resolve
 from .encoder import EncoderOptions
 from .layers import LAYER_ENCODER, PER_LAYER, LayerPolicy, LayersVecEnv, by_layer
 from .onp import ONP
-from .training import PPO_AFTER_WARM_START, SCORE_SAMPLES, Report, checkpoint_of, validation_of
+from .training import PPO_AFTER_WARM_START, SCORE_SAMPLES, Report, best_of, checkpoint_of, end, validation_of
 from .warm_start import Example, examples, warm_start
 
 #: Rounds of an episode; in each every layer may prune a neuron.
@@ -62,9 +62,9 @@ def train_layers(
         DataError: fewer models than seats.
     """
     say = report or (lambda line: None)
-    out, checkpoint = Path(out), checkpoint_of(out)
+    out, checkpoint, kept = Path(out), checkpoint_of(out), best_of(out)
     if not checkpoint.is_file():
-        out.unlink(missing_ok=True)
+        kept.unlink(missing_ok=True)
     names, judges = ([name for pattern in patterns for name in resolve(pattern)] for patterns in (infected, validation))
     vector = LayersVecEnv(names, seats, reward="oracle", score_samples=SCORE_SAMPLES, max_steps=MAX_ROUNDS)
     vector.seed(seed)
@@ -84,15 +84,15 @@ def train_layers(
         )
         say(f"warm start: cross-entropy {losses[0]:.2f} -> {losses[-1]:.2f}")
 
-    best = validation_of(onp, judges, out, say, lambda env: LayerPolicy(onp, env))
+    best = validation_of(onp, judges, kept, say, lambda env: LayerPolicy(onp, env))
     onp.learn(total_timesteps, callback=[best], checkpoint=checkpoint, progress_bar=progress_bar)
     say(f"{vector.tried} prunes tried")
     vector.close()
-    onp = ONP.load(out)
+    onp = ONP.load(kept)
     onp.facts |= {"seed": seed, "models": len(names), "learned_on": list(infected), "chosen_on": list(validation)}
     onp.facts["timesteps"] = int(onp.facts["validation"]["timesteps"])
     onp.save(out)
-    checkpoint.unlink(missing_ok=True)
+    end(out)
     return onp
 
 

@@ -141,6 +141,8 @@ class PaddedLayersEnv(ParallelEnv[str, dict[str, np.ndarray], int]):
         self._actions = spaces.Discrete(most + 1)
         self._random = np.random.default_rng()
         self._layers: BackdoorPruneLayersEnv | None = None
+        #: How the episode began, and what was done in it.
+        self.episode: dict[str, Any] = {}
 
     def observation_space(self, agent: str) -> spaces.Dict:
         """The same for all."""
@@ -154,6 +156,7 @@ class PaddedLayersEnv(ParallelEnv[str, dict[str, np.ndarray], int]):
         """Begin an episode on a network drawn at random; there is no option."""
         if seed is not None:
             self._random = np.random.default_rng(seed)
+        self.episode = {"random": self._random.bit_generator.state, "actions": []}
         self.close()
         self._layers = BackdoorPruneLayersEnv(str(self._random.choice(self.names)), **self._options)
         observations, infos = self._layers.reset()
@@ -164,6 +167,7 @@ class PaddedLayersEnv(ParallelEnv[str, dict[str, np.ndarray], int]):
         """A round."""
         layers = self._layers
         assert layers is not None
+        self.episode["actions"].append({agent: int(action) for agent, action in actions.items()})
         own = {
             name: min(int(actions[agent]), len(layers.units[name]))
             for agent, name in zip(self.agents, layers.agents, strict=True)
@@ -174,6 +178,14 @@ class PaddedLayersEnv(ParallelEnv[str, dict[str, np.ndarray], int]):
         if not layers.agents:
             self.agents = []
         return seen, *found
+
+    def play(self, episode: Mapping[str, Any]) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+        """Play an episode again, as far as it was played: the last observations, and what was said at the beginning."""
+        self._random.bit_generator.state = episode["random"]
+        observations, infos = self.reset()
+        for actions in episode["actions"]:
+            observations = self.step(actions)[0]
+        return observations, infos
 
     def close(self) -> None:
         """Give back memory."""
@@ -279,6 +291,21 @@ class LayersVecEnv(VecEnv):
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
         return [False for _ in self._get_indices(indices)]
+
+    def episodes(self) -> list[dict[str, Any]]:
+        """The episodes of all seats so far, for ``play``."""
+        return [{**seat.episode, "actions": list(seat.episode["actions"])} for seat in self._seats]
+
+    def play(self, episodes: Mapping[int, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """Play an episode again at each seat; the last observations."""
+        played = [self._seats[seat].play(episodes[seat]) for seat in range(len(self._seats))]
+        for seat, (_, infos) in enumerate(played):
+            self.reset_infos[seat * self.slots : (seat + 1) * self.slots] = [infos["layer_0"]] * self.slots
+        return self._stack([list(observations.values()) for observations, _ in played])
+
+    def first_steps(self) -> np.ndarray:
+        """Of each agent, whether its episode has just begun."""
+        return np.repeat([not seat.episode["actions"] for seat in self._seats], self.slots)
 
     def _begin(self, seat: int, seed: int | None = None) -> list[dict[str, np.ndarray]]:
         """A new episode; what each agent that there is sees."""

@@ -32,6 +32,7 @@ from .graph_policy import GraphPolicy, as_tensors
 from .look_ahead import LookAhead
 from .policy_files import check_weights, optimizer_state, read_policy
 from .restoring import restore
+from .resuming import go_on, progress_of
 from .rollout_buffer import GraphRolloutBuffer
 
 _PRUNED, _TRIED = (NODE_FEATURES.index(name) for name in ("pruned", "tried"))
@@ -107,6 +108,7 @@ class ONP:
         self._log = None if tensorboard_log is None else str(tensorboard_log)
         self._random = np.random.default_rng(seed)
         self._ppo: MaskablePPO | None = None
+        self._callbacks: list[Any] = []
         self.env: Any = None
         if seed is not None:
             torch.manual_seed(seed)
@@ -145,7 +147,8 @@ class ONP:
             callback: Stable-Baselines3 callbacks.
             progress_bar: whether to draw one.
             checkpoint: file written after every rollout. Where it exists, learning goes on from it: with its weights,
-                the state of the optimizer, and the number of steps.
+                the state of the optimizer, the number of steps, the random numbers and, with the environments of ``school``,
+                the episodes: it comes to what it would have come to in one go.
 
         Raises:
             DataError: there is no environment to learn in.
@@ -158,13 +161,14 @@ class ONP:
         done = 0
         if checkpoint is not None:
             path = Path(checkpoint)
-            if path.is_file():
-                done = self._resume(path)
             callbacks.append(_Checkpoints(self, path))
         if isinstance(callback, list):
             callbacks.extend(callback)
         elif callback is not None:
             callbacks.append(callback)
+        self._callbacks = callbacks
+        if checkpoint is not None and path.is_file():
+            done = self._resume(path)
         ppo.num_timesteps = done
         before = self.num_timesteps
         if total_timesteps > done:
@@ -332,7 +336,14 @@ class ONP:
         for index, entry in optimizer["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
         write_tensors(
-            Path(path), tensors, {**self._description(), "format": CHECKPOINT, "timesteps": int(ppo.num_timesteps)}
+            Path(path),
+            tensors,
+            {
+                **self._description(),
+                "format": CHECKPOINT,
+                "timesteps": int(ppo.num_timesteps),
+                "progress": progress_of(ppo, self._callbacks),
+            },
         )
 
     def _resume(self, path: Path) -> int:
@@ -348,6 +359,8 @@ class ONP:
         self.network.load_state_dict(network)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.facts["timesteps"] = policy.facts.get("timesteps", 0)
+        if policy.progress is not None:
+            go_on(self._trainer(), self._callbacks, policy.progress, path)
         return policy.timesteps
 
 

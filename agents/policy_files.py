@@ -41,6 +41,7 @@ class PolicyFields(Fields):
     verdict_threshold: Share | None
     facts: dict[str, Any]
     timesteps: Count = 0
+    progress: dict[str, Any] | None = None
 
 
 class KnownFacts(Fields, forbid_unknown_fields=False):
@@ -61,6 +62,7 @@ class SavedPolicy:
         verdict_threshold: of the verdict.
         facts: of the training.
         timesteps: of a checkpoint.
+        progress: where its training was (``resuming.progress_of``).
     """
 
     encoder: EncoderOptions
@@ -69,6 +71,7 @@ class SavedPolicy:
     verdict_threshold: float | None
     facts: dict[str, Any]
     timesteps: int
+    progress: dict[str, Any] | None
 
 
 def read_policy(metadata: Mapping[str, Any], kind: str, path: Any) -> SavedPolicy:
@@ -92,7 +95,15 @@ def read_policy(metadata: Mapping[str, Any], kind: str, path: Any) -> SavedPolic
     if made_for != (expected["node_features"], expected["global_features"], expected["edge_features"]):
         raise ModelFileError(f"{path} was made for other features than those of this version of backdoor-gym")
     look_ahead = None if fields.look_ahead is None else checked(fields.look_ahead, LookAhead, str(path))
-    return SavedPolicy(options, look_ahead, fields.threshold, fields.verdict_threshold, fields.facts, fields.timesteps)
+    return SavedPolicy(
+        options,
+        look_ahead,
+        fields.threshold,
+        fields.verdict_threshold,
+        fields.facts,
+        fields.timesteps,
+        fields.progress,
+    )
 
 
 def check_weights(options: EncoderOptions, tensors: Mapping[str, Tensor], path: Any) -> None:

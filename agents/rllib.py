@@ -40,7 +40,9 @@ from .training import (
     THRESHOLD,
     VALIDATE_EVERY,
     Report,
+    best_of,
     checkpoint_of,
+    end,
     validation_of,
 )
 from .warm_start import GAMMA, examples, warm_start
@@ -130,7 +132,7 @@ def train_on_cluster(
         DataError: there is no cluster at that address.
     """
     say = report or (lambda line: None)
-    out, checkpoint = Path(out), checkpoint_of(out)
+    out, checkpoint, kept = Path(out), checkpoint_of(out), best_of(out)
     names, judges = ([name for pattern in patterns for name in resolve(pattern)] for patterns in (infected, validation))
     encoder = encoder or (LAYER_ENCODER if per_layer else EncoderOptions(message_passing=False))
     onp, done = ONP(encoder=encoder, seed=seed, threshold=0.5 if per_layer else THRESHOLD), 0
@@ -139,7 +141,7 @@ def train_on_cluster(
         onp.network.load_state_dict(begun.network.state_dict())
         done = int(begun.facts["timesteps"])
     else:
-        out.unlink(missing_ok=True)
+        kept.unlink(missing_ok=True)
     if per_layer:
         onp.facts[PER_LAYER] = True
     say(f"{len(names)} models to learn from, {len(judges)} to choose by")
@@ -150,16 +152,14 @@ def train_on_cluster(
         losses = warm_start(onp.network, school, epochs, batch_size=64 if per_layer else 8, seed=seed)
         say(f"warm start: cross-entropy {losses[0]:.2f} -> {losses[-1]:.2f}")
 
-    best = validation_of(onp, judges, out, say, (lambda env: LayerPolicy(onp, env)) if per_layer else None)
-    if out.is_file():
-        best.best = ONP.load(out).facts.get("validation")
+    best = validation_of(onp, judges, kept, say, (lambda env: LayerPolicy(onp, env)) if per_layer else None)
+    if kept.is_file():
+        best.best = ONP.load(kept).facts.get("validation")
     with cluster(address):
         algorithm = _configuration(onp, names, per_layer, runners, envs, seed, bool(epochs), ppo).build_algo()
         try:
             onp.facts["timesteps"] = done
-            onp.save(
-                checkpoint
-            )  # before there is an ``out``: with both, an interrupted training is told from one that ended
+            onp.save(checkpoint)
             best.validate(done)
             iteration = 0
             while done < total_timesteps:
@@ -174,11 +174,11 @@ def train_on_cluster(
                     best.validate(done)
         finally:
             algorithm.stop()
-    onp = ONP.load(out)
+    onp = ONP.load(kept)
     onp.facts |= {"seed": seed, "models": len(names), "learned_on": list(infected), "chosen_on": list(validation)}
     onp.facts["timesteps"] = int(onp.facts["validation"]["timesteps"])
     onp.save(out)
-    checkpoint.unlink(missing_ok=True)
+    end(out)
     return onp
 
 

@@ -63,7 +63,8 @@ def train(
 ) -> ONP:
     """Train a policy on some models, choose checkpoint and look-ahead on others, and write it to a file.
 
-    Interrupted and called again it goes on after the last rollout: the checkpoint lies beside ``out`` until the end.
+    Interrupted and called again it goes on after the last rollout, and comes to what it would have come to without: until the
+    end the checkpoint and the best policy so far lie beside ``out``, and what is there stays as it is.
 
     Args:
         infected: names and patterns to learn from; their triggers must be known.
@@ -85,9 +86,9 @@ def train(
         ppo: arguments of ``MaskablePPO``.
     """
     say = report or (lambda line: None)
-    out, checkpoint = Path(out), checkpoint_of(out)
+    out, checkpoint, kept = Path(out), checkpoint_of(out), best_of(out)
     if not checkpoint.is_file():
-        out.unlink(missing_ok=True)  # of an earlier training: not to be compared with
+        kept.unlink(missing_ok=True)  # of an earlier training: not to be compared with
     names, judges = ([name for pattern in patterns for name in resolve(pattern)] for patterns in (infected, validation))
     vector = school(names, envs, seed=seed, reward="oracle", score_samples=SCORE_SAMPLES)
     say(f"{len(names)} models to learn from, {len(judges)} to choose by")
@@ -97,12 +98,12 @@ def train(
         guide = guide or examples(names, jobs=jobs, score_samples=SCORE_SAMPLES, progress=progress_bar)
         losses = warm_start(onp.network, guide, epochs, seed=seed, progress=progress_bar)
         say(f"warm start: cross-entropy {losses[0]:.2f} -> {losses[-1]:.2f}")
-    best = validation_of(onp, judges, out, say)
+    best = validation_of(onp, judges, kept, say)
     onp.learn(
         total_timesteps, callback=[VerdictReplay(seed=seed), best], checkpoint=checkpoint, progress_bar=progress_bar
     )
     vector.close()
-    onp = ONP.load(out)
+    onp = ONP.load(kept)
     measured = [name for pattern in calibration for name in resolve(pattern)]
     if measured or len(looks) > 1:
         env = gym.make(
@@ -132,7 +133,7 @@ def train(
         "timesteps": int(onp.facts["validation"]["timesteps"]),  # of the best policy, not of the last
     }
     onp.save(out)
-    checkpoint.unlink(missing_ok=True)
+    end(out)
     return onp
 
 
@@ -155,3 +156,14 @@ def validation_of(
 def checkpoint_of(out: str | Path) -> Path:
     """Where an unfinished training of that policy lies."""
     return Path(out).with_name(f"{Path(out).name}.checkpoint")
+
+
+def best_of(out: str | Path) -> Path:
+    """Where the best policy of an unfinished training lies."""
+    return Path(out).with_name(f"{Path(out).name}.best")
+
+
+def end(out: Path) -> None:
+    """Remove what lay beside a policy until it was trained; the checkpoint first, which says that it was not."""
+    checkpoint_of(out).unlink(missing_ok=True)
+    best_of(out).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """What a policy does to whole networks, and keeping the best policy of a training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from backdoor_gym.metrics import der
@@ -112,9 +113,19 @@ class Validation(BaseCallback):
 
     def _on_training_start(self) -> None:
         if self.path.is_file():
-            self.best = ONP.load(self.path).facts.get("validation")
+            with torch.random.fork_rng(devices=[]):  # a network draws its first weights
+                self.best = ONP.load(self.path).facts.get("validation")
         self._before = list(self.training_env.reset_infos)
-        self.validate()
+        if self.best is None or not self.num_timesteps:  # a training that goes on was validated when it began
+            self.validate()
+
+    def progress(self) -> dict[str, Any]:
+        """How many rollouts there were, JSON-able."""
+        return {"rollouts": self._rollouts}
+
+    def go_on(self, progress: Mapping[str, Any]) -> None:
+        """Validate when it would have been."""
+        self._rollouts = int(progress["rollouts"])
 
     def _on_step(self) -> bool:
         vector = self.training_env

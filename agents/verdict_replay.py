@@ -1,5 +1,6 @@
 """The verdict, rehearsed while the policy learns to repair."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ class VerdictReplay(BaseCallback):
         self._random = np.random.default_rng(seed)
         #: Name of a model -> its first observation, and whether it is clean.
         self._seen: dict[str, tuple[dict[str, np.ndarray], bool]] = {}
+        #: The same -> the sub-environment that met it, and how its episode began there, if that is known.
+        self._met: dict[str, tuple[int, Any]] = {}
 
     def _on_training_start(self) -> None:
         for index in range(self.training_env.num_envs):
@@ -49,7 +52,22 @@ class VerdictReplay(BaseCallback):
     def _remember(self, observations: Any, index: int) -> None:
         before = self.training_env.reset_infos[index]
         clean = "asr" not in before  # there is no attack that could succeed
-        self._seen.setdefault(before["infected"], ({key: observations[key][index].copy() for key in OBSERVED}, clean))
+        name = before["infected"]
+        if name not in self._seen:
+            self._seen[name] = {key: observations[key][index].copy() for key in OBSERVED}, clean
+            episodes = self.training_env.episodes() if hasattr(self.training_env, "episodes") else None
+            self._met[name] = index, None if episodes is None else episodes[index]
+
+    def progress(self) -> dict[str, Any]:
+        """How the models that were seen are seen again, and the random numbers, JSON-able."""
+        return {"met": list(self._met.values()), "random": self._random.bit_generator.state}
+
+    def go_on(self, progress: Mapping[str, Any]) -> None:
+        """Remember what was seen."""
+        for index, episode in progress["met"]:
+            if episode is not None:
+                self._remember(self.training_env.play({index: episode}), index)  # type: ignore[attr-defined]
+        self._random.bit_generator.state = progress["random"]
 
     def _fit(self) -> float:
         names = self._random.choice(sorted(self._seen), self.batch_size)

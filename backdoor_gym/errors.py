@@ -80,3 +80,10 @@ def _again(kind: type[Exception], arguments: tuple[Any, ...]) -> Exception:
     error = kind.__new__(kind)
     error.args = arguments
     return error
+
+
+class WriteError(BackdoorGymError, OSError):
+    """Something cannot be written, such as to a full disk or a read-only folder; the files that were there are unharmed."""
+
+    def __str__(self) -> str:
+        return one_line(f"{self.filename} cannot be written: {self.strerror}")

@@ -1,7 +1,6 @@
 """repair(): run a pruning policy on one network, and say what it did."""
 
 import inspect
-import json
 import sys
 import time
 import warnings
@@ -27,8 +26,9 @@ from .progress import Watch
 from .pruning.applying import write_mask
 from .pruning.cutting import cut_channels
 from .pruning.neurons import Neurons
-from .reporting import write_report
+from .reporting import render
 from .wording import shown
+from .writing import as_json, beside, finite, write_text
 from .zoo.adapting import deep_copy, in_own_types
 from .zoo.catalogue import load_infected
 from .zoo.files import STATE_DICT, write_tensors
@@ -37,8 +37,8 @@ from .zoo.preprocessing import Preprocessed, own_module
 DEFAULT_BUDGET: Any = object()
 #: Share of a network's channels that can be pruned, below which a repair warns.
 LITTLE = 0.7
-#: File of a repaired network in the folder that ``RepairResult.save`` writes.
-WEIGHTS = "repaired.safetensors"
+#: Files in the folder that ``RepairResult.save`` writes; the network of transformers or timm has names of its own.
+WEIGHTS, FIGURES, PICTURE, PAGE = "repaired.safetensors", "pruned.json", "repair.png", "report.html"
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ class RepairResult:
         return in_own_types(cut.network, self.infected.dtypes)
 
     def report(self) -> dict[str, Any]:
-        """All figures and the pruned neurons, JSON-able."""
-        return {
+        """All figures and the pruned neurons, JSON-able; None for those that are not finite."""
+        figures: dict[str, Any] = {
             "infected": self.infected.name,
             "policy": self.policy,
             "settings": self.settings,
@@ -166,30 +166,37 @@ class RepairResult:
             "arguments": self.arguments,
             "course": [asdict(change) for change in self.course],
         }
+        return finite(figures)
 
     def save(self, folder: str | Path, command: str | None = None) -> list[Path]:
         """Write the repaired network, ``report.html``, ``pruned.json`` and ``repair.png`` into a folder, made if needed.
 
         A network of a known architecture is saved as an infected model, ready for another ``repair``. One out of a folder of
         transformers or timm is saved as that folder was. Any other one, and one out of somebody's checkpoint, is saved as the
-        state dict of ``module``, for its own class to load.
+        state dict of ``module``, for its own class to load. All files are written, or none.
 
         Args:
             folder: where to.
             command: the command line that asked for this repair, to be told in the report.
 
         Raises:
-            OSError: the folder cannot be written.
+            WriteError: the folder cannot be written.
         """
         from matplotlib.image import imsave
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights, report, picture = (folder / name for name in (WEIGHTS, "pruned.json", "repair.png"))
+        page, picture = render(self, command), frame(self.snapshot)
+        with beside(folder) as new:
+            self._save_network(new)
+            write_text(new / FIGURES, as_json(self.report(), indent=2) + "\n")
+            imsave(new / PICTURE, picture)
+            write_text(new / PAGE, page)
+        return [folder / name for name in files_of(self.infected)]
+
+    def _save_network(self, folder: Path) -> None:
         original = self.infected
-        written = [weights]
         if original.layout is not None:
-            written = original.layout.save(folder, self.module)
+            original.layout.save(folder, self.module)
         elif self.complete:
             InfectedModel(
                 self.network,
@@ -200,12 +207,15 @@ class RepairResult:
                 original.architecture,
                 {**original.facts, "repaired_by": self.policy, "acc": self.after.acc, "asr": self.after.asr},
                 f"{original.name}-repaired",
-            ).save(weights)
+            ).save(folder / WEIGHTS)
         else:
-            write_tensors(weights, self.module.state_dict(), {"format": STATE_DICT})
-        report.write_text(json.dumps(self.report(), indent=2) + "\n")
-        imsave(picture, frame(self.snapshot))
-        return [*written, report, picture, write_report(self, folder / "report.html", command)]
+            write_tensors(folder / WEIGHTS, self.module.state_dict(), {"format": STATE_DICT})
+
+
+def files_of(infected: InfectedModel) -> list[str]:
+    """Names of the files that a repair of this model writes."""
+    network = [WEIGHTS] if infected.layout is None else list(infected.layout.files)
+    return [*network, FIGURES, PICTURE, PAGE]
 
 
 def repair(

@@ -139,10 +139,12 @@ def main() -> None:
     for seed in chosen:
         make(seed)
     described = RESULTS / "adaptive_attackers.json"
-    known = {row["model"]: row for row in json.loads(described.read_text())} if described.exists() else {}
+    known = (
+        {row["model"]: row for row in json.loads(described.read_text(encoding="utf-8"))} if described.exists() else {}
+    )
     wanted = [(attacker, seed) for seed in chosen for attacker in ATTACKERS]
     rows = [known.get(path_of(attacker, seed).stem) or describe(attacker, seed) for attacker, seed in wanted]
-    described.write_text(json.dumps(rows, indent=1) + "\n")
+    described.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     done = benchmark(
         [path_of(attacker, seed) for attacker, seed in wanted],
         POLICIES,
@@ -154,10 +156,10 @@ def main() -> None:
     if done.failed:
         raise SystemExit(done.failed[0].error)
     (RESULTS / "adaptive_attackers.jsonl").write_text(
-        "".join(json.dumps(asdict(result)) + "\n" for result in done.results)
+        "".join(json.dumps(asdict(result)) + "\n" for result in done.results), encoding="utf-8"
     )
     text = table(rows, done.results)
-    (RESULTS / "adaptive_attackers.md").write_text(text)
+    (RESULTS / "adaptive_attackers.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -98,16 +98,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
     for name in MODELS:
         if name in {row["name"] for row in rows}:
             continue
         rows.append(make(name))
         print(json.dumps(rows[-1]), flush=True)
-        with ROWS.open("a") as file:
+        with ROWS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     order = list(MODELS)
-    TABLE.write_text(table(sorted(rows, key=lambda row: order.index(row["name"]))))
+    TABLE.write_text(table(sorted(rows, key=lambda row: order.index(row["name"]))), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     RESULTS.mkdir(exist_ok=True)
     content = {"facts": model.facts, "architecture": model.architecture, "rows": rows}
-    (RESULTS / "clp_cifar10.json").write_text(json.dumps(content, indent=2) + "\n")
+    (RESULTS / "clp_cifar10.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     lines = [
         "| CLP | pruned | ACC | ACC lost (points) | ASR | RA | DER | seconds |",
         "|---|---|---|---|---|---|---|---|",
@@ -44,7 +44,7 @@ def main() -> None:
             f"| u = {row['u']} | {row['pruned']} | {after['acc']:.4f} | {lost:.1f} | {after['asr']:.4f} "
             f"| {after['ra']:.4f} | {row['der']:.3f} | {row['seconds']:.1f} |"
         )
-    (RESULTS / "clp_cifar10.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "clp_cifar10.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

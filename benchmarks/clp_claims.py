@@ -136,7 +136,7 @@ def main() -> None:
     for file in arguments.models:
         found.append(examine(file))
         print(found[-1]["model"], f"mean correlation {np.mean(found[-1]['correlations']):.2f}", flush=True)
-    (RESULTS / "clp_claims.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / "clp_claims.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(found)
 
 

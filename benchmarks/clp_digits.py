@@ -45,7 +45,7 @@ def main() -> None:
             )
             print(json.dumps(rows[-1]), flush=True)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "clp_digits.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (RESULTS / "clp_digits.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     lines = ["| attack | models | CLP | pruned | ACC lost (points) | ASR | DER |", "|---|---|---|---|---|---|---|"]
     for attack in ("badnets", "blended", "sig", "wanet", "clean"):
         for u in (3.0, "auto"):
@@ -58,7 +58,7 @@ def main() -> None:
             if attack != "clean":
                 rates = (f"{mean(row['after']['asr'] for row in mine):.3f}", f"{mean(row['der'] for row in mine):.3f}")
             lines.append(f"| {attack} | {len(mine)} | u = {u} | {pruned:.1f} | {lost:.1f} | {rates[0]} | {rates[1]} |")
-    (RESULTS / "clp_digits.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "clp_digits.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

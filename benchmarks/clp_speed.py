@@ -157,7 +157,7 @@ def main() -> None:
         "channels": counts,
         "seconds_of_prune": whole,
     }
-    RESULT.write_text(json.dumps(record, indent=2) + "\n")
+    RESULT.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if not all(same.values()):
         raise SystemExit("other channels than those of the published procedure")
 

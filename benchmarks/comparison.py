@@ -74,14 +74,14 @@ class Job:
 def fits() -> dict[str, Any]:
     """Coefficients of the ridge regressions, on all training models and on those without one attack; made once."""
     if FITS.is_file():
-        return json.loads(FITS.read_text())
+        return json.loads(FITS.read_text(encoding="utf-8"))
     school = dict(zip(TRAINING, guide(), strict=True))
     attack_of = {name: backdoor_gym.load_infected(name).facts["attack"] for name in TRAINING}
     found = {}
     for left_out in (None, *ATTACKS):
         model = fit_ridge([one for name, one in school.items() if attack_of[name] != left_out])
         found[str(left_out)] = {"coefficients": model.coef_.tolist(), "intercept": float(model.intercept_)}
-    FITS.write_text(json.dumps(found, indent=1) + "\n")
+    FITS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 
@@ -171,7 +171,7 @@ def repair_all(job: Job) -> list[Row]:
 def run_all(jobs: Sequence[Job], file: Path, processes: int) -> list[Row]:
     """What is missing of the jobs, in processes; all rows of the file, old and new."""
     fits()
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     done = {(row["policy"], row["model"], row["budget"], row["clean_images"]) for row in rows}
     left = []
     for job in jobs:
@@ -181,7 +181,7 @@ def run_all(jobs: Sequence[Job], file: Path, processes: int) -> list[Row]:
         }
         if any(missing.values()):
             left.append(replace(job, policies=missing))
-    with one_core_each(processes) as pool, file.open("a") as records:
+    with one_core_each(processes) as pool, file.open("a", encoding="utf-8") as records:
         for index, found in enumerate(pool.map(repair_all, left)):
             rows.extend(found)
             records.writelines(json.dumps(row) + "\n" for row in found)

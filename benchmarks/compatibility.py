@@ -51,7 +51,7 @@ def key_of(row: Row) -> Key:
 
 def read_rows() -> dict[Key, Row]:
     """The last row of each network."""
-    lines = ROWS.read_text().splitlines() if ROWS.exists() else []
+    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
     return {key_of(row): row for row in map(json.loads, lines)}
 
 
@@ -280,8 +280,8 @@ def _cells(row: Row) -> Iterable[str]:
 def write(rows: dict[Key, Row], versions: dict[str, str]) -> None:
     """One row a network, in order, and the page of them."""
     ordered = sorted(rows.values(), key=lambda row: (PACKAGES.index(row["package"]), row["family"]))
-    ROWS.write_text("".join(json.dumps(row) + "\n" for row in ordered))
-    PAGE.write_text(page(ordered, versions))
+    ROWS.write_text("".join(json.dumps(row) + "\n" for row in ordered), encoding="utf-8")
+    PAGE.write_text(page(ordered, versions), encoding="utf-8")
 
 
 def main() -> None:
@@ -310,7 +310,7 @@ def main() -> None:
         ]
         # Of all packages in turn; the sample that takes long comes last.
         asked.sort(key=lambda one: ((one["package"], one["name"]) in repaired, one["family"]))
-        with ThreadPoolExecutor(options.workers) as pool, ROWS.open("a") as file:
+        with ThreadPoolExecutor(options.workers) as pool, ROWS.open("a", encoding="utf-8") as file:
 
             def check(one: Row) -> Row:
                 return run(one, options.quick, (one["package"], one["name"]) in repaired)

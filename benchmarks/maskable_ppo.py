@@ -89,7 +89,9 @@ def main() -> None:
             for key in ("return", "acc", "asr", "der", "pruned")
         }
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"steps": arguments.steps, "summary": summary, "runs": rows}, indent=2) + "\n")
+    RESULT.write_text(
+        json.dumps({"steps": arguments.steps, "summary": summary, "runs": rows}, indent=2) + "\n", encoding="utf-8"
+    )
     print(json.dumps(summary, indent=2))
 
 

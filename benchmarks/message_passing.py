@@ -105,16 +105,16 @@ def main() -> None:
     arguments = parser.parse_args()
     guide()
     _judges()
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.is_file() else []
     done = {(row["shape"], row["seen"], row["seed"]) for row in rows}
     left = [one for one in WANTED if one not in done]
-    with one_core_each(arguments.jobs) as pool, ROWS.open("a") as records:
+    with one_core_each(arguments.jobs) as pool, ROWS.open("a", encoding="utf-8") as records:
         for row in pool.map(fit_one, *zip(*left, strict=True)) if left else ():
             rows.append(row)
             records.write(json.dumps(row) + "\n")
             records.flush()
             print(row, flush=True)
-    (RESULTS / "message_passing.md").write_text(table(rows))
+    (RESULTS / "message_passing.md").write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

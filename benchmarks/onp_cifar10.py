@@ -54,7 +54,7 @@ def main() -> None:
                 policies = {BUDGETS[0]: [one for one in wanted if one in FEW_IMAGES]}
             jobs.append(Job(str(file), policies, count, TEST_IMAGES))
     rows = run_all(jobs, RESULTS / "onp_cifar10.jsonl", arguments.jobs)
-    (RESULTS / "onp_cifar10.md").write_text(tables(rows))
+    (RESULTS / "onp_cifar10.md").write_text(tables(rows), encoding="utf-8")
 
 
 def tables(rows: Sequence[Row]) -> str:

@@ -76,7 +76,7 @@ def main() -> None:
             policies[BUDGETS[0]].append(REFERENCE)
         jobs.append(Job(name, policies))
     rows = run_all(jobs, RESULTS / "onp_digits.jsonl", arguments.jobs)
-    (RESULTS / "onp_digits.md").write_text(tables(rows))
+    (RESULTS / "onp_digits.md").write_text(tables(rows), encoding="utf-8")
     draw(rows, RESULTS / "onp_digits.png")
 
 

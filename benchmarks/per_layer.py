@@ -65,7 +65,7 @@ def learn(policy: str) -> None:
 
 def _report(policy: str, line: str) -> None:
     print(f"{policy}: {line}", flush=True)
-    with (RESULTS / f"train_{policy}.log").open("a") as log:
+    with (RESULTS / f"train_{policy}.log").open("a", encoding="utf-8") as log:
         log.write(f"{line}\n")
 
 
@@ -117,17 +117,17 @@ def main() -> None:
     infected = list(islice((name for name, attack in attacks if attack != "clean"), arguments.models))
     attacks = ((f"digits-test/{seed}", recipe("digits-test", seed).attack) for seed in count(FIRST))
     clean = list(islice((name for name, attack in attacks if attack == "clean"), arguments.clean))
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.is_file() else []
     done = {(row["model"], row["policy"]) for row in rows}
     missing = [(name, [one for one in policies if (name, one) not in done]) for name in (*infected, *clean)]
-    with one_core_each(arguments.jobs) as pool, ROWS.open("a") as file:
+    with one_core_each(arguments.jobs) as pool, ROWS.open("a", encoding="utf-8") as file:
         for found in pool.map(repair_all, [job for job in missing if job[1]]):
             rows.extend(found)
             file.writelines(json.dumps(row) + "\n" for row in found)
             file.flush()
     text = ["Infected models:\n", *infected_table(rows, "whole-0"), "\nSeeds:\n", *seeds_table(rows, "whole-0")]
     text += ["\nClean models:\n", *clean_table(rows)]
-    (RESULTS / "per_layer.md").write_text("\n".join(text) + "\n")
+    (RESULTS / "per_layer.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

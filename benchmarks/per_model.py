@@ -129,7 +129,7 @@ def main() -> None:
     arguments = parser.parse_args()
     infected = (f"digits-test/{seed}" for seed in count(FIRST) if recipe("digits-test", seed).attack != "clean")
     names = list(islice(infected, arguments.models))
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.is_file() else []
     done = {(row["model"], row["policy"], row["seed"]) for row in rows}
     jobs = [
         (name, policy, seed)
@@ -138,13 +138,13 @@ def main() -> None:
         for name in names
         if (policy in SEEDED or seed == 0) and (name, policy, seed) not in done
     ]
-    with one_core_each(arguments.jobs) as pool, ROWS.open("a") as file:
+    with one_core_each(arguments.jobs) as pool, ROWS.open("a", encoding="utf-8") as file:
         for index, row in enumerate(pool.map(repair_one, jobs)):
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(f"{index + 1} of {len(jobs)}: {row['policy']} {row['model']} {row['der']:.3f}", flush=True)
-    (RESULTS / "per_model.md").write_text(table(rows))
+    (RESULTS / "per_model.md").write_text(table(rows), encoding="utf-8")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -66,7 +66,7 @@ def main() -> None:
     for model in MODELS:
         rows.append(compare(model))
         print(json.dumps(rows[-1]), flush=True)
-    RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+    RESULT.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}; all if none")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
-    known = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    known = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     changed = []
     for name in arguments.networks or NETWORKS:
         result = repair(NETWORKS[name])
@@ -37,7 +37,7 @@ def main() -> None:
         print(f"{name}: {len(result.pruned)} pruned, {'the same' if same else 'not what is recorded'}", flush=True)
         if arguments.record:
             known[name] = found
-            RESULT.write_text(json.dumps(known, indent=1) + "\n")
+            RESULT.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         elif not same:
             changed.append(name)
     if changed:

@@ -104,7 +104,7 @@ def main() -> None:
     ):
         rows.append({**measure(infected, images), "threads": arguments.threads})
         print(json.dumps(rows[-1]), flush=True)
-    (HERE / "results" / "scaling.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (HERE / "results" / "scaling.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -420,7 +420,7 @@ def main() -> None:
         print(json.dumps(PARTS[arguments.parts[0]](arguments.networks[0])))
         return
     PART.parent.mkdir(exist_ok=True)
-    known = json.loads(PART.read_text()) if PART.is_file() else {}
+    known = json.loads(PART.read_text(encoding="utf-8")) if PART.is_file() else {}
     done: dict[str, dict[str, Found]] = known.get("networks", {})
     for network in arguments.networks:
         for part in arguments.parts:
@@ -433,7 +433,9 @@ def main() -> None:
             done[network][part] = json.loads(answer.stdout.splitlines()[-1])
             print(network, part, json.dumps(done[network][part]), flush=True)
             machine = {"threads": arguments.threads, "processor": platform.processor() or platform.machine()}
-            PART.write_text(json.dumps({**machine, "torch": torch.__version__, "networks": done}, indent=1) + "\n")
+            PART.write_text(
+                json.dumps({**machine, "torch": torch.__version__, "networks": done}, indent=1) + "\n", encoding="utf-8"
+            )
     print(table(done))
     if set(arguments.networks) == set(IMAGES) and set(arguments.parts) == set(PARTS):
         PART.replace(RESULT)

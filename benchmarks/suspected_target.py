@@ -46,7 +46,7 @@ def main() -> None:
         "clean": labels.count(False),
         "AUROC of the rise": float(roc_auc_score(labels, rises)),
     }
-    RESULT.write_text(json.dumps(figures, indent=1) + "\n")
+    RESULT.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(figures))
 
 

@@ -125,7 +125,7 @@ def _log(policy: str) -> Path:
 
 def _report(policy: str, line: str) -> None:
     print(f"{policy}: {line}", flush=True)
-    with _log(policy).open("a") as log:
+    with _log(policy).open("a", encoding="utf-8") as log:
         log.write(f"{line}\n")
 
 

@@ -99,8 +99,8 @@ def main() -> None:
     for name in arguments.models:
         rows.append(measure(name))
         print(json.dumps(rows[-1]), flush=True)
-    (RESULTS / f"{arguments.out}.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (RESULTS / f"{arguments.out}.md").write_text(table(rows))
+    (RESULTS / f"{arguments.out}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{arguments.out}.md").write_text(table(rows), encoding="utf-8")
 
 
 torch.set_num_threads(1)

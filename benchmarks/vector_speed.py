@@ -85,7 +85,7 @@ def main() -> None:
             arguments.rounds,
             {"score_samples": arguments.score_samples},
         )
-        with (RESULTS / "vector_speed.jsonl").open("a") as file:
+        with (RESULTS / "vector_speed.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
         print(json.dumps(found), flush=True)
 

@@ -5,20 +5,21 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, BinaryIO, Self
 
 import msgspec
-from filelock import FileLock
 from msgspec import Meta
 
 from ..baselines.thresholds import BUDGET, parse_threshold
 from ..errors import DataError
 from ..policies import BUDGETS, POLICIES, SUFFIX, check_policy, kind_of_policy, make_policy
 from ..wording import shown
+from ..writing import as_json, locked, telling
 
 #: The budget of a policy that runs as it was published: its own stopping rule and its own default guard.
 OWN = None
@@ -137,10 +138,10 @@ class Result:
 
     def as_json(self) -> str:
         """One line."""
-        return json.dumps(asdict(self))
+        return as_json(asdict(self))
 
     @classmethod
-    def from_json(cls, line: str) -> Self:
+    def from_json(cls, line: str | bytes) -> Self:
         """Of one line.
 
         Raises:
@@ -163,9 +164,21 @@ class CellFile:
     path: Path
 
     def append(self, result: Result) -> None:
-        """Add one, at once and whole."""
-        with self.lock(), self.path.open("a") as lines:
-            lines.write(result.as_json() + "\n")
+        """Add one, at once, whole or not at all.
+
+        Raises:
+            WriteError: the disk is full, say; the results before it are kept.
+        """
+        with self.lock(), telling(self.path), self.path.open("ab+", buffering=0) as lines:
+            end = _cut_unfinished(lines)  # of a process that was killed while others go on
+            try:
+                left = memoryview(f"{result.as_json()}\n".encode())
+                while left:
+                    left = left[lines.write(left) :]
+                os.fsync(lines.fileno())
+            except OSError:
+                lines.truncate(end)
+                raise
 
     def read(self, conditions: Conditions) -> list[Result]:
         """The results under these conditions.
@@ -182,7 +195,7 @@ class CellFile:
             DataError: a line is no result.
         """
         with self.lock():
-            lines = self.path.read_text().splitlines() if self.path.is_file() else []
+            lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
         return [Result.from_json(line) for line in lines]
 
     def done(self, conditions: Conditions) -> set[Cell]:
@@ -200,7 +213,7 @@ class CellFile:
                 return
             text = self.path.read_bytes()
             finished = text.rfind(b"\n") + 1
-            for line in text[:finished].decode(errors="replace").splitlines():
+            for line in text[:finished].splitlines():
                 Result.from_json(line)
             if not finished and text and not text.startswith(b'{"model"'):
                 raise DataError(f"{self.path} is not of a benchmark")
@@ -208,9 +221,24 @@ class CellFile:
                 with self.path.open("r+b") as lines:
                     lines.truncate(finished)
 
-    def lock(self) -> FileLock:
+    def lock(self) -> AbstractContextManager[None]:
         """For as long as the file is read or written."""
-        return FileLock(f"{self.path}.lock")
+        return locked(self.path)
+
+
+def _cut_unfinished(lines: BinaryIO) -> int:
+    """Take away what stands after the end of the last whole line; where that is."""
+    end = lines.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        lines.seek(start)
+        newline = lines.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    lines.truncate(end)
+    return end
 
 
 def all_cells(

@@ -7,32 +7,37 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..envs.drawing import printable
+from ..writing import beside
 from .cells import OWN, Result
 from .tables import over_seeds, points
 
+PICTURES = ("acc_asr.png", "der_by_attack.png", "der_by_model.png")
 DPI = 120
 #: With ten colours, what policies are told apart by.
 MARKERS = "osD^vP*X<>"
 
 
 def draw(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Draw what can be of infected models; the files."""
+    """Draw what can be of infected models; the files.
+
+    Raises:
+        WriteError: the folder cannot be written.
+    """
     infected = [result for result in results if result.der is not None]
     if not infected:
         return []
-    written = []
-    for name, figure in (
-        ("acc_asr.png", acc_against_asr(infected)),
-        ("der_by_attack.png", der_by_attack(infected)),
-        ("der_by_model.png", der_by_model(infected)),
-    ):
-        FigureCanvasAgg(figure)
-        figure.savefig(folder / name, dpi=DPI)
-        written.append(folder / name)
-    return written
+    with beside(folder) as new, rc_context({"text.parse_math": False}):  # names are no formulas
+        for name, figure in zip(
+            PICTURES, (acc_against_asr(infected), der_by_attack(infected), der_by_model(infected)), strict=True
+        ):
+            FigureCanvasAgg(figure)
+            figure.savefig(new / name, dpi=DPI)
+    return [folder / name for name in PICTURES]
 
 
 def acc_against_asr(results: Sequence[Result]) -> Figure:
@@ -86,7 +91,7 @@ def der_by_attack(results: Sequence[Result]) -> Figure:
         axes.set_ylabel("DER")
         axes.set_ylim(_least(results), 1.0)  # doing nothing is 0.5
         axes.grid(axis="y", alpha=0.3)
-        axes.set_xticks(np.arange(len(attacks)), attacks)
+        axes.set_xticks(np.arange(len(attacks)), [printable(attack) for attack in attacks])
     figure.legend(*_entries(panels), loc="outside right upper", frameon=False)
     return figure
 
@@ -116,7 +121,7 @@ def der_by_model(results: Sequence[Result]) -> Figure:
         axes.set_xticks(range(len(policies)), list(labels.values()), rotation=90, fontsize=8)
     panels[0].set_yticks(
         range(len(models)),
-        [f"{_short(model)} ({attack_of[model]})" for model in models],
+        [f"{_short(model)} ({printable(attack_of[model])})" for model in models],
         fontsize=6,
     )
     assert picture is not None
@@ -152,12 +157,12 @@ def _policies(results: Sequence[Result]) -> list[str]:
 def _labels(policies: Sequence[str]) -> dict[str, str]:
     """What each policy is called, in their order; files of the same name by all of their paths."""
     count = Counter(map(_short, policies))
-    return {policy: _short(policy) if count[_short(policy)] == 1 else policy for policy in policies}
+    return {policy: _short(policy) if count[_short(policy)] == 1 else printable(policy) for policy in policies}
 
 
 def _short(name: str) -> str:
     """A file is called by its name alone."""
-    return Path(name).stem if name.endswith(".safetensors") else name
+    return printable(Path(name).stem if name.endswith(".safetensors") else name)
 
 
 def _title(budget: float | None) -> str:

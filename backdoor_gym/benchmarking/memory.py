@@ -10,7 +10,7 @@ class PeakMemory:
 
     def __init__(self) -> None:
         try:
-            _RESET.write_text("5")  # 5 sets the high-water mark back, see proc(5)
+            _RESET.write_text("5", encoding="ascii")  # 5 sets the high-water mark back, see proc(5)
             self._known = True
         except OSError:
             self._known = False
@@ -19,7 +19,7 @@ class PeakMemory:
         """None where the system does not tell."""
         if not self._known:
             return None
-        for line in _STATUS.read_text().splitlines():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
         return None

@@ -20,7 +20,7 @@ from ..cluster import ClusterPool, Kept
 from ..devices import find_device
 from ..envs.generator import MODEL, check_model
 from ..envs.prune import BackdoorPruneEnv
-from ..errors import DataError, check_name
+from ..errors import DataError, WriteError, check_name
 from ..infected import InfectedModel
 from ..metrics import Metrics
 from ..processes import died, workers
@@ -28,6 +28,7 @@ from ..pruning.applying import write_mask
 from ..pruning.neurons import RESIDUAL_MODES
 from ..repairing import rating, run_episode
 from ..wording import shown
+from ..writing import beside, check_place, write_text
 from ..zoo.adapting import deep_copy
 from ..zoo.catalogue import load_infected, resolve
 from . import figures, tables
@@ -47,6 +48,8 @@ from .cells import (
 from .memory import PeakMemory
 
 CELLS, SHEET, TABLE = "cells.jsonl", "cells.csv", "table.md"
+#: All that a benchmark writes into its folder.
+FILES = (CELLS, SHEET, TABLE, *figures.PICTURES)
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ def benchmark(
     Raises:
         UnknownNameError: no such policy or model.
         DataError: an unusable argument, a file in ``out`` that is not of a benchmark, or no cluster.
+        WriteError: ``out`` cannot be written; finished cells are kept.
     """
     if not isinstance(budgets, Sequence) or isinstance(budgets, str):
         raise DataError(f"budgets must be a list of shares, not {shown(budgets)}")
@@ -157,7 +161,8 @@ def benchmark(
         raise DataError("no infected model was given")
     conditions = Conditions(clean_samples, test_samples, max_steps, max_failures, residual, data, device)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        check_place(folder / name)
     file = CellFile(folder / CELLS)
     file.drop_unfinished()
     digests = {name: digest(one) for name, one in own.items()}
@@ -169,11 +174,12 @@ def benchmark(
     # A failure after a success is that of a process that worked on where another had finished.
     latest = {result.cell: result for result in sorted(file.read(conditions), key=lambda one: not one.error)}
     results = [latest[cell] for cell in wanted if cell in latest]
-    written = [folder / CELLS, folder / SHEET, folder / TABLE]
-    tables.write_csv(results, folder / SHEET)
     table = tables.markdown(results)
-    (folder / TABLE).write_text(table)
-    return Benchmark(results, table, written + figures.draw(results, folder))
+    with beside(folder) as new:
+        tables.write_csv(results, new / SHEET)
+        write_text(new / TABLE, table)
+        drawn = figures.draw(results, new)
+    return Benchmark(results, table, [folder / name for name in (CELLS, SHEET, TABLE, *(path.name for path in drawn))])
 
 
 Work = tuple[list[Cell], dict[str, str | Factory], Conditions, InfectedModel | None]
@@ -236,6 +242,8 @@ def run_model(
             memory = PeakMemory()
             result = run_cell(blank, makers[cell.policy], ready, conditions)
             result = replace(result, peak_memory=memory.bytes())
+        except WriteError:  # no other cell would fare better
+            raise
         except Exception as error:  # whatever went wrong with one, the others go on
             result = replace(blank, error=f"{type(error).__name__}: {error}")
         file.append(result)

@@ -2,11 +2,16 @@
 
 import csv
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
+from ..writing import one_line, write_text
 from .cells import OWN, Result
+
+#: What the text of a formula begins with, also as Chinese and Japanese keyboards write it.
+FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 
 #: Heading, figure of a result, factor, digits, and whether more is better.
 COLUMNS: tuple[tuple[str, Callable[[Result], float | None], float, int, bool | None], ...] = (
@@ -21,13 +26,32 @@ COLUMNS: tuple[tuple[str, Callable[[Result], float | None], float, int, bool | N
 
 
 def write_csv(results: Sequence[Result], file: Path) -> None:
-    """A line for each result."""
-    rows = [{key: value for key, value in asdict(result).items() if key != "conditions"} for result in results]
+    """A line for each result.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
     names = [name for name in Result.__dataclass_fields__ if name != "conditions"]
-    with file.open("w", newline="") as sheet:
-        writer = csv.DictWriter(sheet, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    sheet = StringIO()
+    writer = csv.writer(sheet)
+    writer.writerow(names)
+    writer.writerows([_plain(getattr(result, name)) for name in names] for result in results)
+    write_text(file, sheet.getvalue())
+
+
+def _plain(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula; numbers stay numbers."""
+    if not isinstance(value, str):
+        return value
+    quoted = f"'{value}" if value.lstrip()[:1] in FORMULA or value[:1].isspace() else value
+    return one_line(quoted)
+
+
+def _cell(text: str) -> str:
+    """Text of a model, a policy or an error within a table or a list of Markdown, which it neither breaks nor formats."""
+    for mark, escaped in (("\\", "\\\\"), ("|", "\\|"), ("[", "\\["), ("`", "\\`"), ("<", "&lt;")):
+        text = text.replace(mark, escaped)
+    return one_line(text)
 
 
 def markdown(results: Sequence[Result]) -> str:
@@ -46,7 +70,8 @@ def markdown(results: Sequence[Result]) -> str:
     wrong = [result for result in results if result.error]
     if wrong:
         lines = [
-            f"- {result.policy} on {result.model} ({_title(result.budget)}, seed {result.seed}): {result.error.splitlines()[0]}"
+            f"- {_cell(result.policy)} on {_cell(result.model)} ({_title(result.budget)}, seed {result.seed}): "
+            f"{_cell(result.error.splitlines()[0])}"
             for result in wrong
         ]
         parts.append("## Failed\n\n" + "\n".join(lines))
@@ -98,7 +123,7 @@ def infected_table(results: Sequence[Result]) -> list[str]:
             cell = f"{factor * mean(values):.{digits}f}"
             cells.append(f"**{cell}**{spread}" if mean(values) == top else f"{cell}{spread}")
         models, seeds = len({one.model for one in mine}), len({one.seed for one in mine})
-        text.append(f"| {policy} | {models} | {seeds} | {' | '.join(cells)} |")
+        text.append(f"| {_cell(policy)} | {models} | {seeds} | {' | '.join(cells)} |")
     return text
 
 
@@ -109,7 +134,7 @@ def untriggered_table(results: Sequence[Result]) -> list[str]:
         mine = [one for one in results if one.policy == policy]
         lost = over_seeds(mine, lambda result: result.acc_lost)
         text.append(
-            f"| {policy} | {len({one.model for one in mine})} | {f'{100 * mean(lost):.2f}' if lost else ''} | "
+            f"| {_cell(policy)} | {len({one.model for one in mine})} | {f'{100 * mean(lost):.2f}' if lost else ''} | "
             f"{mean(one.pruned == 0 for one in mine):.2f} | {mean(one.pruned or 0 for one in mine):.1f} |"
         )
     return text

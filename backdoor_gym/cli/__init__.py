@@ -6,15 +6,20 @@ errors (and the JSON, where both are given). Progress and warnings go to standar
 Exit codes:
 
 - 0: done.
-- 1: it was tried and failed: a training that gave no usable model, a cell of a benchmark, a model that could not be built. Also
-  for an error of this program itself, which shows a traceback.
+- 1: it was tried and failed: a training that gave no usable model, a cell of a benchmark, a model that could not be built. Also,
+  without a word, where the reader of standard output went away (``| head``), and for an error of this program itself, which
+  shows a traceback.
 - 2: unusable input: an unknown name or option, a file that cannot be read or written, data that do not fit. One line on standard
-  error says what was wrong and what is allowed.
+  error says what was wrong and what is allowed. Where a disk is full, the files that were there are there still.
 - 130: interrupted from the keyboard. ``benchmark``, ``train`` and ``infect`` go on from there when called again.
 """
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from io import TextIOWrapper
+from typing import NoReturn
 
 import typer
 
@@ -51,6 +56,9 @@ app.add_typer(family, name="zoo")
 
 def main() -> None:
     """Entry point: errors a user can cause end in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the locale has no character for
     try:
         app()
     except TrainingError as error:
@@ -59,6 +67,12 @@ def main() -> None:
         _fail(error, 2)
 
 
-def _fail(error: Exception, code: int) -> None:
-    print(f"error: {one_line(str(error))}", file=sys.stderr)
+def _fail(error: Exception, code: int) -> NoReturn:
+    with suppress(OSError):
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would try again when it ends, and have its own exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)

@@ -44,9 +44,10 @@ def benchmark(
 ) -> None:
     """Compare policies on many models. Killed and called again, it goes on after the last finished cell."""
     from ..benchmarking import benchmark as run
+    from ..benchmarking.running import FILES
 
     output = Output(as_json, quiet)
-    check_writable(out)
+    check_writable(*(out / name for name in FILES))
     with output.working():
         done = run(
             [part for text in infected for part in text.split(",")],

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -17,10 +17,14 @@ from rich.console import Console, RenderableType
 from ..errors import DataError
 from ..progress import Watch, watched
 from ..wording import printable
+from ..writing import as_json, check_place, sweep, telling
 
 # Names out of files are shown as they are: nothing in them is markup.
 console = Console(markup=False, emoji=False, highlight=False)
 errors = Console(markup=False, emoji=False, highlight=False, stderr=True)
+
+#: What messages call it.
+OUTPUT = "standard output"
 
 DEFAULT_MODEL = "digits-badnets"
 
@@ -59,7 +63,9 @@ class Output:
         Args:
             what: the work in words, or None where it shows its own progress.
         """
-        printed, spare = sys.stdout, open(os.devnull, "w") if self.quiet else None  # noqa: SIM115 (closed below)
+        printed, spare = sys.stdout, None
+        if self.quiet:
+            spare = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
         sys.stdout = spare or sys.stderr
         try:
             with warnings.catch_warnings(), watched(what, what is not None and not self.quiet) as watch:
@@ -84,29 +90,39 @@ class Output:
         return show
 
     def note(self, line: str) -> None:
-        """How the work goes: a line on standard error."""
+        """How the work goes: a line on standard error; where nobody can read it, the work goes on."""
         if not self.quiet:
-            errors.print(printable(line), soft_wrap=True)
+            with suppress(OSError):
+                errors.print(printable(line), soft_wrap=True)
 
     def say(self, what: RenderableType, **style: Any) -> None:
         """A part of the result, for people."""
         if not (self.json or self.quiet):
             what = printable(what) if isinstance(what, str) else what
-            console.print(what, **{"soft_wrap": True, **style})
+            with telling(OUTPUT):
+                console.print(what, **{"soft_wrap": True, **style})
 
     def result(self, facts: Any) -> None:
         """The whole result, for programs."""
         if self.json:
-            print(json.dumps(facts))
+            with telling(OUTPUT):
+                print(as_json(facts), flush=True)
 
 
-def check_writable(folder: Path) -> None:
-    """Find out before the work, not after it, that the results cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()  # permissions alone do not tell: the superuser has them all
-    except OSError as error:
-        raise DataError(f"the folder {folder} cannot be written: {error.strerror}") from error
+def check_writable(*files: Path) -> None:
+    """Find out before the work, not after it, that results cannot be written; remove what killed runs left beside them.
+
+    Raises:
+        WriteError: the folder of a file is not there and cannot be made, or is read-only; or there is something in the place
+            of the file that is not to be replaced.
+    """
+    for folder in dict.fromkeys(file.parent for file in files):
+        with telling(f"the folder {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=folder).close()  # permissions alone do not tell: the superuser has them all
+        sweep(folder)
+    for file in files:
+        check_place(file)
 
 
 def pairs(options: list[str] | None, flag: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def infect(
     out: Annotated[
         Path | None, typer.Option(help="File to write; default: infected/ARCH-ATTACK-SEED.safetensors.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file where it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file where a training has ended in it.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Save the weights as float16, for half the size.")] = False,
     device: DeviceOption = "cpu",
     ray: RayOption = None,
@@ -71,10 +71,10 @@ def infect(
     for unknown in known - {"clp", "bn"}:
         raise UnknownNameError("defence of --adaptive", unknown, ("clp", "bn"))
     path = out or Path("infected") / f"{architecture}-{attack}-{seed}.safetensors"
-    if path.exists() and not force:
-        raise DataError(f"{path} exists already; choose another --out, or --force to replace it")
-    check_writable(path.parent)
     checkpoint = path.with_name(f"{path.name}.checkpoint")
+    check_writable(path, checkpoint)
+    if path.exists() and not checkpoint.exists() and not force:
+        raise DataError(f"{path} exists already; choose another --out, or --force to replace it")
     small = dataset == "digits"
     options = pairs(arch_option, "--arch-option")
     if width is not None:

@@ -103,7 +103,7 @@ def repair(
         timm=timm,
     )
     folder = out or Path("repaired") / path_component(infected.name)
-    check_writable(folder)
+    check_writable(*(folder / name for name in repairing.files_of(infected)))
     with output.working("reading the neurons") as watch:
         result = repairing.repair(
             infected,

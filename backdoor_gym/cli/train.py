@@ -62,14 +62,15 @@ def train(
     from ..agents.encoder import EncoderOptions
     from ..agents.layer_training import train_layers
     from ..agents.layers import LAYER_ENCODER
-    from ..agents.training import checkpoint_of
+    from ..agents.training import best_of, checkpoint_of
     from ..agents.training import train as train_policy
     from ..zoo.catalogue import resolve
 
     output = Output(as_json, quiet)
+    check_writable(out, checkpoint_of(out), best_of(out))
     if out.exists() and not checkpoint_of(out).exists() and not force:
+        best_of(out).unlink(missing_ok=True)
         raise DataError(f"{out} exists already; choose another --out, or --force to replace it")
-    check_writable(out.parent)
     names = [name for pattern in infected or ["digits-train/*"] for name in resolve(pattern)[:most]]
     known = [resolve(pattern) for pattern in validate or ["digits-val/*"]]
     judges = [name for pattern in known for name in pattern[:validation_models]]

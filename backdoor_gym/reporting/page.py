@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..metrics import predict_logits
 from ..policies import is_onp
 from ..wording import printable
+from ..writing import write_text
 from ..zoo.datasets import LabelledImages
 from ..zoo.targets import target_labels
 from . import pictures
@@ -88,10 +89,10 @@ def write_report(result: "RepairResult", path: str | Path, command: str | None =
         command: the command line that asked for it, if one did.
 
     Raises:
-        OSError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     path = Path(path)
-    path.write_text(render(result, command), encoding="utf-8")
+    write_text(path, render(result, command))
     return path
 
 

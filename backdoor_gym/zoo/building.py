@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 
+from ..errors import WriteError
 from ..processes import died, workers
+from ..writing import sweep
 from . import family
 
 
@@ -19,7 +21,10 @@ def build(names: Sequence[str], jobs: int, ray: str | None = None) -> Iterator[t
 
     Raises:
         DataError: Ray is not installed, or there is no cluster at that address.
+        WriteError: the cache cannot be written, which no other model would find better.
     """
+    for folder in {family.cache_path(name).parent for name in names}:
+        sweep(folder)
     missing = [name for name in names if not (ray and family.cache_path(name).is_file())]
     yield from ((name, "") for name in names if name not in missing)
     with workers(jobs, ray) as pool:
@@ -41,6 +46,8 @@ def _make(name: str, send: bool) -> tuple[str, bytes | None]:
     """What went wrong, and the file if it is to be sent."""
     try:
         family.load(name)
+    except WriteError:
+        raise
     except Exception as error:  # whatever went wrong with one, the others go on
         return str(error) or type(error).__name__, None
     return "", family.cache_path(name).read_bytes() if send else None

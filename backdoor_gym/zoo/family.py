@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from platformdirs import user_cache_dir
 
 from ..errors import BackdoorGymError, TrainingError
 from ..infected import InfectedModel
+from ..writing import locked, replacing
 from .corruptions import corrupted, draw_corruption
 from .datasets import DIGITS
 from .infecting import CLEAN, infect
@@ -99,12 +99,12 @@ def load(name: str, progress: bool = False) -> InfectedModel:
 
     Raises:
         TrainingError: no attempt gave an accurate network with a working backdoor.
+        WriteError: the cache cannot be written.
     """
     path = cache_path(name)
     found = _read(path)
     if found is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with locked(path):
             found = _read(path)
             if found is None:
                 found = make(name, progress)
@@ -115,12 +115,10 @@ def load(name: str, progress: bool = False) -> InfectedModel:
 def keep(name: str, content: bytes) -> None:
     """Put the file of a model that was made elsewhere into the cache, if it is not there."""
     path = cache_path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with locked(path):
         if not path.is_file():
-            beside = path.with_suffix(".part")
-            beside.write_bytes(content)
-            beside.replace(path)
+            with replacing(path) as place:
+                place.write_bytes(content)
 
 
 def corruption(name: str) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import pickle
-import tempfile
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ModelFileError
 from ..wording import first_line
+from ..writing import replacing
 from .schemas import MOST_METADATA, plain
 
 KEY = "backdoor_gym"
@@ -53,20 +52,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write the file beside its place and move it there, so that nobody ever sees half of it.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        WriteError: the folder cannot be made or written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     described = json.loads(json.dumps({**metadata, "protection": PROTECTION}))  # tuples are lists there
     text = json.dumps({**described, "checksum": _checksum(plain, described)}, sort_keys=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    try:
-        save_file(plain, temporary, {KEY: text})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as place:
+        save_file(plain, place, {KEY: text})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

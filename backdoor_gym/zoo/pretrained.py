@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from ..infected import InfectedModel, check_finite, check_preprocess
 from ..wording import shown
+from ..writing import beside
 from .checkpoints import COUNTER, Checkpoint, fit_weights, read_checkpoint
 from .datasets import MOST_SIDE, LabelledImages
 from .files import check_names, is_pickle, read_safetensors
@@ -80,17 +81,23 @@ class Layout:
         """Write ``model.safetensors``, with the names and dtypes it came with, and copies of the JSON files.
 
         Raises:
-            OSError: the folder cannot be written.
+            WriteError: the folder cannot be written.
         """
         folder = Path(folder)
-        tensors = {
-            name: value.detach().cpu().to(self.dtypes.get(name, value.dtype)).contiguous()
-            for name, value in {**self.kept, **self._named(folder, network)}.items()
-        }
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-        for name, text in self.texts.items():
-            (folder / name).write_bytes(text)
-        return [folder / name for name in (WEIGHTS, *self.texts)]
+        with beside(folder) as new:
+            tensors = {
+                name: value.detach().cpu().to(self.dtypes.get(name, value.dtype)).contiguous()
+                for name, value in {**self.kept, **self._named(new, network)}.items()
+            }
+            save_file(tensors, new / WEIGHTS, {"format": "pt"})
+            for name, text in self.texts.items():
+                (new / name).write_bytes(text)
+        return [folder / name for name in self.files]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files that ``save`` writes."""
+        return (WEIGHTS, *self.texts)
 
     def _named(self, folder: Path, network: Any) -> Mapping[str, Tensor]:
         if not hasattr(network, "save_pretrained"):

@@ -15,7 +15,7 @@ from ..errors import ModelFileError
 from ..wording import one_line
 
 #: Characters of metadata as JSON, levels of what is nested in it, and characters of one text.
-MOST_METADATA, MOST_LEVELS, MOST_TEXT = 1 << 20, 16, 10_000
+MOST_METADATA, MOST_LEVELS, MOST_TEXT = 1 << 20, 16, 1 << 14
 #: What an option of an architecture, a count or an index may be.
 MOST_SIZE = 1 << 20
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -5,12 +7,14 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from backdoor_gym.agents import ONP, LookAhead
+from backdoor_gym.agents.layer_training import train_layers
 from backdoor_gym.agents.school import BUDGETS, MAX_STEPS, school
 from backdoor_gym.agents.training import THRESHOLD, checkpoint_of, train
 from backdoor_gym.agents.validation import Validation, choose_look_ahead, run, summary
 from backdoor_gym.agents.warm_start import examples
 from backdoor_gym.baselines import CLP
-from backdoor_gym.errors import DataError
+from backdoor_gym.errors import DataError, ModelFileError
+from backdoor_gym.zoo.files import read_tensors, write_tensors
 
 QUICK = {"n_steps": 16, "batch_size": 32, "n_epochs": 1}
 
@@ -114,27 +118,87 @@ class KilledError(Exception):
 
 
 class Kill(BaseCallback):
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
     def _on_step(self):
-        if self.num_timesteps >= 80:
+        if self.num_timesteps >= self.at:
             raise KilledError
         return True
 
 
+def killed(monkeypatch, at, make, *arguments, **options):
+    """A training that ends in the middle of a rollout."""
+    learn = ONP.learn
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ONP,
+            "learn",
+            lambda self, *given, callback, **more: learn(self, *given, callback=[*callback, Kill(at)], **more),
+        )
+        with pytest.raises(KilledError):
+            make(*arguments, **options)
+
+
 def test_a_killed_training_goes_on(files, tmp_path, monkeypatch):
     out = tmp_path / "policies" / "mine.safetensors"
+    out.parent.mkdir()
+    out.write_text("an older one")
     options = {"envs": 2, "epochs": 1, "looks": (LookAhead(2, 1.0),), **QUICK}
-    learn = ONP.learn
-    monkeypatch.setattr(
-        ONP, "learn", lambda self, *args, callback, **kwargs: learn(self, *args, callback=[*callback, Kill()], **kwargs)
-    )
-    with pytest.raises(KilledError):
-        train(files, files[:1], 128, out, **options)
+    killed(monkeypatch, 80, train, files, files[:1], 128, out, **options)
     assert checkpoint_of(out).is_file()
-    monkeypatch.undo()
+    assert out.read_text() == "an older one"
     said = []
     onp = train(files, files[:1], 128, out, report=said.append, **options)
     assert not any("warm start" in line or "LookAhead" in line for line in said)
     assert onp.look_ahead == ONP.load(out).look_ahead == LookAhead(2, 1.0)  # the only choice is not rated
     assert onp.facts["models"] == 2
-    assert not checkpoint_of(out).exists()
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert ONP.load(out).facts["learned_on"] == files
+
+
+@pytest.mark.parametrize(
+    ("make", "steps", "kills", "options"),
+    [
+        (train, 128, (40, 70, 110), {"envs": 2, "looks": (), "n_steps": 16}),
+        (train_layers, 320, (70, 200), {"seats": 2, "n_steps": 8}),
+    ],
+)
+def test_a_training_that_was_killed_comes_to_the_same(files, tmp_path, monkeypatch, make, steps, kills, options):
+    monkeypatch.setattr("backdoor_gym.agents.training.VALIDATE_EVERY", 2)
+    for place in ("training.MAX_STEPS", "school.MAX_STEPS", "layer_training.MAX_ROUNDS"):
+        monkeypatch.setattr(f"backdoor_gym.agents.{place}", 6)
+    (tmp_path / "c.safetensors").write_bytes(Path(files[0]).read_bytes())
+    names = [files[0], "digits-clean", str(tmp_path / "c.safetensors")]
+    options = {**QUICK, "epochs": 1, "guide": examples(names, max_steps=2), **options}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    make(names, names[:1], steps, whole, **options)
+    for at in kills:
+        killed(monkeypatch, at, make, names, names[:1], steps, parts, **options)
+    make(names, names[:1], steps, parts, **options)
+    assert parts.read_bytes() == whole.read_bytes()
+
+
+def test_a_checkpoint_that_tells_of_another_training_is_refused(files, tmp_path):
+    vector = school(files, envs=2, seed=0, max_steps=6)
+    checkpoint = tmp_path / "c"
+    ONP(vector, seed=0, **QUICK).learn(32, checkpoint=checkpoint)
+    tensors, metadata = read_tensors(checkpoint)
+    good = metadata["progress"]
+    first = good["episodes"][0]
+    for bad in (
+        None,
+        {},
+        {**good, "torch": "zz"},
+        {**good, "torch": "00"},
+        {**good, "numpy": {}},
+        {**good, "episodes": [{}, {}]},
+        {**good, "episodes": [{**first, "actions": [10**6]}]},
+        {**good, "episodes": [first] * 3},
+        {**good, "callbacks": None},
+    ):
+        write_tensors(checkpoint, tensors, {**metadata, "progress": bad})
+        with pytest.raises(ModelFileError, match="checkpoint of another training"):
+            ONP(vector, seed=0, **QUICK).learn(64, checkpoint=checkpoint)
+    vector.close()

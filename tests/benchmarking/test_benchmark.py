@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +14,10 @@ import pytest
 
 import backdoor_gym
 from backdoor_gym.baselines import BNP, RandomPolicy
-from backdoor_gym.benchmarking import OWN, Result
-from backdoor_gym.benchmarking.cells import CellFile, all_cells, make, named, own_budget
+from backdoor_gym.benchmarking import OWN, Result, figures
+from backdoor_gym.benchmarking.cells import CellFile, Conditions, all_cells, make, named, own_budget
 from backdoor_gym.benchmarking.figures import der_by_attack
-from backdoor_gym.benchmarking.tables import infected_table, markdown, points
+from backdoor_gym.benchmarking.tables import infected_table, markdown, points, write_csv
 from backdoor_gym.envs.masked_victim import MaskedVictim
 from backdoor_gym.errors import DataError, UnknownNameError
 from backdoor_gym.repairing import run_episode
@@ -366,3 +366,56 @@ def test_specifications_have_the_options_of_repair(infected):
     ):
         with pytest.raises((DataError, UnknownNameError), match=words):
             named([wrong], [0.02])
+
+
+def result_of(**own):
+    return replace(
+        Result("a model", "clp", 0.02, 0, "clp", asdict(Conditions())),
+        **{"acc": 0.5, "acc_before": 0.9, "der": 0.5, "pruned": 3, **own},
+    )
+
+
+def test_text_in_the_sheet_is_no_formula_and_numbers_are_numbers(tmp_path):
+    texts = ["=1+2", "+1", "-1", "@sum(a)", "\t=1", "\r=1", " =1", "\uff1d1", "a\nb", "a,b", "plain", "'=1", ""]
+    results = [result_of(attack=text, der=-0.25 - index, pruned=-index) for index, text in enumerate(texts)]
+    write_csv(results, tmp_path / "cells.csv")
+    with (tmp_path / "cells.csv").open(encoding="utf-8", newline="") as sheet:
+        rows = list(csv.DictReader(sheet))
+    assert [row["attack"] for row in rows] == [
+        "'=1+2", "'+1", "'-1", "'@sum(a)", "'\\t=1", "'\\r=1", "' =1", "'\uff1d1", "a\\nb", "a,b", "plain", "'=1", "",
+    ]  # fmt: skip
+    assert [float(row["der"]) for row in rows] == [result.der for result in results]
+    assert [int(row["pruned"]) for row in rows] == [result.pruned for result in results]
+    assert len((tmp_path / "cells.csv").read_bytes().splitlines()) == len(texts) + 1
+
+
+def test_no_text_breaks_a_table():
+    bad = "a|b\n|c\\|<b>[x](y)`"
+    shown = "a\\|b\\n\\|c\\\\\\|&lt;b>\\[x](y)\\`"
+    for result in (result_of(policy=bad), result_of(policy=bad, der=None)):
+        row = next(line for line in markdown([result]).splitlines() if "&lt;" in line)
+        assert row.startswith(f"| {shown} | 1 |")
+    failed = markdown([result_of(policy=bad, model=bad, error=f"ValueError: {bad}")])
+    assert f"- {shown} on {shown} (Budget of 2 points on the defender's images, seed 0): ValueError: a\\|b\n" in failed
+
+
+def test_names_in_figures_are_no_formulas(tmp_path):
+    result = result_of(model="$\\frac{\x1b$", policy="$x_{$\udc80", attack="$\n$", asr=0.5)
+    assert [path.stat().st_size > 1000 for path in figures.draw([result], tmp_path)] == [True] * 3
+
+
+def test_results_have_no_figures_that_are_not_finite():
+    line = result_of(der=float("nan"), acc=float("inf")).as_json()
+    assert (Result.from_json(line).der, Result.from_json(line).acc) == (None, None)
+    json.loads(line, parse_constant=pytest.fail)
+
+
+def test_half_a_line_of_a_killed_process_does_not_spoil_the_next(tmp_path):
+    file = CellFile(tmp_path / "cells.jsonl")
+    first, second = result_of(), result_of(attack="x" * 10_000)
+    file.append(first)
+    for half in (second.as_json()[:7], second.as_json()):  # more than what is read at once
+        with file.path.open("a", encoding="utf-8") as lines:
+            lines.write(half)
+        file.append(second)
+    assert file.read_all() == [first, second, second]
