@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 from torch import Tensor, nn
 
 from backdoor_gym.errors import ModelFileError, WeightsError
@@ -41,7 +41,7 @@ class PolicyFields(Fields):
     verdict_threshold: Share | None
     facts: dict[str, Any]
     timesteps: Count = 0
-    progress: dict[str, Any] | None = None
+    progress: dict[str, Any] | UnsetType = UNSET
 
 
 class KnownFacts(Fields, forbid_unknown_fields=False):
@@ -102,7 +102,7 @@ def read_policy(metadata: Mapping[str, Any], kind: str, path: Any) -> SavedPolic
         fields.verdict_threshold,
         fields.facts,
         fields.timesteps,
-        fields.progress,
+        None if fields.progress is UNSET else fields.progress,
     )
 
 

@@ -277,10 +277,10 @@ def mutate_signed(path: Path, draw: random.Random) -> None:
 
 
 def mutate_cells(path: Path, draw: random.Random) -> None:
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     place = draw.randrange(len(lines))
     lines[place] = json.dumps(mutate_value(json.loads(lines[place]), draw))
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def mutate_npz(path: Path, draw: random.Random) -> None:
@@ -510,7 +510,7 @@ def main() -> None:
         "slowest_seconds": max(row["seconds"] for row in rows),
         "versions": {name: version(name) for name in ("torch", "safetensors", "numpy", "pillow", "msgspec")},
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record["by_kind"], indent=1), f"{len(record['failed'])} failed", sep="\n")
 
 
