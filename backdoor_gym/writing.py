@@ -165,6 +165,8 @@ def telling(what: Path | str) -> Iterator[None]:
         raise WriteError(int(number[1]), os.strerror(int(number[1])), str(what)) from error
     except OSError as error:
         raise WriteError(error.errno or errno.EIO, error.strerror or str(error), str(what)) from error
+    except UnicodeEncodeError as error:  # of a path: texts are escaped
+        raise WriteError(errno.EILSEQ, "the locale has no such characters for names of files", str(what)) from error
 
 
 @contextmanager

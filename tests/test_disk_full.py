@@ -196,6 +196,17 @@ def test_an_ascii_locale_changes_no_file(tmp_path):
     assert "±" in (folder / "table.md").read_text(encoding="utf-8")
 
 
+def test_a_name_that_the_locale_cannot_write_is_one_line(tmp_path):
+    code = "from pathlib import Path; from backdoor_gym.writing import write_text; write_text(Path('x\\xfc'), '')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **ASCII}
+    )
+    last = done.stderr.splitlines()[-1]
+    assert last == (
+        "backdoor_gym.errors.WriteError: x\\xfc cannot be written: the locale has no such characters for names of files"
+    )
+
+
 def test_an_interrupted_infection_whose_file_is_there_ends(run, tmp_path):
     arguments = ("infect", "--epochs", 1, "--width", 8, "--out", "m.safetensors")
     assert run(*arguments)[0] == 0
