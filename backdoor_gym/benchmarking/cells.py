@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -148,7 +148,10 @@ class Result:
             DataError: it is none.
         """
         try:
-            return msgspec.json.decode(line, type=cls)
+            said = msgspec.json.decode(line)
+            if not isinstance(said, dict) or said.keys() != {field.name for field in fields(cls)}:
+                raise ValueError("other fields")
+            return msgspec.convert(said, cls)
         except (msgspec.DecodeError, RecursionError, ValueError) as error:
             raise DataError(f"not a result of a benchmark ({error}): {line[:80]!r}") from error
 

@@ -125,7 +125,7 @@ def is_archive(path: Path) -> bool:
         start = file.read(262)
     if start.startswith(ARCHIVES) or start[257:] == b"ustar":
         return True
-    if not start.startswith(b"PK") or not zipfile.is_zipfile(path):
+    if not start.startswith(b"PK"):
         return False
     try:
         with zipfile.ZipFile(path) as archive:

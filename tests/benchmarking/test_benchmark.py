@@ -419,3 +419,29 @@ def test_half_a_line_of_a_killed_process_does_not_spoil_the_next(tmp_path):
             lines.write(half)
         file.append(second)
     assert file.read_all() == [first, second, second]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda line: line.replace(b'"acc"', b'"acd"'),
+        lambda line: line.replace(b'"onp"', b'"on\xff"', 1),
+        lambda line: line.replace(b'"seed": 0', b'"seed": -1'),
+        lambda line: line.replace(b'"seed": 0', b'"seed": true'),
+        lambda line: line.replace(b'"acc": 0.9', b'"acc": 90.0'),
+        lambda line: line.replace(b'"acc": 0.9', b'"acc": NaN'),
+        lambda line: line[:-1] + b', "more": 1}',
+        lambda line: b"[" * 100_000,
+        lambda line: b"[1]",
+    ],
+)
+def test_a_line_that_is_no_result_is_refused(tmp_path, change):
+    file = CellFile(tmp_path / "cells.jsonl")
+    file.append(Result("digits-clean", "onp", None, 0, "onp", {}, acc=0.9))
+    assert [result.acc for result in file.read_all()] == [0.9]
+    line = file.path.read_bytes().strip()
+    assert change(line) != line
+    file.path.write_bytes(change(line) + b"\n")
+    for read in (file.read_all, file.drop_unfinished):
+        with pytest.raises(DataError, match="not a result of a benchmark"):
+            read()
