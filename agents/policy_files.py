@@ -115,7 +115,7 @@ def check_weights(options: EncoderOptions, tensors: Mapping[str, Tensor], path: 
     try:
         network = within(lambda: GraphActorCritic(options), tensors)
         check_shapes(network, tensors)
-    except (WeightsError, RuntimeError) as error:  # of PyTorch where sizes overflow
+    except (WeightsError, RuntimeError, TypeError, OverflowError) as error:  # of PyTorch where sizes overflow
         raise ModelFileError(f"{path} does not hold the weights of its network: {error}") from error
     for key, value in network.state_dict().items():
         _check_numbers(tensors[key], value, key, path)

@@ -1,5 +1,6 @@
 """An infected model: a network, the defender's clean images, and, for scoring only, test images, trigger and target."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from .errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from .metrics import Metrics, evaluate
+from .wording import one_line
+from .writing import finite
 from .zoo.adapting import LOGITS, in_float32, unwrapped
 from .zoo.architectures import build_from_spec
 from .zoo.attacks import Attack, attack_from_state
@@ -19,11 +22,13 @@ from .zoo.datasets import DIGITS, DataSource, LabelledImages, check_labels, fing
 from .zoo.files import read_tensors, write_tensors
 from .zoo.own_images import Source, all_images, fit_channels, own_images
 from .zoo.preprocessing import Normalise, Preprocessed, giving_logits, own_module
-from .zoo.schemas import ImagesFields, ModelFields, checked
+from .zoo.schemas import MOST_NAME, ImagesFields, ModelFields, checked
 from .zoo.sizes import within
 from .zoo.targets import Target, check_target
 
 FORMAT = "backdoor-gym-infected/1"
+#: Tensors of a file beside those of the network and of the trigger.
+IMAGES = frozenset(f"{role}.{what}" for role in ("clean", "test") for what in ("images", "labels", "indices"))
 
 
 @dataclass
@@ -238,10 +243,10 @@ class InfectedModel:
         tensors = {f"network.{key}": value for key, value in weights.items()}
         metadata: dict[str, Any] = {
             "format": FORMAT,
-            "name": self.name,
+            "name": one_line(self.name, MOST_NAME - 3),
             "architecture": self.architecture,
             "target": self.target,
-            "facts": self.facts,
+            "facts": finite(self.facts),
             "data": {},
         }
         if isinstance(self.network, Preprocessed):
@@ -260,6 +265,7 @@ class InfectedModel:
             parameters, trigger_tensors = self.trigger.state()
             metadata["trigger"] = {"attack": self.trigger.name, "parameters": parameters}
             tensors |= {f"trigger.{key}": value for key, value in trigger_tensors.items()}
+        checked(json.loads(json.dumps(metadata)), ModelFields, "the model")  # it is to be read again
         write_tensors(Path(path), tensors, metadata)
         return Path(path)
 
@@ -282,6 +288,9 @@ class InfectedModel:
             raise ModelFileError(f"{path} holds {metadata.get('format')!r}, not an infected model ({FORMAT})")
         fields = checked(metadata, ModelFields, str(path))
         try:
+            strange = [name for name in tensors if not name.startswith(("network.", "trigger.")) and name not in IMAGES]
+            if strange:
+                raise ModelFileError(f"{path} holds {strange[0]}, which no infected model has")
             weights = _part(tensors, "network.")
             # A file says how large the network is: nothing is allocated before its weights fit.
             check_shapes(within(lambda: build_from_spec(fields.architecture), weights), weights)
@@ -362,9 +371,16 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load a state dict that fits (``check_shapes``), of the same kinds of numbers."""
     check_shapes(network, weights)
     for key, value in network.state_dict().items():
-        if value.is_floating_point() != weights[key].is_floating_point():
+        if _kind(value) != _kind(weights[key]):
             raise WeightsError(f"the weights of {key} must be like {value.dtype}, not {weights[key].dtype}")
     network.load_state_dict(weights)
+
+
+def _kind(tensor: Tensor) -> str:
+    """What kind of numbers it holds."""
+    if tensor.dtype == torch.bool:
+        return "bool"
+    return "complex" if tensor.is_complex() else "float" if tensor.is_floating_point() else "integer"
 
 
 def check_shapes(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -413,5 +429,7 @@ def _unpack_images(fields: ImagesFields, role: str, tensors: Mapping[str, Tensor
     stored = tensors[f"{role}.indices"]
     if stored.dtype != torch.int64 or stored.ndim != 1:
         raise ModelFileError(f"{role}.indices must be int64 (n,), not {stored.dtype} {tuple(stored.shape)}")
+    if len(torch.unique(stored)) < len(stored):
+        raise ModelFileError(f"{role}.indices name some images several times")
     indices = tuple(stored.tolist())
     return LabelledImages.from_source(DataSource(dataset, split, indices, digest))

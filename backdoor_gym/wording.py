@@ -44,4 +44,5 @@ def first_line(error: BaseException) -> str:
 def path_component(name: str) -> str:
     """A name as that of one file or folder, never of another one: letters, digits and a few signs, no dot in front."""
     safe = re.sub(r"[^\w.+=@ -]", "-", printable(name[:MOST_OF_NAME]))
-    return safe.lstrip(". -").rstrip(". ") or "unnamed"
+    short = safe.encode()[: 2 * MOST_OF_NAME].decode(errors="ignore")  # file systems count bytes
+    return short.lstrip(". -").rstrip(". ") or "unnamed"

@@ -155,7 +155,7 @@ def test_weights_that_are_not_finite_are_refused():
         (lambda t, m: m.pop("data"), ModelFileError, "missing required field `data`"),
         (lambda t, m: m["trigger"].update(attack="badnet"), UnknownNameError, "badnets"),
         (lambda t, m: m["data"]["clean"].update(fingerprint="0" * 16), DataError, "not the one"),
-        (lambda t, m: t["clean.indices"].fill_(5000), DataError, "1797 images"),
+        (lambda t, m: t["clean.indices"].add_(5000), DataError, "1797 images"),
         (lambda t, m: t.update({"clean.indices": torch.zeros(0, dtype=torch.long)}), DataError, "no images"),
     ],
 )

@@ -199,7 +199,7 @@ class CellFile:
         """
         with self.lock():
             lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
-        return [Result.from_json(line) for line in lines]
+        return [Result.from_json(line) for line in lines if line.strip()]
 
     def done(self, conditions: Conditions) -> set[Cell]:
         """The cells under these conditions in which nothing went wrong."""
@@ -217,7 +217,8 @@ class CellFile:
             text = self.path.read_bytes()
             finished = text.rfind(b"\n") + 1
             for line in text[:finished].splitlines():
-                Result.from_json(line)
+                if line.strip():
+                    Result.from_json(line)
             if not finished and text and not text.startswith(b'{"model"'):
                 raise DataError(f"{self.path} is not of a benchmark")
             if finished < len(text):

@@ -5,7 +5,7 @@ that begins with ``hf:`` reaches the Hub.
 """
 
 import importlib
-import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ from .files import check_names, is_pickle, read_safetensors
 from .foreign import Factory, differing_length, load_foreign
 from .own_images import Source, _is_image_folder, all_images, own_images
 from .preprocessing import Normalise, Preprocessed
-from .sizes import within
+from .schemas import plain
+from .sizes import counted, within
 
 HUB = "hf:"
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
@@ -269,6 +271,14 @@ def _of_transformers(config: Mapping[str, Any], weights: dict[str, Tensor], fold
     if config.get("quantization_config"):
         raise ModelFileError(f"{folder} holds quantised weights; a network is repaired as the floats it was made of")
     _check_depth(config, folder)
+    refused = sorted(NOT_FROM_A_FILE & (config.get("model_args") or {}).keys())
+    if refused:
+        raise ModelFileError(f"{folder / CONFIG} says {refused[0]}: weights come out of {WEIGHTS} alone")
+    longest = max((length for value in weights.values() for length in value.shape), default=0)
+    if isinstance(config.get("num_labels"), int | float) and config["num_labels"] > longest:
+        raise ModelFileError(
+            f"{folder / CONFIG} says {config['num_labels']} classes, and the weights are of no so many"
+        )
     floats = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
     try:
         with _quiet():
@@ -335,7 +345,9 @@ def _of_timm(config: Mapping[str, Any], weights: dict[str, Tensor], folder: Path
     if classes is not None:
         arguments["num_classes"] = classes
     shapes = {key: value.shape for key, value in weights.items()}
-    _check_size(within(lambda: _planned(name, arguments), weights), shapes, folder)
+    with counted(weights):
+        planned = _planned(name, arguments)
+    _check_size(planned, shapes, folder)
     network = _create(name, arguments)
     unused = fit_weights(network, Checkpoint(folder / WEIGHTS, weights, {}))
     check_finite(network)
@@ -393,12 +405,16 @@ def _check_depth(config: Any, folder: Path, within: str = "") -> None:
     """Raise ``ModelFileError`` where a config asks for more layers than anybody's network has."""
     if isinstance(config, Mapping):
         for key, value in config.items():
-            _check_depth(value, folder, str(key))
+            if key not in ("id2label", "label2id"):
+                _check_depth(value, folder, str(key))
     elif isinstance(config, list):
         for value in config:
             _check_depth(value, folder, within)
     elif (
-        isinstance(config, int | float) and re.search("layer|depth|block|repeat|stage", within) and config > MOST_LAYERS
+        isinstance(config, int | float)
+        and config > MOST_LAYERS
+        and re.search("layer|depth|block|repeat|stage", within)
+        and not re.search("channel|dim|size|width", within)
     ):
         raise ModelFileError(f"{folder / CONFIG}: {within} is {config}; {MOST_LAYERS} is the most")
 
@@ -446,8 +462,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES:,} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = msgspec.json.decode(path.read_bytes())
+        plain(found)
+    except (OSError, ValueError, msgspec.DecodeError, RecursionError) as error:
         raise ModelFileError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(found, dict):
         raise ModelFileError(f"{path} must hold a JSON object, not a {type(found).__name__}")
@@ -521,7 +538,9 @@ def _normalisation(settings: Mapping[str, Any] | None, where: Path) -> nn.Module
     try:
         scale = 255 * float(factor)
         center, width = (_numbers(mean), _numbers(std)) if normalised else ([0.0] * 3, [1.0] * 3)
-    except (TypeError, ValueError) as error:
+        if not all(map(math.isfinite, (scale, *center, *width))):
+            raise ValueError("numbers that are not finite")
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"the normalisation in {where} is not understood (rescale_factor {factor!r}, image_mean {mean!r}, image_std "
             f"{std!r}): give it with --mean and --std (preprocess=)"

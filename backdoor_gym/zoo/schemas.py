@@ -16,6 +16,8 @@ from ..wording import one_line
 
 #: Characters of metadata as JSON, levels of what is nested in it, and characters of one text.
 MOST_METADATA, MOST_LEVELS, MOST_TEXT = 1 << 20, 16, 1 << 14
+#: Characters of the name of a model.
+MOST_NAME = 500
 #: What an option of an architecture, a count or an index may be.
 MOST_SIZE = 1 << 20
 
@@ -26,7 +28,10 @@ Share = Annotated[float, Meta(gt=0, lt=1)]
 #: ``digits``, or a name of the Hub with the reading options of ``zoo.datasets``: never a path, nor a builder of the library.
 DatasetName = Annotated[
     str,
-    Meta(pattern=r"\A(digits|[A-Za-z0-9][\w.-]{0,99}/[A-Za-z0-9_][\w.-]{0,99}(\?[\w=&.-]{1,200})?)\Z", max_length=400),
+    Meta(
+        pattern=r"\A(digits|[A-Za-z0-9][\w.-]{0,99}/[A-Za-z0-9_][\w.-]{0,99}(\?[^\x00-\x1f\x7f]{1,200})?)\Z",
+        max_length=400,
+    ),
 ]
 Option = bool | Annotated[int, Meta(ge=-MOST_SIZE, le=MOST_SIZE)] | float | Annotated[str, Meta(max_length=100)] | None
 Options = dict[
@@ -76,7 +81,7 @@ class ModelFields(Fields):
     """An infected model, beside its tensors."""
 
     format: str
-    name: Annotated[str, Meta(max_length=500)]
+    name: Annotated[str, Meta(max_length=MOST_NAME)]
     architecture: Options
     target: Size | Literal["all-to-all"] | None
     facts: dict[str, Any]

@@ -29,13 +29,18 @@ def within(make: Callable[[], Network], weights: Mapping[str, Tensor]) -> Networ
     Raises:
         WeightsError: it would have more parameters or layers than the file has tensors for.
     """
-    with _counted(len(weights)), torch.device("meta"):
+    with counted(weights), torch.device("meta"):
         return make()
 
 
 @contextmanager
-def _counted(tensors: int) -> Iterator[None]:
-    """Making a module ends as soon as it asks for more than so many tensors."""
+def counted(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Making a module in this block ends as soon as it asks for far more parameters or layers than there are weights.
+
+    Raises:
+        WeightsError: it does.
+    """
+    tensors = len(weights)
     parameters = modules = 0
     thread = get_ident()  # PyTorch tells of what is made in all of them
 

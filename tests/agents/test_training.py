@@ -199,6 +199,6 @@ def test_a_checkpoint_that_tells_of_another_training_is_refused(files, tmp_path)
         {**good, "callbacks": None},
     ):
         write_tensors(checkpoint, tensors, {**metadata, "progress": bad})
-        with pytest.raises(ModelFileError, match="checkpoint of another training"):
+        with pytest.raises(ModelFileError, match=r"checkpoint of another training|not what such a file must be"):
             ONP(vector, seed=0, **QUICK).learn(64, checkpoint=checkpoint)
     vector.close()

@@ -1,6 +1,7 @@
 """What a model's file says is data until it is checked: types, ranges, sizes, names."""
 
 import copy
+import dataclasses
 import time
 
 import pytest
@@ -169,3 +170,33 @@ def test_sizes_are_bounded_on_the_way_and_not_at_the_end():
         within(make, {"a": torch.zeros(1)})
     assert made < 2000
     assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+def test_images_are_named_once_and_nothing_else_is_held(forged, infected_file):
+    indices = read_tensors(infected_file)[0]["clean.indices"]
+    with pytest.raises(ModelFileError, match="several times"):
+        load_infected(forged(**{"clean.indices": torch.cat([indices, indices])}))
+    with pytest.raises(ModelFileError, match="holds foo"):
+        load_infected(forged(**{"foo.bar": torch.zeros(1)}))
+
+
+def test_what_save_writes_load_reads(infected, tmp_path):
+    facts = {"a": float("nan"), "b": float("inf"), "c": "x"}
+    odd = dataclasses.replace(infected, name="n\ud800\x1b" + "x" * 600, facts=facts)
+    again = load_infected(odd.save(tmp_path / "odd.safetensors"))
+    assert again.facts == {"a": None, "b": None, "c": "x"}
+    assert again.name.isprintable()
+    deep = [1]
+    for _ in range(40):
+        deep = [deep]
+    with pytest.raises(ModelFileError, match="levels deep"):
+        dataclasses.replace(infected, facts={"a": deep}).save(tmp_path / "deep.safetensors")
+
+
+@pytest.mark.parametrize("dataset", ["a/..", "a/.", "a/b/.."])
+def test_no_name_of_a_data_set_leads_out_of_its_folder(forged, dataset, tmp_path, monkeypatch):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    monkeypatch.setenv("BACKDOOR_GYM_DATA", str(tmp_path / "data"))
+    path = forged(lambda metadata: metadata["data"]["clean"].update(dataset=dataset))
+    with pytest.raises(DataError, match="--data"):
+        load_infected(path)

@@ -60,12 +60,17 @@ class MultiTrigger(Attack):
 
     @classmethod
     def from_state(cls, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        parts = []
+        if parameters.keys() - {"triggers"}:
+            raise ModelFileError(f"the trigger of multi-trigger has no {sorted(parameters.keys() - {'triggers'})[0]}")
+        parts, taken = [], 0
         kinds = checked(parameters.get("triggers", []), list[TriggerFields], "the trigger of multi-trigger")
         for index, kind in enumerate(kinds):
             prefix = f"{index}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            taken += len(own)
             parts.append(_trigger(kind.attack).from_state(kind.parameters, own))
+        if taken < len(tensors):
+            raise ModelFileError("the trigger of multi-trigger holds tensors that none of its triggers has")
         if not parts:
             raise ModelFileError("the trigger of multi-trigger names no triggers")
         return cls(tuple(parts))
