@@ -1,11 +1,12 @@
 """Whether commands that are killed and called again leave whole files, and come to what they would have come to.
 
-    python benchmarks/kills.py              # 12 kills of each command, some ten minutes; writes results/kills.json
+    python benchmarks/kills.py              # 12 kills of each command, 24 minutes on two busy cores; writes results/kills.json
     python benchmarks/kills.py --kills 2 --only repair infect
 
 ``infect``, ``zoo build``, ``train``, ``benchmark`` and ``repair`` get SIGKILL again and again, half of the times at any moment,
 half while files are written, and half of them with their worker processes. Then each is run to its end and compared with one
-that was never killed: weights and pictures bit for bit, cells and figures apart from seconds, memory and the date. Linux.
+that was never killed: weights and pictures bit for bit, cells and figures apart from seconds and memory; of the page of a repair,
+which has a date, it is only seen that it is whole. Linux.
 """
 
 import argparse
