@@ -1,12 +1,12 @@
 """An infected model: a network, the defender's clean images, and, for scoring only, test images, trigger and target."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import torch
 from msgspec import UNSET
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from .metrics import Metrics, evaluate
 from .wording import one_line
-from .writing import finite
+from .writing import as_json, finite
 from .zoo.adapting import LOGITS, in_float32, unwrapped
 from .zoo.architectures import build_from_spec
 from .zoo.attacks import Attack, attack_from_state
@@ -265,7 +265,7 @@ class InfectedModel:
             parameters, trigger_tensors = self.trigger.state()
             metadata["trigger"] = {"attack": self.trigger.name, "parameters": parameters}
             tensors |= {f"trigger.{key}": value for key, value in trigger_tensors.items()}
-        checked(json.loads(json.dumps(metadata)), ModelFields, "the model")  # it is to be read again
+        checked(msgspec.json.decode(as_json(metadata)), ModelFields, "the model")  # it is to be read again
         write_tensors(Path(path), tensors, metadata)
         return Path(path)
 
