@@ -25,6 +25,7 @@ from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.errors import DataError, ModelFileError, check_name
 from backdoor_gym.wording import shown
+from backdoor_gym.writing import finite
 from backdoor_gym.zoo.files import read_tensors, write_tensors
 
 from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
@@ -325,7 +326,7 @@ class ONP:
             "look_ahead": None if self.look_ahead is None else asdict(self.look_ahead),
             "threshold": self.threshold,
             "verdict_threshold": self.verdict_threshold,
-            "facts": self.facts,
+            "facts": finite(self.facts),
         }
 
     def save_checkpoint(self, path: str | Path) -> None:

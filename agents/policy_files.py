@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from backdoor_gym.errors import ModelFileError, WeightsError
 from backdoor_gym.infected import check_shapes
-from backdoor_gym.zoo.schemas import Count, Fields, Share, checked
+from backdoor_gym.zoo.schemas import Count, Fields, Threshold, checked
 from backdoor_gym.zoo.sizes import within
 
 from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
@@ -37,8 +37,8 @@ class PolicyFields(Fields):
     format: str
     encoder: EncoderFields
     look_ahead: dict[str, Any] | None
-    threshold: Share
-    verdict_threshold: Share | None
+    threshold: Threshold
+    verdict_threshold: Threshold | None
     facts: dict[str, Any]
     timesteps: Count = 0
     progress: dict[str, Any] | UnsetType = UNSET

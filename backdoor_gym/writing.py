@@ -76,7 +76,7 @@ def write_text(path: Path, text: str) -> None:
         place.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
-def one_line(text: str) -> str:
+def escaped(text: str) -> str:
     """Text with what is no picture of a character, such as the end of a line, escaped."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 

@@ -452,7 +452,9 @@ def work(first: int, count: int) -> None:
                 outcome = check(originals, kind, draw)
             except Exception as error:
                 outcome = "failed"
-                why = f"{type(error).__name__}: {str(error)[:300]} | {traceback.format_exc().splitlines()[-3:-1]}"
+                frames = traceback.extract_tb(error.__traceback__)[-4:]
+                where = " / ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
+                why = f"{type(error).__name__}: {str(error)[:300]} in {where}"
             signal.alarm(0)
             after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             if (after - before) << 10 > MOST_MEMORY:

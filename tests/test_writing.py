@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from backdoor_gym import writing
 from backdoor_gym.errors import BackdoorGymError, WriteError
-from backdoor_gym.writing import as_json, beside, check_place, one_line, replacing, sweep, write_text
+from backdoor_gym.writing import as_json, beside, check_place, escaped, replacing, sweep, write_text
 from backdoor_gym.zoo.files import read_tensors, write_tensors
 
 CLONE = Path(__file__).parents[1]
@@ -174,8 +174,8 @@ def test_json_has_no_word_for_what_is_not_finite():
         as_json({"a": object()})
 
 
-def test_one_line_is_one():
-    assert one_line("a\nb\x1b[31mü\u2028\udc80") == "a\\nb\\x1b[31mü\\u2028\\udc80"
+def test_what_is_no_picture_of_a_character_is_escaped():
+    assert escaped("a\nb\x1b[31mü\u2028\udc80") == "a\\nb\\x1b[31mü\\u2028\\udc80"
 
 
 def modules():

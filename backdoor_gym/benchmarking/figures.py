@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..envs.drawing import printable
+from ..wording import printable
 from ..writing import beside
 from .cells import OWN, Result
 from .tables import over_seeds, points

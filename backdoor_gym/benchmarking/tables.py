@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from ..writing import one_line, write_text
+from ..writing import escaped, write_text
 from .cells import OWN, Result
 
 #: What the text of a formula begins with, also as Chinese and Japanese keyboards write it.
@@ -44,14 +44,14 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     quoted = f"'{value}" if value.lstrip()[:1] in FORMULA or value[:1].isspace() else value
-    return one_line(quoted)
+    return escaped(quoted)
 
 
 def _cell(text: str) -> str:
     """Text of a model, a policy or an error within a table or a list of Markdown, which it neither breaks nor formats."""
-    for mark, escaped in (("\\", "\\\\"), ("|", "\\|"), ("[", "\\["), ("`", "\\`"), ("<", "&lt;")):
-        text = text.replace(mark, escaped)
-    return one_line(text)
+    for mark, replacement in (("\\", "\\\\"), ("|", "\\|"), ("[", "\\["), ("`", "\\`"), ("<", "&lt;")):
+        text = text.replace(mark, replacement)
+    return escaped(text)
 
 
 def markdown(results: Sequence[Result]) -> str:

@@ -54,11 +54,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         WriteError: the folder cannot be made or written.
     """
-    plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    held = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     described = json.loads(json.dumps({**metadata, "protection": PROTECTION}))  # tuples are lists there
-    text = json.dumps({**described, "checksum": _checksum(plain, described)}, sort_keys=True)
+    text = json.dumps({**described, "checksum": _checksum(held, described)}, sort_keys=True)
     with replacing(path) as place:
-        save_file(plain, place, {KEY: text})
+        save_file(held, place, {KEY: text})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

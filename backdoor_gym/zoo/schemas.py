@@ -24,7 +24,8 @@ MOST_SIZE = 1 << 20
 Word = Annotated[str, Meta(pattern=r"\A[\w.-]{1,100}\Z")]
 Size = Annotated[int, Meta(ge=0, le=MOST_SIZE)]
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
-Share = Annotated[float, Meta(gt=0, lt=1)]
+#: A probability that decides nothing where it is 0 or 1.
+Threshold = Annotated[float, Meta(gt=0, lt=1)]
 #: ``digits``, or a name of the Hub with the reading options of ``zoo.datasets``: never a path, nor a builder of the library.
 DatasetName = Annotated[
     str,

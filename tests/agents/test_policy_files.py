@@ -88,6 +88,12 @@ def test_weights_are_of_the_right_type_and_shape(forged, saved):
         ONP.load(forged({key: value for key, value in saved[0].items() if key != name}))
 
 
+def test_what_save_writes_load_reads(tmp_path):
+    onp = ONP(encoder=EncoderOptions(8, 1, 2), seed=0)
+    onp.facts = {"a": float("nan"), "b": [float("inf"), 1]}
+    assert ONP.load(onp.save(tmp_path / "policy.safetensors")).facts == {"a": None, "b": [None, 1]}
+
+
 def test_a_sound_file_is_read(forged):
     assert ONP.load(forged()).look_ahead == LookAhead()
 
