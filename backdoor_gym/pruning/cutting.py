@@ -149,21 +149,21 @@ class _Plan:
         self.network, self.neurons = network, neurons
         self.channels = Channels(neurons.graph)
         self.lowered: Mapping[str, Lowered] = neurons.graph.meta["lowered"]
-        #: Labels that a mask takes away.
-        self.gone = np.zeros(0, dtype=np.int64)
+        #: Labels that a mask takes away, and those of the same layers that it leaves.
+        self.gone, self.left = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         self.zero = self._zeros(mask)
         self.classes = classes(self.channels, depthwise=True)
         self.needed = np.zeros(self.classes.max() + 1, dtype=bool)
-        #: What needs a class of channels whatever they hold, and whether something reads what is not zero in it.
+        #: What needs a class of channels whatever they hold, and the first layer that reads what is not zero in it.
         self.held: dict[int, str] = {}
-        self.read = np.zeros_like(self.needed)
+        self.read: dict[int, str] = {}
         #: Axes of tensors of the network that channels lie along, with their labels.
         self.along: list[tuple[str, int, np.ndarray]] = []
         for node in self.channels.nodes:
             self._look_at(node)
         for _, _, labels in self.along:  # a layer keeps one channel at least, and reads one
             if len(labels) and (labels > 0).all() and not self.needed[self.classes[labels]].any():
-                self._need(labels[:1])
+                self._need(labels[:1], held_by="a layer keeps one channel at least")
 
     def groups(self) -> dict[str, list[_Piece]]:
         """What to cut, by what must go together; each is named after its first layer."""
@@ -191,13 +191,12 @@ class _Plan:
         module = module_of(self.neurons.graph, node)
         return self.channels.vector(node, -1 if isinstance(module, nn.Linear | nn.LayerNorm) else 1)
 
-    def _need(self, labels: np.ndarray, held_by: str | None = None) -> None:
+    def _need(self, labels: np.ndarray, *, held_by: str | None = None, read_by: str = "") -> None:
         numbers = np.unique(self.classes[labels[labels > 0]])
         self.needed[numbers] = True
-        if held_by is None:
-            self.read[numbers] = True
-        else:
-            self.held.update({number: held_by for number in numbers.tolist() if number not in self.held})
+        reasons, reason = (self.read, read_by) if held_by is None else (self.held, held_by)
+        for number in numbers.tolist():
+            reasons.setdefault(number, reason)
 
     def _need_all(self, node: fx.Node, by: fx.Node) -> None:
         labels = self.channels.labels[node]
@@ -205,19 +204,22 @@ class _Plan:
             known = self.lowered.get(str(by.target))
             where = by.meta.get("where") or "the network's own forward"
             what = f"{operation(by)} in {where}" if known is None else known.name
-            self._need(np.unique(labels.thin.long().numpy()), f"{what} works on all of them together")
+            self._need(np.unique(labels.thin.long().numpy()), held_by=f"{what} works on all of them together")
 
     def stops(self) -> list[str]:
-        """Pruned channels that something needs whatever they hold, by layer, and what that is."""
+        """Pruned channels that something needs although no neuron gives them anything, by layer, and what that is.
+
+        Where neurons that were kept are added to them, nothing is said: there they are no longer the pruned ones' alone.
+        """
         found: dict[tuple[str, str], int] = {}
-        gone = set(self.classes[self.gone].tolist())
+        gone, left = (set(self.classes[labels].tolist()) for labels in (self.gone, self.left))
         for node in self.channels.nodes:
             if self.channels.kinds[node] is Kind.WEIGHTED:
                 name = self.lowered[str(node.target)].name
                 for number in self.classes[self._rows(node)].tolist():
-                    if number in gone and number in self.held and not self.read[number]:
-                        key = name, self.held[number]
-                        found[key] = found.get(key, 0) + 1
+                    if number in gone and number not in left and self.needed[number]:
+                        why = self.held.get(number) or f"{self.read[number]} reads what is added to them"
+                        found[name, why] = found.get((name, why), 0) + 1
         return [
             f"{count} pruned channels of {name} could not be cut out: {why}" for (name, why), count in found.items()
         ]
@@ -259,12 +261,12 @@ class _Plan:
         if calls > 1 or (grouped and not (is_depthwise(channels, node) and (read > 0).all())):
             # Other uses would have to change too, or groups would differ in size.
             why = f"{known.name} {'is used several times' if calls > 1 else 'is a convolution in groups'}"
-            self._need(rows, why)
-            self._need(read, why)
+            self._need(rows, held_by=why)
+            self._need(read, held_by=why)
         elif isinstance(module, WEIGHTED) and not grouped:
-            self._need(read[~self.zero[np.maximum(read, 0)]])
+            self._need(read[~self.zero[np.maximum(read, 0)]], read_by=known.name)
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and (read == UNKNOWN).any():
-            self._need(rows, f"what {known.name} reads could not be followed")
+            self._need(rows, held_by=f"what {known.name} reads could not be followed")
         if calls > 1:
             return
         for name in known.tensors:
@@ -325,5 +327,5 @@ class _Plan:
         rows = self._rows(site)
         pruned = ~mask[layer.neurons]
         gone = rows[(units >= 0) & pruned[np.maximum(units, 0)]]
-        self.gone = np.union1d(self.gone, gone)
+        self.gone, self.left = np.union1d(self.gone, gone), np.union1d(self.left, np.setdiff1d(rows, gone))
         return np.isin(labels, gone)

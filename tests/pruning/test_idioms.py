@@ -15,6 +15,7 @@ from torch.nn.utils import weight_norm as old_weight_norm
 from backdoor_gym import InfectedModel, repair
 from backdoor_gym.baselines import clp
 from backdoor_gym.errors import DataError, UntraceableError
+from backdoor_gym.pruning.applying import write_mask
 from backdoor_gym.pruning.cutting import cut_channels
 from backdoor_gym.pruning.neurons import find_neurons
 from backdoor_gym.zoo.adapting import unwrapped
@@ -368,7 +369,6 @@ def test_a_head_is_pruned_with_its_queries_keys_and_values():
     assert layer.size == 2
     mask = np.ones(len(neurons), dtype=bool)
     mask[layer.start + 1] = False
-    from backdoor_gym.pruning.applying import write_mask
 
     weight = write_mask(network, neurons, mask).w.qkv.weight
     gone = [row for row in range(18) if not weight[row].any()]
@@ -516,4 +516,33 @@ def test_a_cut_that_groups_of_a_convolution_stop_is_said():
     mask[[6, 7]] = False
     cut = cut_channels(network, neurons, mask, IMAGES)
     assert cut.stops == ("2 pruned channels of a could not be cut out: b is a convolution in groups",)
+
+
+class ResponseNormalised(nn.Module):
+    """A ConvNeXtV2's block: channels are divided by the mean over them, and a bias is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1), nn.Linear(4, 3)
+        self.scale, self.shift = nn.Parameter(torch.rand(1, 6, 1, 1)), nn.Parameter(torch.rand(1, 6, 1, 1))
+
+    def forward(self, images):
+        hidden = torch.relu(self.a(images))
+        response = hidden.norm(dim=(2, 3), keepdim=True)
+        hidden = self.scale * (hidden * (response / (response.mean(1, keepdim=True) + 1e-6))) + self.shift + hidden
+        return self.head(self.b(hidden).mean((2, 3)))
+
+
+def test_what_holds_pruned_channels_is_told_though_their_readers_get_more_than_zeros():
+    torch.manual_seed(0)
+    images, network = torch.rand(3, 3, 8, 8), ResponseNormalised().eval()
+    neurons = find_neurons(network, images)
+    mask = np.ones(len(neurons), dtype=bool)
+    first = next(layer for layer in neurons.layers if layer.name == "a")
+    mask[[first.start, first.start + 1]] = False
+    cut = cut_channels(network, neurons, mask, images)
+    assert torch.allclose(cut.network(images), write_mask(network, neurons, mask)(images))
+    assert len(cut.stops) == 1
+    assert cut.stops[0].startswith("2 pruned channels of a could not be cut out: ")
+    assert "works on all of them together" in cut.stops[0]
     assert cut.network.a.out_channels == 6
