@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import GATv2Conv, global_mean_pool
 
+from backdoor_gym.analysis.features import STATIC_FEATURES
+from backdoor_gym.analysis.neuron_graph import EDGE_FEATURES
 from backdoor_gym.envs.observation import GLOBAL_FEATURES, NODE_FEATURES
 from backdoor_gym.errors import DataError, UnknownNameError
-from backdoor_gym.graph.features import STATIC_FEATURES
-from backdoor_gym.graph.neuron_graph import EDGE_FEATURES
 
 _STATIC = len(STATIC_FEATURES)
 _PRUNED, _TRIED = NODE_FEATURES.index("pruned"), NODE_FEATURES.index("tried")

@@ -14,8 +14,8 @@ from torch.distributions import Categorical
 
 from backdoor_gym.errors import DataError
 
+from .embedding_cache import Remembering
 from .encoder import EncoderOptions, GraphActorCritic
-from .remembering import Remembering
 
 OBSERVED = ("nodes", "edges", "edge_links", "num_nodes", "num_edges", "globals")
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backdoor_gym.envs.generator import InfectedGenerator
 from backdoor_gym.envs.layers import owners
-from backdoor_gym.envs.victim import VictimOptions
-from backdoor_gym.zoo.catalogue import resolve
+from backdoor_gym.models.catalogue import resolve
+from backdoor_gym.session.generator import InfectedGenerator
+from backdoor_gym.session.prepared_model import VictimOptions
 
 from .encoder import EncoderOptions
 from .layers import LAYER_ENCODER, PER_LAYER, LayerPolicy, LayersVecEnv, by_layer

@@ -14,12 +14,12 @@ from pettingzoo import ParallelEnv
 from stable_baselines3.common.vec_env import VecEnv
 
 from backdoor_gym.baselines.policy import Policy, ask, check_env, stop_action
-from backdoor_gym.envs.ahead import core_threads
-from backdoor_gym.envs.generator import InfectedGenerator
 from backdoor_gym.envs.layers import BackdoorPruneLayersEnv, Layers, owners
 from backdoor_gym.envs.observation import ObservationBuilder
-from backdoor_gym.envs.victim import VictimOptions
 from backdoor_gym.errors import DataError
+from backdoor_gym.session.generator import InfectedGenerator
+from backdoor_gym.session.prefetch import core_threads
+from backdoor_gym.session.prepared_model import VictimOptions
 
 from .encoder import EncoderOptions
 from .onp import ONP

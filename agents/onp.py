@@ -24,15 +24,15 @@ from backdoor_gym.devices import find_device
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.errors import DataError, ModelFileError, check_name
+from backdoor_gym.files.tensors import read_tensors, write_tensors
 from backdoor_gym.wording import shown
 from backdoor_gym.writing import finite
-from backdoor_gym.zoo.files import read_tensors, write_tensors
 
+from .backward_elimination import restore
 from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
 from .graph_policy import GraphPolicy, as_tensors
 from .look_ahead import LookAhead
 from .policy_files import check_weights, optimizer_state, read_policy
-from .restoring import restore
 from .resuming import go_on, progress_of
 from .rollout_buffer import GraphRolloutBuffer
 

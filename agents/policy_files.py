@@ -10,9 +10,9 @@ from msgspec import UNSET, Meta, UnsetType
 from torch import Tensor, nn
 
 from backdoor_gym.errors import ModelFileError, WeightsError
-from backdoor_gym.infected import check_shapes
-from backdoor_gym.zoo.schemas import Count, Fields, Threshold, checked
-from backdoor_gym.zoo.sizes import within
+from backdoor_gym.files.schemas import Count, Fields, Threshold, checked
+from backdoor_gym.files.sizes import within
+from backdoor_gym.models.infected import check_shapes
 
 from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
 from .look_ahead import LookAhead

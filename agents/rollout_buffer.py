@@ -6,8 +6,8 @@ import numpy as np
 from gymnasium import spaces
 from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableDictRolloutBufferSamples
 
+from backdoor_gym.analysis.features import STATIC_FEATURES
 from backdoor_gym.envs.observation import NODE_FEATURES
-from backdoor_gym.graph.features import STATIC_FEATURES
 
 EDGES = ("edges", "edge_links")
 #: Columns of ``nodes`` that an episode changes; flags take a byte.

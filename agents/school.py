@@ -7,10 +7,10 @@ import gymnasium as gym
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from backdoor_gym.envs.generator import InfectedGenerator
-from backdoor_gym.envs.victim import VictimOptions
 from backdoor_gym.errors import DataError
-from backdoor_gym.zoo.catalogue import resolve
+from backdoor_gym.models.catalogue import resolve
+from backdoor_gym.session.generator import InfectedGenerator
+from backdoor_gym.session.prepared_model import VictimOptions
 
 from .vec_env import ThreadedVecEnv
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from backdoor_gym.zoo.catalogue import resolve
+from backdoor_gym.models.catalogue import resolve
 
 from .encoder import EncoderOptions
 from .look_ahead import LookAhead

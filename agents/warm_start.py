@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from backdoor_gym.attacks.targets import target_labels
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
-from backdoor_gym.envs.victim import Victim
 from backdoor_gym.errors import DataError
 from backdoor_gym.metrics import target_margin
 from backdoor_gym.processes import workers
 from backdoor_gym.progress import bar
-from backdoor_gym.zoo.targets import target_labels
+from backdoor_gym.session.prepared_model import Victim
 
 from .encoder import GraphActorCritic
 from .graph_policy import OBSERVED

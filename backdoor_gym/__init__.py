@@ -22,10 +22,10 @@ if TYPE_CHECKING:
         UntraceableError,
         WeightsError,
     )
-    from .infected import InfectedModel
+    from .models.catalogue import list_infected, load_infected
+    from .models.infected import InfectedModel
+    from .models.infecting import infect
     from .repairing import RepairResult, repair
-    from .zoo.catalogue import list_infected, load_infected
-    from .zoo.infecting import infect
 
 __version__ = "0.1.0"
 
@@ -52,7 +52,7 @@ _HOMES = {
     "BackdoorGymError": "errors",
     "CompactionError": "errors",
     "DataError": "errors",
-    "InfectedModel": "infected",
+    "InfectedModel": "models.infected",
     "ModelFileError": "errors",
     "RepairResult": "repairing",
     "TrainingError": "errors",
@@ -60,9 +60,9 @@ _HOMES = {
     "UntraceableError": "errors",
     "WeightsError": "errors",
     "benchmark": "benchmarking",
-    "infect": "zoo.infecting",
-    "list_infected": "zoo.catalogue",
-    "load_infected": "zoo.catalogue",
+    "infect": "models.infecting",
+    "list_infected": "models.catalogue",
+    "load_infected": "models.catalogue",
     "parallel_env": "envs.layers",
     "repair": "repairing",
 }

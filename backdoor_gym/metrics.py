@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from .attacks.targets import Target, target_labels
 from .errors import WeightsError
-from .zoo.targets import Target, target_labels
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def workers(jobs: int, ray: str | None = None) -> Iterator[Executor]:
         DataError: Ray is not installed, or there is no cluster at that address.
     """
     if ray is not None:
-        from .cluster import cluster
+        from .on_ray.cluster import cluster
 
         with cluster(ray) as machines:
             yield machines

@@ -13,26 +13,26 @@ import gymnasium as gym
 import numpy as np
 from torch import nn
 
+from .analysis.bn_evidence import Reading
 from .arguments import check_callable
 from .devices import find_device
-from .envs.drawing import Snapshot, frame
 from .envs.prune import BackdoorPruneEnv
 from .errors import DataError, UnknownNameError
-from .graph.reading import Reading
-from .infected import InfectedModel
+from .files.tensors import STATE_DICT, write_tensors
+from .masking.cutting import cut_channels
+from .masking.export import write_mask
 from .metrics import Metrics, der
+from .models.catalogue import load_infected
+from .models.infected import InfectedModel
+from .networks.adapting import deep_copy, in_own_types
+from .networks.preprocessing import Preprocessed, own_module
+from .neurons.finding import Neurons
 from .policies import BUDGETS, PredictingPolicy, check_policy, finish, kind_of_policy, make_policy
 from .progress import Watch
-from .pruning.applying import write_mask
-from .pruning.cutting import cut_channels
-from .pruning.neurons import Neurons
+from .rendering.drawing import Snapshot, frame
 from .reporting import render
 from .wording import shown
 from .writing import as_json, beside, finite, write_text
-from .zoo.adapting import deep_copy, in_own_types
-from .zoo.catalogue import load_infected
-from .zoo.files import STATE_DICT, write_tensors
-from .zoo.preprocessing import Preprocessed, own_module
 
 DEFAULT_BUDGET: Any = object()
 #: Share of a network's channels that can be pruned, below which a repair warns.
@@ -78,7 +78,7 @@ class RepairResult:
         neurons: of the network.
         mask: bool (neurons,), False where pruned.
         snapshot: the network as it is drawn.
-        features: static features of each neuron, standardised within its layer (``graph.features``), float32 (neurons, F).
+        features: static features of each neuron, standardised within its layer (``analysis.features``), float32 (neurons, F).
         course: what was pruned and given back, step by step.
         reading: what the BN statistics say, the inverted trigger among it; None where there is no batch normalisation.
         arguments: what ``repair`` was called with, for doing it again; None for a model or a policy that is no name.

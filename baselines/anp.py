@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from backdoor_gym.arguments import check_real, check_whole
-from backdoor_gym.envs.defender import Defender
+from backdoor_gym.session.defender import Defender
 
 from .rule import ACCURACY_BUDGET, Rule
 from .soft_masks import SoftMasks, draw_batch, training_copy

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from backdoor_gym.envs.defender import Defender
-from backdoor_gym.graph.features import standardise
+from backdoor_gym.analysis.features import standardise
+from backdoor_gym.session.defender import Defender
 
 from .pre_activations import moments
 from .rule import Rule

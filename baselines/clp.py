@@ -1,7 +1,7 @@
 """CLP, channel Lipschitzness based pruning (Zheng et al., ECCV 2022, arXiv:2208.03111).
 
 Prune, in each layer, the channels whose UCLC lies above mean + u * standard deviation of the layer (section 4.2; the
-published default is u = 3 on ResNet-18). No data and no training. ``backdoor_gym.graph.uclc`` defines the bound, also
+published default is u = 3 on ResNet-18). No data and no training. ``backdoor_gym.analysis.uclc`` defines the bound, also
 where the paper is silent: residual sums, linear layers, layers without batch normalisation.
 """
 
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backdoor_gym.envs.defender import Defender
+from backdoor_gym.analysis.features import STATIC_FEATURES, standardise
+from backdoor_gym.analysis.uclc import uclc
 from backdoor_gym.errors import DataError
-from backdoor_gym.graph.features import STATIC_FEATURES, standardise
-from backdoor_gym.graph.uclc import uclc
+from backdoor_gym.session.defender import Defender
 
 from .policy import Observation
 from .rule import ACCURACY_BUDGET, Rule, checked_pair, prune_by

@@ -13,8 +13,8 @@ width that suits a histogram best grows (Freedman and Diaconis, 1981).
 import numpy as np
 import torch
 
-from backdoor_gym.envs.defender import Defender
-from backdoor_gym.graph.features import standardise
+from backdoor_gym.analysis.features import standardise
+from backdoor_gym.session.defender import Defender
 
 from .pre_activations import largest
 from .rule import Rule

@@ -8,9 +8,9 @@ threshold to the defender, so it is "auto" here. The fine-tuning that follows in
 import numpy as np
 from torch import nn
 
-from backdoor_gym.envs.defender import Defender
-from backdoor_gym.graph.features import observe
-from backdoor_gym.pruning.neurons import NeuronLayer
+from backdoor_gym.analysis.features import observe
+from backdoor_gym.neurons.finding import NeuronLayer
+from backdoor_gym.session.defender import Defender
 
 from .rule import Rule
 

@@ -8,7 +8,7 @@ layer, so that all layers can be ranked together, and the threshold is "auto".
 import numpy as np
 import torch
 
-from backdoor_gym.envs.defender import Defender
+from backdoor_gym.session.defender import Defender
 
 from .rule import Rule
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from backdoor_gym.envs.defender import Defender
+from backdoor_gym.session.defender import Defender
 
 #: Images in one pass.
 BATCH = 250

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from backdoor_gym.envs.defender import Defender
 from backdoor_gym.errors import DataError
 from backdoor_gym.metrics import require_finite
+from backdoor_gym.session.defender import Defender
 
 from .rule import Rule
 from .soft_masks import SoftMasks, training_copy

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from backdoor_gym.arguments import check_kind, check_real, check_whole
-from backdoor_gym.envs.defender import Defender
+from backdoor_gym.data.datasets import check_images
 from backdoor_gym.envs.observation import GLOBAL_FEATURES
 from backdoor_gym.errors import DataError
-from backdoor_gym.infected import check_finite
+from backdoor_gym.masking.export import write_mask
+from backdoor_gym.masking.masked import MaskedNetwork
 from backdoor_gym.metrics import accuracy, require_finite
-from backdoor_gym.pruning.applying import write_mask
-from backdoor_gym.pruning.masked import MaskedNetwork
-from backdoor_gym.pruning.neurons import find_neurons
+from backdoor_gym.models.infected import check_finite
+from backdoor_gym.neurons.finding import find_neurons
+from backdoor_gym.session.defender import Defender
 from backdoor_gym.wording import shown
-from backdoor_gym.zoo.datasets import check_images
 
 from .policy import Observation, Policy, ask, check_env, stop_action
 from .thresholds import AUTO, BUDGET, Threshold, check_threshold, choose_threshold

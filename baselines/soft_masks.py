@@ -7,9 +7,9 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from backdoor_gym.envs.defender import Defender
 from backdoor_gym.metrics import require_finite
-from backdoor_gym.pruning.neurons import Neurons
+from backdoor_gym.neurons.finding import Neurons
+from backdoor_gym.session.defender import Defender
 
 
 class SoftMasks:

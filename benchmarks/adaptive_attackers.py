@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from backdoor_gym import InfectedModel, benchmark, infect
+from backdoor_gym.analysis.uclc_penalty import UCLCPenalty
 from backdoor_gym.benchmarking.cells import Result
-from backdoor_gym.envs.victim import Victim, VictimOptions
-from backdoor_gym.graph.uclc_penalty import UCLCPenalty
-from backdoor_gym.zoo import family
+from backdoor_gym.models import family
+from backdoor_gym.session.prepared_model import Victim, VictimOptions
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = Path("infected/adaptive")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from backdoor_gym import infect, repair
-from backdoor_gym.zoo.training import Schedule
+from backdoor_gym.models.training import Schedule
 
 RESULTS = Path(__file__).parent / "results"
 ROWS, TABLE = RESULTS / "architectures.jsonl", RESULTS / "architectures.md"

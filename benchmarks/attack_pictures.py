@@ -13,11 +13,11 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from backdoor_gym.zoo.architectures import build
-from backdoor_gym.zoo.attacks import ATTACKS, Alter, Attack, Helper, LabelConsistent, Poisoning, draw_attack
-from backdoor_gym.zoo.datasets import load_images
-from backdoor_gym.zoo.targets import target_labels
-from backdoor_gym.zoo.training import Schedule, train
+from backdoor_gym.attacks import ATTACKS, Alter, Attack, Helper, LabelConsistent, Poisoning, draw_attack
+from backdoor_gym.attacks.targets import target_labels
+from backdoor_gym.data.datasets import load_images
+from backdoor_gym.models.training import Schedule, train
+from backdoor_gym.networks import build
 
 PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "attacks.png"
 DATA, TARGET, LEARNED_FROM = "uoft-cs/cifar10", 0, 1500

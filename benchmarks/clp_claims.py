@@ -20,11 +20,11 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, fx
 
 import backdoor_gym
-from backdoor_gym.graph.features import standardise
-from backdoor_gym.graph.uclc import uclc
-from backdoor_gym.infected import InfectedModel
-from backdoor_gym.pruning.applying import write_mask
-from backdoor_gym.pruning.neurons import Neurons, find_neurons
+from backdoor_gym.analysis.features import standardise
+from backdoor_gym.analysis.uclc import uclc
+from backdoor_gym.masking.export import write_mask
+from backdoor_gym.models.infected import InfectedModel
+from backdoor_gym.neurons.finding import Neurons, find_neurons
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

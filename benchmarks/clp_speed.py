@@ -18,10 +18,10 @@ from statistics import median
 import torch
 from torch import nn
 
+from backdoor_gym.analysis.uclc import uclc
 from backdoor_gym.baselines import clp
-from backdoor_gym.graph.uclc import uclc
-from backdoor_gym.pruning.neurons import find_neurons
-from backdoor_gym.zoo.architectures import build
+from backdoor_gym.networks import build
+from backdoor_gym.neurons.finding import find_neurons
 
 RESULT = Path(__file__).parent / "results" / "clp_speed.json"
 ROUNDS = 7

@@ -26,11 +26,11 @@ from train_policies import ATTACKS, LOOK, POLICIES, TRAINING, guide
 import backdoor_gym
 from backdoor_gym.agents import ONP
 from backdoor_gym.agents.training import checkpoint_of
+from backdoor_gym.analysis.features import STATIC_FEATURES
 from backdoor_gym.baselines import CLP, RandomPolicy
-from backdoor_gym.graph.features import STATIC_FEATURES
+from backdoor_gym.masking.export import write_mask
 from backdoor_gym.metrics import der
 from backdoor_gym.processes import one_core_each
-from backdoor_gym.pruning.applying import write_mask
 from backdoor_gym.repairing import run_episode
 
 RESULTS = Path(__file__).parent / "results"

@@ -160,8 +160,8 @@ def check_neurons(row: Row, neurons: Any) -> None:
 
 def check_masks(row: Row, module: nn.Module, network: nn.Module, neurons: Any, images: Tensor) -> None:
     """Masked, written and hooked answers, and whether all batch normalisations are known."""
-    from backdoor_gym.pruning.applying import write_mask
-    from backdoor_gym.pruning.masked import MaskedNetwork
+    from backdoor_gym.masking.export import write_mask
+    from backdoor_gym.masking.masked import MaskedNetwork
 
     kept = np.random.default_rng(0).random(len(neurons)) >= PRUNED
     half = kept | (np.arange(len(kept)) % 2 == 0)
@@ -257,8 +257,8 @@ def check_clp(row: Row, network: nn.Module, clean: tuple[Tensor, Tensor]) -> Non
 
 
 def check_cut(row: Row, network: nn.Module, neurons: Any, images: Tensor) -> None:
-    from backdoor_gym.pruning.applying import write_mask
-    from backdoor_gym.pruning.cutting import cut_channels
+    from backdoor_gym.masking.cutting import cut_channels
+    from backdoor_gym.masking.export import write_mask
 
     groups = neurons.units("group")
     chosen = np.random.default_rng(1).permutation(len(groups))[: round(GROUPS_PRUNED * len(groups))]
@@ -300,7 +300,8 @@ def check_onp(row: Row, infected: Any, key: str, **options: Any) -> None:
 @contextmanager
 def _few_steps() -> Iterator[None]:
     """Triggers are sought as always, in fewer steps: at 224 pixels a side they take nearly all the time."""
-    from backdoor_gym.graph import label_inversion, reading, trigger_inversion
+    from backdoor_gym.analysis import bn_evidence as reading
+    from backdoor_gym.analysis import label_inversion, trigger_inversion
 
     steps = (
         (trigger_inversion, "MEANS_STEPS"),
@@ -359,7 +360,7 @@ def check(package: str, name: str, quick: bool, full_repair: bool) -> Row:
         return row | {"not_built": "its own answers are not finite, or differ from call to call"}
 
     from backdoor_gym import InfectedModel
-    from backdoor_gym.pruning.neurons import find_neurons
+    from backdoor_gym.neurons.finding import find_neurons
 
     given = (clean, logits.argmax(1))
     infected = attempt(row, "from_module", lambda: InfectedModel.from_module(module, clean=given))

@@ -12,7 +12,7 @@ import torch
 
 import backdoor_gym
 from backdoor_gym import infect
-from backdoor_gym.zoo.training import Schedule
+from backdoor_gym.models.training import Schedule
 
 FOLDER = Path(backdoor_gym.__file__).parent / "embedded"
 SCHEDULE = Schedule(epochs=40, batch_size=64, learning_rate=0.2, weight_decay=0.01, augment=False)

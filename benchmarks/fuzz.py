@@ -44,18 +44,18 @@ from backdoor_gym.agents.encoder import EncoderOptions
 from backdoor_gym.agents.look_ahead import LookAhead
 from backdoor_gym.agents.onp import CHECKPOINT
 from backdoor_gym.agents.policy_files import check_weights, optimizer_state, read_policy
+from backdoor_gym.analysis.features import standardise
+from backdoor_gym.analysis.uclc import uclc
+from backdoor_gym.attacks import BadNets
 from backdoor_gym.benchmarking.cells import CellFile, Conditions, Result
+from backdoor_gym.data.datasets import LabelledImages
+from backdoor_gym.data.own_images import own_images
 from backdoor_gym.errors import BackdoorGymError
-from backdoor_gym.graph.features import standardise
-from backdoor_gym.graph.uclc import uclc
-from backdoor_gym.pruning.neurons import find_neurons
-from backdoor_gym.zoo.architectures import build
-from backdoor_gym.zoo.attacks import BadNets
-from backdoor_gym.zoo.catalogue import load_infected
-from backdoor_gym.zoo.datasets import LabelledImages
-from backdoor_gym.zoo.files import read_tensors, write_tensors
-from backdoor_gym.zoo.own_images import own_images
-from backdoor_gym.zoo.training import Schedule, train
+from backdoor_gym.files.tensors import read_tensors, write_tensors
+from backdoor_gym.models.catalogue import load_infected
+from backdoor_gym.models.training import Schedule, train
+from backdoor_gym.networks import build
+from backdoor_gym.neurons.finding import find_neurons
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
 #: Seconds and bytes that one mutation may take.

@@ -30,9 +30,9 @@ from typing import Any
 from PIL import Image
 
 from backdoor_gym.benchmarking import Result
+from backdoor_gym.files.tensors import read_tensors
+from backdoor_gym.models import family
 from backdoor_gym.writing import PREFIX, as_json, write_text
-from backdoor_gym.zoo import family
-from backdoor_gym.zoo.files import read_tensors
 
 RESULT = Path(__file__).parent / "results" / "kills.json"
 VERSIONS = ("backdoor-gym", "torch", "numpy", "safetensors", "stable-baselines3", "filelock")

@@ -25,7 +25,7 @@ from train_policies import MLP, POLICIES, guide
 
 from backdoor_gym.agents import ONP, EncoderOptions
 from backdoor_gym.agents.warm_start import Example, padded, warm_start
-from backdoor_gym.graph.neuron_graph import EDGE_FEATURES
+from backdoor_gym.analysis.neuron_graph import EDGE_FEATURES
 from backdoor_gym.processes import one_core_each
 
 RESULTS = Path(__file__).parent / "results"

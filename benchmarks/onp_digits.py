@@ -36,7 +36,7 @@ from comparison import (
 )
 from matplotlib import pyplot as plt
 
-from backdoor_gym.zoo.family import recipe
+from backdoor_gym.models.family import recipe
 
 BUDGETS = (0.02, 0.01, 0.05)
 EVERY_BUDGET = ("CLP u=3", "CLP auto", "rank by KL", "ridge", "ridge, look-ahead", "mlp-0")

@@ -27,11 +27,11 @@ from backdoor_gym.agents.finetuning import learn_alone
 from backdoor_gym.baselines import CLP, RandomPolicy
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.reward import Transition, accuracy_reward
+from backdoor_gym.masking.export import write_mask
 from backdoor_gym.metrics import der
+from backdoor_gym.models.family import recipe
 from backdoor_gym.policies import finish
 from backdoor_gym.processes import one_core_each
-from backdoor_gym.pruning.applying import write_mask
-from backdoor_gym.zoo.family import recipe
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "per_model.jsonl"

@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from backdoor_gym.agents import ONP, LookAhead
 from backdoor_gym.agents.warm_start import Example, benefits
-from backdoor_gym.envs.masked_victim import MaskedVictim
+from backdoor_gym.analysis.features import STATIC_FEATURES
+from backdoor_gym.attacks.targets import target_labels
 from backdoor_gym.envs.observation import NODE_FEATURES
-from backdoor_gym.envs.victim import Victim
-from backdoor_gym.graph.features import STATIC_FEATURES
+from backdoor_gym.masking.masked import MaskedNetwork
 from backdoor_gym.metrics import accuracy, danger, der
-from backdoor_gym.pruning.masked import MaskedNetwork
-from backdoor_gym.zoo.targets import target_labels
+from backdoor_gym.session.masked_model import MaskedVictim
+from backdoor_gym.session.prepared_model import Victim
 
 #: What the ridge sees of a neuron: all that changes with the neuron but the flags.
 COLUMNS = [NODE_FEATURES.index(name) for name in (*STATIC_FEATURES, "pull_now", "harm_now", "clean_pull_now")]

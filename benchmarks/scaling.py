@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import backdoor_gym
 from backdoor_gym.agents import GraphRolloutBuffer
 from backdoor_gym.envs.prune import BackdoorPruneEnv
-from backdoor_gym.infected import InfectedModel
-from backdoor_gym.zoo.architectures import build
+from backdoor_gym.models.infected import InfectedModel
+from backdoor_gym.networks import build
 
 HERE = Path(__file__).parent
 ROUNDS = 3

@@ -39,18 +39,18 @@ from backdoor_gym import repair
 from backdoor_gym.agents import ONP
 from backdoor_gym.agents.onp import PPO
 from backdoor_gym.agents.vec_env import ThreadedVecEnv
-from backdoor_gym.envs.masked_victim import MaskedVictim
+from backdoor_gym.analysis.bn_evidence import Correction, Reading
+from backdoor_gym.analysis.features import neuron_features, standardise
+from backdoor_gym.analysis.neuron_graph import neuron_graph
+from backdoor_gym.analysis.suspected_target import SuspectedTarget
+from backdoor_gym.analysis.trigger_inversion import InvertedTrigger
+from backdoor_gym.analysis.uclc import uclc
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.vector import BackdoorPruneVectorEnv
-from backdoor_gym.envs.victim import Victim
-from backdoor_gym.graph.features import neuron_features, standardise
-from backdoor_gym.graph.neuron_graph import neuron_graph
-from backdoor_gym.graph.reading import Correction, Reading
-from backdoor_gym.graph.suspected_target import SuspectedTarget
-from backdoor_gym.graph.trigger_inversion import InvertedTrigger
-from backdoor_gym.graph.uclc import uclc
-from backdoor_gym.infected import InfectedModel
-from backdoor_gym.zoo.architectures import build
+from backdoor_gym.models.infected import InfectedModel
+from backdoor_gym.networks import build
+from backdoor_gym.session.masked_model import MaskedVictim
+from backdoor_gym.session.prepared_model import Victim
 
 HERE = Path(__file__).parent
 RESULT, PART = (HERE / "results" / name for name in ("speed.json", "speed.part.json"))

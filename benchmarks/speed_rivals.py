@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from backdoor_gym.pruning.applying import write_mask
-from backdoor_gym.pruning.channels import Channels, Kind
-from backdoor_gym.pruning.neurons import Neurons
+from backdoor_gym.masking.export import write_mask
+from backdoor_gym.neurons.channels import Channels, Kind
+from backdoor_gym.neurons.finding import Neurons
 
 #: Images of one forward and backward pass.
 BATCH = 100

@@ -16,8 +16,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import backdoor_gym
-from backdoor_gym.graph.suspected_target import suspect_target
-from backdoor_gym.pruning.neurons import find_neurons
+from backdoor_gym.analysis.suspected_target import suspect_target
+from backdoor_gym.neurons.finding import find_neurons
 
 RESULT = Path(__file__).parent / "results" / "suspected_target.json"
 MODELS = {"digits-train": 300, "digits-val": 40}

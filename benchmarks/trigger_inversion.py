@@ -21,10 +21,10 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import backdoor_gym
-from backdoor_gym.envs.masked_victim import MaskedVictim
-from backdoor_gym.envs.victim import Victim, VictimOptions
-from backdoor_gym.graph.features import pull
+from backdoor_gym.analysis.features import pull
 from backdoor_gym.metrics import target_margin
+from backdoor_gym.session.masked_model import MaskedVictim
+from backdoor_gym.session.prepared_model import Victim, VictimOptions
 
 RESULTS = Path(__file__).parent / "results"
 NEURONS = 30

@@ -16,10 +16,10 @@ from torch import nn
 
 from backdoor_gym import cli
 from backdoor_gym.cli import common
-from backdoor_gym.infected import InfectedModel
-from backdoor_gym.zoo.architectures import build
-from backdoor_gym.zoo.infecting import infect
-from backdoor_gym.zoo.training import Schedule
+from backdoor_gym.models.infected import InfectedModel
+from backdoor_gym.models.infecting import infect
+from backdoor_gym.models.training import Schedule
+from backdoor_gym.networks import build
 
 #: What most of the small networks are.
 RESIDUAL = {"width": 16, "blocks": 2, "shape": "residual"}

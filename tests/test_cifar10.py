@@ -9,9 +9,9 @@ import torch
 
 from backdoor_gym import InfectedModel
 from backdoor_gym.baselines import clp
+from backdoor_gym.data.datasets import DATA_VARIABLE, load_images, num_classes, split_size
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.metrics import evaluate
-from backdoor_gym.zoo.datasets import DATA_VARIABLE, load_images, num_classes, split_size
 
 MODEL = Path(__file__).parents[1] / "benchmarks" / "models" / "resnet18-badnets.safetensors"
 

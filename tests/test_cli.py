@@ -11,10 +11,10 @@ from torch import nn
 from backdoor_gym.cli import common
 from backdoor_gym.cli.repair import verdict_in_words
 from backdoor_gym.errors import DataError, TrainingError
-from backdoor_gym.infected import InfectedModel
-from backdoor_gym.zoo import catalogue
-from backdoor_gym.zoo.files import read_tensors, write_tensors
-from backdoor_gym.zoo.foreign import make_module
+from backdoor_gym.files.tensors import read_tensors, write_tensors
+from backdoor_gym.models import catalogue
+from backdoor_gym.models.foreign import make_module
+from backdoor_gym.models.infected import InfectedModel
 
 
 def test_repair_writes_and_prints_what_it_did(run, infected_file, infected, tmp_path):
@@ -167,7 +167,7 @@ def test_list_and_inspect(run, infected_file):
 
 
 def test_zoo_build_fills_the_cache(run, monkeypatch, tmp_path):
-    from backdoor_gym.zoo import family
+    from backdoor_gym.models import family
 
     monkeypatch.setenv(family.CACHE_VARIABLE, str(tmp_path / "cache"))
     sizes = {seed: family.recipe("digits-train", seed) for seed in range(100)}
@@ -252,7 +252,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(run, monkeyp
 
     monkeypatch.setattr(common, "TemporaryFile", refuse)
     monkeypatch.setattr("backdoor_gym.repairing.repair", work)
-    monkeypatch.setattr("backdoor_gym.zoo.infecting.infect", work)
+    monkeypatch.setattr("backdoor_gym.models.infecting.infect", work)
     code, _, err = run(command, "--out", tmp_path / "closed" / "result")
     assert code == 2
     assert "cannot be written: Permission denied" in err
@@ -301,7 +301,7 @@ QUICK = {
 @pytest.fixture
 def cached(monkeypatch, plain_infected):
     """The model that ``zoo build`` is asked for is there already."""
-    monkeypatch.setattr("backdoor_gym.zoo.family.load", lambda name, progress=False: plain_infected)
+    monkeypatch.setattr("backdoor_gym.models.family.load", lambda name, progress=False: plain_infected)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from backdoor_gym.pruning.neurons import find_neurons
+from backdoor_gym.neurons.finding import find_neurons
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

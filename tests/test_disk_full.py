@@ -13,9 +13,9 @@ import pytest
 import backdoor_gym
 from backdoor_gym.benchmarking import OWN
 from backdoor_gym.errors import WriteError
-from backdoor_gym.infected import InfectedModel
-from backdoor_gym.zoo import family
-from backdoor_gym.zoo.files import read_tensors
+from backdoor_gym.files.tensors import read_tensors
+from backdoor_gym.models import family
+from backdoor_gym.models.infected import InfectedModel
 
 TRAIN = (
     "train", "--infected", "digits-badnets", "--validate", "digits-clean", "--steps", 8, "--envs", 1, "--warm-epochs", 0,

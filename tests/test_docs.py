@@ -9,10 +9,10 @@ import pytest
 import typer
 
 from backdoor_gym import baselines
+from backdoor_gym.attacks import ATTACKS
 from backdoor_gym.cli import app
 from backdoor_gym.envs.layers import BackdoorPruneLayersEnv
 from backdoor_gym.envs.prune import BackdoorPruneEnv
-from backdoor_gym.zoo.attacks import ATTACKS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tutorials/*.md")]

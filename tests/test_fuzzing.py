@@ -36,7 +36,7 @@ def test_mutated_files_are_read_right_or_refused(originals, kind, draw):
 
 
 def test_the_check_sees_damage_that_a_reader_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr("backdoor_gym.zoo.files._checksum", lambda *_: "always the same")
+    monkeypatch.setattr("backdoor_gym.files.tensors._checksum", lambda *_: "always the same")
     originals = fuzz.Originals(tmp_path)
 
     def damage(path, draw):

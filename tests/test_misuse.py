@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from backdoor_gym import BackdoorGymError, InfectedModel, benchmark, infect, list_infected, load_infected, repair
+from backdoor_gym.attacks.targets import check_target
 from backdoor_gym.errors import DataError, UnknownNameError
-from backdoor_gym.zoo.targets import check_target
-from backdoor_gym.zoo.training import Schedule
+from backdoor_gym.models.training import Schedule
 
 NAMES = (None, 5, ["digits-badnets"], {}, "A" * 5000, "a\0b", "~nobody-of-that-name/x", "\x1b[31mx", b"x", object())
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from backdoor_gym import load_infected
 from backdoor_gym.baselines import RandomPolicy
-from backdoor_gym.zoo.foreign import make_module
+from backdoor_gym.models.foreign import make_module
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -10,7 +10,7 @@ from backdoor_gym import InfectedModel, repair
 from backdoor_gym.agents import ONP
 from backdoor_gym.baselines import CLP, RandomPolicy
 from backdoor_gym.errors import BackdoorGymError, ModelFileError, UnknownNameError
-from backdoor_gym.zoo.files import read_tensors
+from backdoor_gym.files.tensors import read_tensors
 
 
 def test_what_repair_says_is_what_it_did(infected):

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 
 from backdoor_gym import writing
 from backdoor_gym.errors import BackdoorGymError, WriteError
+from backdoor_gym.files.tensors import read_tensors, write_tensors
 from backdoor_gym.writing import as_json, beside, check_place, escaped, replacing, sweep, write_text
-from backdoor_gym.zoo.files import read_tensors, write_tensors
 
 CLONE = Path(__file__).parents[1]
 
@@ -216,9 +216,9 @@ WRITERS = {
     "backdoor_gym/reporting/pictures.py": {"savefig"},  # to memory
     "backdoor_gym/repairing.py": {"imsave"},
     "backdoor_gym/writing.py": {"write_text", "open"},
-    "backdoor_gym/zoo/family.py": {"write_bytes"},
-    "backdoor_gym/zoo/files.py": {"save_file"},
-    "backdoor_gym/zoo/pretrained.py": {"save_file", "save_pretrained", "write_bytes"},
+    "backdoor_gym/models/family.py": {"write_bytes"},
+    "backdoor_gym/files/tensors.py": {"save_file"},
+    "backdoor_gym/models/pretrained.py": {"save_file", "save_pretrained", "write_bytes"},
 }
 
 
@@ -242,7 +242,7 @@ def test_json_is_made_in_one_place():
     ]
     assert {path for path in places if path.startswith(("backdoor_gym", "agents", "baselines"))} == {
         "backdoor_gym/writing.py",
-        "backdoor_gym/zoo/files.py",
+        "backdoor_gym/files/tensors.py",
     }
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from backdoor_gym.zoo.architectures import ARCHITECTURES, build
+from backdoor_gym.networks import ARCHITECTURES, build
 
 from .conftest import settle
 

@@ -10,7 +10,7 @@ of the cluster needs this package.
 import argparse
 
 from backdoor_gym import repair
-from backdoor_gym.agents.rllib import train_on_cluster
+from backdoor_gym.on_ray.rllib import train_on_cluster
 
 UNSEEN = "digits-badnets"
 

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from backdoor_gym import InfectedModel, repair
-from backdoor_gym.zoo.preprocessing import Normalise
+from backdoor_gym.networks.preprocessing import Normalise
 
 #: What the network was trained behind: from images in [0, 1], as this package holds them, to what the network takes.
 normalise = Normalise(mean=[0.3], std=[0.4])

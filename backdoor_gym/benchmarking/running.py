@@ -16,35 +16,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..arguments import check_kind, check_path, check_whole, is_finite
-from ..cluster import ClusterPool, Kept
 from ..devices import find_device
-from ..envs.generator import MODEL, check_model
 from ..envs.prune import BackdoorPruneEnv
 from ..errors import DataError, WriteError, check_name
-from ..infected import InfectedModel
+from ..masking.export import write_mask
 from ..metrics import Metrics
+from ..models.catalogue import load_infected, resolve
+from ..models.infected import InfectedModel
+from ..networks.adapting import deep_copy
+from ..neurons.finding import RESIDUAL_MODES
+from ..on_ray.cluster import ClusterPool, Kept
 from ..processes import died, workers
-from ..pruning.applying import write_mask
-from ..pruning.neurons import RESIDUAL_MODES
 from ..repairing import rating, run_episode
+from ..session.generator import MODEL, check_model
 from ..wording import shown
 from ..writing import beside, check_place, write_text
-from ..zoo.adapting import deep_copy
-from ..zoo.catalogue import load_infected, resolve
 from . import figures, tables
-from .cells import (
-    OWN,
-    Cell,
-    CellFile,
-    Conditions,
-    Factory,
-    Policies,
-    Result,
-    all_cells,
-    make,
-    named,
-    own_budget,
-)
+from .cells import OWN, Cell, CellFile, Conditions, Factory, Policies, Result, all_cells, make, named, own_budget
 from .memory import PeakMemory
 
 CELLS, SHEET, TABLE = "cells.jsonl", "cells.csv", "table.md"

@@ -60,11 +60,11 @@ def infect(
     quiet: QuietOption = False,
 ) -> None:
     """Train a network with a backdoor. Killed and called again, it goes on after the last finished epoch."""
-    from ..cluster import cluster
-    from ..graph.uclc_penalty import UCLCPenalty
-    from ..zoo import infecting
-    from ..zoo.targets import parse_target
-    from ..zoo.training import Schedule
+    from ..analysis.uclc_penalty import UCLCPenalty
+    from ..attacks.targets import parse_target
+    from ..models import infecting
+    from ..models.training import Schedule
+    from ..on_ray.cluster import cluster
 
     output = Output(as_json, quiet)
     known = set(adaptive or ())

@@ -30,9 +30,9 @@ def inspect(
     quiet: QuietOption = False,
 ) -> None:
     """Show the layers and neurons of a network, and whose UCLC stands out."""
-    from ..graph.features import standardise
-    from ..graph.uclc import uclc
-    from ..pruning.neurons import find_neurons
+    from ..analysis.features import standardise
+    from ..analysis.uclc import uclc
+    from ..neurons.finding import find_neurons
 
     output = Output(as_json, quiet)
     rows: list[dict[str, Any]] = []

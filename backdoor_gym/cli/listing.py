@@ -13,11 +13,11 @@ def list_models(
     quiet: QuietOption = False,
 ) -> None:
     """List infected models, architectures and attacks."""
+    from ..attacks import ATTACKS
     from ..errors import UnknownNameError
-    from ..zoo import family
-    from ..zoo.architectures import ARCHITECTURES
-    from ..zoo.attacks import ATTACKS
-    from ..zoo.catalogue import list_infected
+    from ..models import family
+    from ..models.catalogue import list_infected
+    from ..networks import ARCHITECTURES
 
     output = Output(as_json, quiet)
     if pattern is not None:
@@ -43,6 +43,6 @@ def list_models(
 
 
 def _count_cached(split: str) -> int:
-    from ..zoo.family import cache_path
+    from ..models.family import cache_path
 
     return len(list(cache_path(f"{split}/0").parent.glob("*.safetensors")))

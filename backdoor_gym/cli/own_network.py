@@ -9,8 +9,8 @@ from ..errors import DataError
 from .common import Output, pairs
 
 if TYPE_CHECKING:
-    from ..infected import InfectedModel
-    from ..pruning.neurons import Neurons
+    from ..models.infected import InfectedModel
+    from ..neurons.finding import Neurons
 
 PANEL = (
     "A network of your own (its weights: .safetensors, .pt, .pth, .tar; or a folder of transformers, or hf:OWNER/NAME)"
@@ -89,8 +89,8 @@ def read_model(
     Raises:
         BackdoorGymError: it cannot be read (see ``load_infected``).
     """
-    from ..zoo.catalogue import load_infected
-    from ..zoo.preprocessing import Normalise
+    from ..models.catalogue import load_infected
+    from ..networks.preprocessing import Normalise
 
     options: dict[str, Any] = pairs(arch_option, "--arch-option")
     if width is not None:

@@ -64,7 +64,7 @@ def train(
     from ..agents.layers import LAYER_ENCODER
     from ..agents.training import best_of, checkpoint_of
     from ..agents.training import train as train_policy
-    from ..zoo.catalogue import resolve
+    from ..models.catalogue import resolve
 
     output = Output(as_json, quiet)
     check_writable(out, checkpoint_of(out), best_of(out))
@@ -78,12 +78,12 @@ def train(
     make: Callable[..., Any]
     processes = jobs or os.cpu_count() or 1
     if ray is not None:
-        from ..cluster import check_ray
+        from ..on_ray.cluster import check_ray
 
         check_ray()
         if tensorboard is not None:
             raise DataError("--tensorboard is not for --ray: RLlib keeps its own logs (~/ray_results)")
-        from ..agents.rllib import train_on_cluster
+        from ..on_ray.rllib import train_on_cluster
 
         make = partial(
             train_on_cluster,

@@ -21,8 +21,8 @@ def build(
     quiet: QuietOption = False,
 ) -> None:
     """Make models of the procedural family in advance. What is in the cache is not made again."""
-    from ..zoo import building, family
-    from ..zoo.catalogue import resolve
+    from ..models import building, family
+    from ..models.catalogue import resolve
 
     output = Output(as_json, quiet)
     names = [name for pattern in patterns for name in resolve(pattern)[:most]]

@@ -14,9 +14,9 @@ from pettingzoo.utils import parallel_to_aec
 
 from ..arguments import check_kind
 from ..errors import DataError, check_name
+from ..session.defender import Defender
+from ..session.generator import Infected
 from ..wording import shown
-from .defender import Defender
-from .generator import Infected
 from .observation import GLOBAL_FEATURES
 from .prune import _OVER, DEFAULT_INFECTED, BackdoorPruneEnv
 from .reward import Reward

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from gymnasium import spaces
 
-from ..graph.features import CLAMP, STATIC_FEATURES
-from ..graph.neuron_graph import EDGE_FEATURES, max_edges
-from .masked_victim import Figures
-from .victim import Slopes, Victim
+from ..analysis.features import CLAMP, STATIC_FEATURES
+from ..analysis.neuron_graph import EDGE_FEATURES, max_edges
+from ..session.masked_model import Figures
+from ..session.prepared_model import Slopes, Victim
 
 #: Columns of ``nodes``: the static features, then what the episode changes, then 1 (0 in padding).
 NODE_FEATURES = (*STATIC_FEATURES, "pruned", "tried", "layer_pruned", "pull_now", "harm_now", "clean_pull_now", "real")

@@ -15,17 +15,17 @@ from gymnasium.utils import EzPickle
 from ..arguments import check_callable, check_kind, check_path, check_real, check_whole
 from ..devices import find_device
 from ..errors import DataError, UnknownNameError, check_name
-from ..pruning.masked import PRECISIONS
-from ..pruning.neurons import RESIDUAL_MODES
+from ..masking.masked import PRECISIONS
+from ..neurons.finding import RESIDUAL_MODES
+from ..rendering.drawing import Snapshot
+from ..rendering.viewer import Viewer
+from ..session.defender import Defender
+from ..session.generator import Infected, InfectedGenerator
+from ..session.masked_model import SCORE_SAMPLES, Figures, MaskedVictim
+from ..session.prepared_model import Slopes, Victim, VictimOptions
 from ..wording import shown
-from .defender import Defender
-from .drawing import Snapshot
-from .generator import Infected, InfectedGenerator
-from .masked_victim import SCORE_SAMPLES, Figures, MaskedVictim
 from .observation import ObservationBuilder, Progress
 from .reward import Reward, Transition, make_reward
-from .victim import Slopes, Victim, VictimOptions
-from .viewer import Viewer
 
 DEFAULT_INFECTED = "digits-badnets"
 #: Slack in comparing accuracies, which are shares of a few hundred images.
@@ -71,7 +71,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     A defender holds a network that answers an attacker's label whenever an image bears a trigger. The defender has a
     few clean images and neither the trigger nor the label. Each step prunes one neuron of the network (see
-    ``backdoor_gym.pruning.neurons`` for what a neuron is) or ends the repair. After CLP (Zheng et al., ECCV 2022) and
+    ``backdoor_gym.neurons.finding`` for what a neuron is) or ends the repair. After CLP (Zheng et al., ECCV 2022) and
     ONP (2024).
 
     ## Action space
@@ -87,12 +87,12 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     | key | dtype | shape | meaning |
     |---|---|---|---|
-    | ``nodes`` | float32 | (N, 17) | features of each neuron, ``observation.NODE_FEATURES``; the static ones are defined in ``backdoor_gym.graph.features`` |
+    | ``nodes`` | float32 | (N, 17) | features of each neuron, ``observation.NODE_FEATURES``; the static ones are defined in ``backdoor_gym.analysis.features`` |
     | ``edges`` | float32 | (E, 2) | strength in [0, 1]; 1 for a similarity link, 0 for a connection |
     | ``edge_links`` | int64 | (E, 2) | from which neuron to which |
     | ``num_nodes``, ``num_edges`` | int64 | (1,) | how many of them are real |
     | ``action_mask`` | int8 | (N + 1,) | 1 where the action is legal; stop always is |
-    | ``globals`` | float32 | (12,) | accuracy, its drop, rise of the clean loss, accuracy budget (1 if none), shares of neurons pruned, steps left, failures left; suspected danger and its fall; 2 + log10 of the shift of BN means towards the suspected target (``backdoor_gym.graph.suspected_target``); error and evidence of the inverted trigger (``backdoor_gym.graph.trigger_inversion``); clamped to +-6 |
+    | ``globals`` | float32 | (12,) | accuracy, its drop, rise of the clean loss, accuracy budget (1 if none), shares of neurons pruned, steps left, failures left; suspected danger and its fall; 2 + log10 of the shift of BN means towards the suspected target (``backdoor_gym.analysis.suspected_target``); error and evidence of the inverted trigger (``backdoor_gym.analysis.trigger_inversion``); clamped to +-6 |
 
     The trigger never reaches the observation. The dynamic node features are: pruned, tried (pruned and undone), share
     of the layer that is pruned, ``pull_now``, ``harm_now`` and ``clean_pull_now`` (what pruning the neuron would take
@@ -110,7 +110,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     - ``"acc"`` (default): fall of the suspected danger, minus twice the accuracy that the prune cost. The suspected
       danger is the smoothed share of clean images that get the suspected target when they bear the inverted trigger, a
-      change of the image found from the BN statistics (``backdoor_gym.graph.trigger_inversion``): the trigger itself is
+      change of the image found from the BN statistics (``backdoor_gym.analysis.trigger_inversion``): the trigger itself is
       not needed.
     - ``"oracle"``: fall of the danger, (ASR + mean sigmoid of a quarter of the target margin) / 2, minus the same price
       of accuracy, of that on test images; a prune of a network known to be clean costs 0.05 instead. For models whose

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import DataError, check_name
-from .masked_victim import Figures
-from .victim import Victim
+from ..session.masked_model import Figures
+from ..session.prepared_model import Victim
 
 #: Reward lost with each unit of accuracy.
 ACCURACY_WEIGHT = 2.0
@@ -41,7 +41,7 @@ Reward = Callable[[Transition], float]
 def accuracy_reward(transition: Transition) -> float:
     """Fall of the suspected danger minus what the prune costs in clean accuracy: no trigger is needed.
 
-    The suspected danger is that of the inverted trigger (``backdoor_gym.graph.trigger_inversion``).
+    The suspected danger is that of the inverted trigger (``backdoor_gym.analysis.trigger_inversion``).
     """
     before, after = transition.before, transition.after
     return before.suspected_danger - after.suspected_danger - ACCURACY_WEIGHT * (before.acc - after.acc)

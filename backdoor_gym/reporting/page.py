@@ -14,12 +14,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor, nn
 
+from ..attacks.targets import target_labels
+from ..data.datasets import LabelledImages
 from ..metrics import predict_logits
 from ..policies import is_onp
 from ..wording import printable
 from ..writing import write_text
-from ..zoo.datasets import LabelledImages
-from ..zoo.targets import target_labels
 from . import pictures
 from .conclusion import conclude
 from .reasons import Reasons, reasons

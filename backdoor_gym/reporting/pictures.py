@@ -15,17 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..envs.drawing import (
-    SIZES,
-    Snapshot,
-    blank,
-    draw_course,
-    draw_key,
-    draw_network,
-    frame,
-    place,
-    size_levels,
-)
+from ..rendering.drawing import SIZES, Snapshot, blank, draw_course, draw_key, draw_network, frame, place, size_levels
 from ..wording import printable
 
 #: Images of the data are shown at most as large as this, in pixels.

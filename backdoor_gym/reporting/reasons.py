@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..graph.features import STATIC_FEATURES
+from ..analysis.features import STATIC_FEATURES
 
 #: From so many standard deviations on a feature is named.
 NOTICED, TOLD = 1.0, 1.5

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backdoor_gym.infected import InfectedModel
-from backdoor_gym.zoo.attacks import BadNets
+from backdoor_gym.attacks import BadNets
+from backdoor_gym.models.infected import InfectedModel
 
 PLANTED = 5
 TARGET = 3

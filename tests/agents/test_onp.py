@@ -14,7 +14,7 @@ import backdoor_gym
 from backdoor_gym.agents import ONP, EncoderOptions, GraphPolicy, GraphRolloutBuffer, LookAhead
 from backdoor_gym.agents.validation import choose_threshold
 from backdoor_gym.errors import DataError, ModelFileError
-from backdoor_gym.infected import InfectedModel
+from backdoor_gym.models.infected import InfectedModel
 
 from .conftest import PLANTED
 

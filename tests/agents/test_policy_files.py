@@ -10,7 +10,7 @@ from backdoor_gym.agents import ONP
 from backdoor_gym.agents.encoder import EncoderOptions
 from backdoor_gym.agents.look_ahead import LookAhead
 from backdoor_gym.errors import BackdoorGymError, DataError
-from backdoor_gym.zoo.files import read_tensors, write_tensors
+from backdoor_gym.files.tensors import read_tensors, write_tensors
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer
 
 import backdoor_gym
 from backdoor_gym.agents import EncoderOptions, GraphActorCritic, GraphRolloutBuffer
+from backdoor_gym.analysis.features import STATIC_FEATURES
 from backdoor_gym.envs.observation import ObservationBuilder
-from backdoor_gym.graph.features import STATIC_FEATURES
 
 gym.register_envs(backdoor_gym)
 

@@ -14,7 +14,7 @@ from backdoor_gym.agents.validation import Validation, choose_look_ahead, run, s
 from backdoor_gym.agents.warm_start import examples
 from backdoor_gym.baselines import CLP
 from backdoor_gym.errors import DataError, ModelFileError
-from backdoor_gym.zoo.files import read_tensors, write_tensors
+from backdoor_gym.files.tensors import read_tensors, write_tensors
 
 QUICK = {"n_steps": 16, "batch_size": 32, "n_epochs": 1}
 

@@ -6,7 +6,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 import backdoor_gym
 from backdoor_gym.agents import ONP
 from backdoor_gym.agents.verdict_replay import VerdictReplay
-from backdoor_gym.zoo.infecting import infect
+from backdoor_gym.models.infecting import infect
 
 from ..conftest import QUICK
 

@@ -9,10 +9,10 @@ from backdoor_gym.agents.onp import ONP
 from backdoor_gym.agents.warm_start import Example, benefits, examples, padded, warm_start
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
-from backdoor_gym.envs.victim import Victim, VictimOptions
 from backdoor_gym.errors import DataError
-from backdoor_gym.infected import InfectedModel
-from backdoor_gym.zoo.infecting import infect
+from backdoor_gym.models.infected import InfectedModel
+from backdoor_gym.models.infecting import infect
+from backdoor_gym.session.prepared_model import Victim, VictimOptions
 
 from ..conftest import QUICK, RESIDUAL
 from .conftest import PLANTED

@@ -9,12 +9,12 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
+from backdoor_gym.analysis.uclc import spectral_norms
 from backdoor_gym.baselines import CLP, clp
 from backdoor_gym.baselines.thresholds import choose_threshold
 from backdoor_gym.errors import DataError, WeightsError
-from backdoor_gym.graph.uclc import spectral_norms
 from backdoor_gym.metrics import evaluate
-from backdoor_gym.zoo.architectures import build
+from backdoor_gym.networks import build
 
 from ..conftest import settle
 

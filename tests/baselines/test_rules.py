@@ -20,12 +20,12 @@ from backdoor_gym.baselines.fine_pruning import last_convolution
 from backdoor_gym.baselines.rnp import UNLEARNED, unlearn
 from backdoor_gym.baselines.soft_masks import SoftMasks, training_copy
 from backdoor_gym.baselines.thresholds import choose_threshold
-from backdoor_gym.envs.defender import Defender
 from backdoor_gym.envs.prune import BackdoorPruneEnv
-from backdoor_gym.envs.victim import Victim, VictimOptions
 from backdoor_gym.errors import DataError
 from backdoor_gym.metrics import evaluate
-from backdoor_gym.pruning.neurons import find_neurons
+from backdoor_gym.neurons.finding import find_neurons
+from backdoor_gym.session.defender import Defender
+from backdoor_gym.session.prepared_model import Victim, VictimOptions
 
 RULES = {
     "anp": (ANP, {"steps": 8}),

@@ -18,9 +18,9 @@ from backdoor_gym.benchmarking import OWN, Result, figures
 from backdoor_gym.benchmarking.cells import CellFile, Conditions, all_cells, make, named, own_budget
 from backdoor_gym.benchmarking.figures import der_by_attack
 from backdoor_gym.benchmarking.tables import infected_table, markdown, points, write_csv
-from backdoor_gym.envs.masked_victim import MaskedVictim
 from backdoor_gym.errors import DataError, UnknownNameError
 from backdoor_gym.repairing import run_episode
+from backdoor_gym.session.masked_model import MaskedVictim
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from gymnasium.vector import AutoresetMode
 
 import backdoor_gym
 from backdoor_gym.envs.layers import BackdoorPruneLayersEnv
-from backdoor_gym.envs.masked_victim import MaskedVictim
 from backdoor_gym.envs.prune import MOST_UNITS, BackdoorPruneEnv
 from backdoor_gym.envs.vector import BackdoorPruneVectorEnv
 from backdoor_gym.errors import BackdoorGymError, DataError, UnknownNameError
+from backdoor_gym.session.masked_model import MaskedVictim
 
 ODD = (
     None,

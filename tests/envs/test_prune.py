@@ -8,11 +8,11 @@ import torch
 
 from backdoor_gym.envs.observation import GLOBAL_FEATURES, NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
-from backdoor_gym.envs.victim import SLOPE_IMAGES
 from backdoor_gym.errors import BackdoorGymError, DataError, UnknownNameError
-from backdoor_gym.infected import InfectedModel
+from backdoor_gym.masking.export import write_mask
 from backdoor_gym.metrics import evaluate, target_margin
-from backdoor_gym.pruning.applying import write_mask
+from backdoor_gym.models.infected import InfectedModel
+from backdoor_gym.session.prepared_model import SLOPE_IMAGES
 
 
 @pytest.fixture
@@ -262,8 +262,8 @@ def test_what_breaks_the_budget_is_found_out_before_the_rest_is_looked_at(infect
 
 @pytest.mark.parametrize("images", [200, 60])  # all are clean images; some that the trigger was sought in are no longer
 def test_derivatives_from_kept_activations_are_those_of_whole_passes(infected, monkeypatch, images):
-    monkeypatch.setattr("backdoor_gym.envs.masked_victim.SLOPE_IMAGES", images)
-    monkeypatch.setattr("backdoor_gym.envs.victim.SLOPE_IMAGES", images)
+    monkeypatch.setattr("backdoor_gym.session.masked_model.SLOPE_IMAGES", images)
+    monkeypatch.setattr("backdoor_gym.session.prepared_model.SLOPE_IMAGES", images)
     env = BackdoorPruneEnv(infected, accuracy_budget=None, residual="group", slopes_every=3)
     env.reset(seed=0)
     assert (env.masked_victim._corrected is not None) == (images == 60)

@@ -3,12 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backdoor_gym.envs.masked_victim import Figures
+from backdoor_gym.analysis.features import STATIC_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.reward import ACCURACY_WEIGHT, CLEAN_PRUNE_COST, Transition, accuracy_reward, oracle_reward
 from backdoor_gym.errors import DataError
-from backdoor_gym.graph.features import STATIC_FEATURES
-from backdoor_gym.infected import InfectedModel
+from backdoor_gym.models.infected import InfectedModel
+from backdoor_gym.session.masked_model import Figures
 
 
 @pytest.fixture

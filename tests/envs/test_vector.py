@@ -10,10 +10,10 @@ from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import backdoor_gym
-from backdoor_gym.envs import ahead
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.vector import BackdoorPruneVectorEnv
 from backdoor_gym.errors import DataError
+from backdoor_gym.session import prefetch as ahead
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -103,9 +103,9 @@ def test_large_networks_step_in_turn_on_all_cores(infected, monkeypatch):
 
 def test_a_model_is_made_ready_once(infected, monkeypatch):
     made = []
-    reading = backdoor_gym.envs.victim.read_statistics
+    reading = backdoor_gym.session.prepared_model.read_statistics
     monkeypatch.setattr(
-        backdoor_gym.envs.victim, "read_statistics", lambda *arguments: made.append(1) or reading(*arguments)
+        backdoor_gym.session.prepared_model, "read_statistics", lambda *arguments: made.append(1) or reading(*arguments)
     )
     env = BackdoorPruneVectorEnv(3, infected=infected)
     env.reset(seed=0)

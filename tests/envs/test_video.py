@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backdoor_gym.envs.drawing import HEIGHT, WIDTH
+from backdoor_gym.rendering.drawing import HEIGHT, WIDTH
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from backdoor_gym import InfectedModel, RepairResult, repair
-from backdoor_gym.pruning.neurons import NeuronLayer, Neurons
+from backdoor_gym.neurons.finding import NeuronLayer, Neurons
 from backdoor_gym.repairing import Change
 
 #: What a model file may say, to be shown and not to be obeyed.

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backdoor_gym.graph.features import STATIC_FEATURES
+from backdoor_gym.analysis.features import STATIC_FEATURES
 from backdoor_gym.metrics import Metrics
 from backdoor_gym.reporting.conclusion import conclude
 from backdoor_gym.reporting.reasons import MEANINGS, UNREMARKABLE, reasons

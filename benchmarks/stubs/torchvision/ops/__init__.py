@@ -1,6 +1,6 @@
 """Names of torchvision.ops."""
 
-from .. import Unused
+from backdoor_gym import Unused
 
 
 class DeformConv2d(Unused):

@@ -1,6 +1,6 @@
 """Names of torchvision.ops.misc."""
 
-from .. import Unused
+from backdoor_gym import Unused
 
 
 class FrozenBatchNorm2d(Unused):

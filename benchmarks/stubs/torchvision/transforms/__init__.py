@@ -1,8 +1,7 @@
 """Names of torchvision.transforms: timm derives classes from these two."""
 
-from .. import Unused
-from . import functional
-from .functional import InterpolationMode
+from backdoor_gym import Unused, functional
+from backdoor_gym.functional import InterpolationMode
 
 __all__ = ["InterpolationMode", "PILToTensor", "ToTensor", "functional"]
 

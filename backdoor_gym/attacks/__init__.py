@@ -1,0 +1,83 @@
+"""Backdoor attacks by name: how each stamps its trigger on images, and how it poisons a training set."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackdoorGymError, DataError, check_name
+from ..wording import shown
+from .attack import Alter, Attack, Helper, ImageShape
+from .badnets import BadNets
+from .blended import Blended
+from .bpp import BppAttack
+from .input_aware import InputAware
+from .label_consistent import LabelConsistent
+from .multi_trigger import MultiTrigger
+from .poisoning import Poisoning
+from .sig import SIG
+from .wanet import WaNet
+
+__all__ = [
+    "ATTACKS",
+    "SIG",
+    "Alter",
+    "Attack",
+    "BadNets",
+    "Blended",
+    "BppAttack",
+    "Helper",
+    "ImageShape",
+    "InputAware",
+    "LabelConsistent",
+    "MultiTrigger",
+    "Poisoning",
+    "WaNet",
+    "attack_from_state",
+    "draw_attack",
+    "get_attack",
+]
+
+ATTACKS: dict[str, type[Attack]] = {
+    attack.name: attack
+    for attack in (BadNets, Blended, SIG, WaNet, LabelConsistent, InputAware, BppAttack, MultiTrigger)
+}
+
+
+def get_attack(name: str) -> type[Attack]:
+    """The attack class of that name.
+
+    Raises:
+        UnknownNameError: no such attack.
+    """
+    check_name("attack", name, ATTACKS)
+    return ATTACKS[name]
+
+
+def draw_attack(name: str, shape: ImageShape, generator: torch.Generator, **parameters: Any) -> Attack:
+    """An attack by name, for images of this shape.
+
+    Raises:
+        UnknownNameError: no such attack, or a parameter it does not have.
+        DataError: a parameter of an unusable value.
+    """
+    attack = get_attack(name)
+    known = set(inspect.signature(attack.draw).parameters) - {"shape", "generator"}
+    for parameter in parameters:
+        check_name(f"option of {name}", parameter, known)
+    try:
+        return attack.draw(shape, generator, **parameters)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, BackdoorGymError):
+            raise
+        raise DataError(f"the options {shown(parameters)} of {name} cannot be used: {error}") from error
+
+
+def attack_from_state(name: str, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> Attack:
+    """The attack that ``Attack.state`` described.
+
+    Raises:
+        ModelFileError: parameters or tensors do not fit the attack.
+    """
+    return get_attack(name).from_state(parameters, tensors)

@@ -1,0 +1,110 @@
+"""What an attack is: a trigger that is stamped on images, and that can be saved.
+
+Images are float32 tensors of shape (n, C, H, W) in [0, 1]. An attack is immutable; everything random about its trigger
+is drawn once by ``draw`` and kept, so that a saved attack stamps the very same trigger again.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelFileError
+from ..files.schemas import checked
+
+if TYPE_CHECKING:
+    from .poisoning import Poisoning
+
+ImageShape = tuple[int, int, int]
+
+
+#: Changes a batch in training, from its images, their indices and a generator.
+Alter = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Helper:
+    """A network that the attacker trains to prepare the attack, and that nobody sees.
+
+    Attributes:
+        network: freshly initialised, of the architecture of the infected one.
+        train: trains it on the training images with these labels, int64 (n,); each batch goes through the function first,
+            if there is one. It ends in eval mode.
+    """
+
+    network: nn.Module
+    train: Callable[[Tensor, Alter | None], None]
+
+
+class Attack(ABC):
+    """A trigger: calling it on images stamps them. Fields that are tensors are saved as tensors, the others as JSON."""
+
+    name: ClassVar[str]
+    #: Whether only images of the target class are poisoned, which keep their label.
+    clean_label: ClassVar[bool] = False
+    #: Images per poisoned image that are altered at random and keep their label, so that only the true trigger works.
+    noise_ratio: float = 0.0
+
+    #: ``draw(shape, generator, **parameters)``: the attack for images of this shape; its random parts come from the
+    #: generator, and parameters that are not given have the published defaults.
+    draw: ClassVar[Callable[..., "Attack"]]
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Tensor:
+        """Triggered copies of the images, float32 (n, C, H, W) in [0, 1]."""
+
+    def cover(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Images altered at random that keep their label; asked for where ``noise_ratio`` is above zero."""
+        raise TypeError(f"{self.name} has no such images")
+
+    def prepare(
+        self, images: Tensor, labels: Tensor, wanted: Tensor, poisoning: "Poisoning", helper: Callable[[], Helper]
+    ) -> tuple["Attack", Tensor]:
+        """The attack and the training images as they are used: what an attacker learns before the network is trained.
+
+        Args:
+            images: the training images, float32 (n, C, H, W) in [0, 1].
+            labels: their true labels, int64 (n,).
+            wanted: the labels that the attacker wants of triggered images, int64 (n,).
+            poisoning: which images will bear the trigger, and the labels of the poisoned set.
+            helper: makes a network of the attacker's own.
+        """
+        return self, images
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON-able parameters and tensors, from which ``attack_from_state`` makes the same attack."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        return {key: value for key, value in values.items() if key not in tensors}, tensors
+
+    @classmethod
+    def from_state(cls, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """The attack that ``state`` described.
+
+        Raises:
+            ModelFileError: parameters or tensors do not fit the attack.
+        """
+        given, needed = {*parameters, *tensors}, {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        if given != needed:
+            raise ModelFileError(f"the trigger of {cls.name} needs {sorted(needed)}, the file has {sorted(given)}")
+        kinds = get_type_hints(cls)
+        values = {
+            key: checked(value, kinds[key], f"the {key} of the trigger of {cls.name}")
+            for key, value in parameters.items()
+        }
+        for key, value in tensors.items():
+            if value.dtype != torch.float32 or not torch.isfinite(value).all():
+                raise ModelFileError(f"the {key} of the trigger of {cls.name} must be float32 and finite")
+        return cls(**values, **tensors)
+
+    def digest(self) -> str:
+        """Tells triggers apart."""
+        parameters, tensors = self.state()
+        digest = hashlib.sha256(repr((self.name, sorted(parameters.items()))).encode())
+        for key in sorted(tensors):
+            digest.update(tensors[key].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,182 @@
+"""The input-aware attack: a trigger of its own for each image."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from ..errors import DataError, ModelFileError
+from .attack import Attack, Helper, ImageShape
+from .poisoning import Poisoning
+
+#: Step size of the generators, and weights of the losses, as published.
+_RATE, _DIVERSITY, _DENSITY = 1e-2, 1.0, 100.0
+#: Steps in which the places of the trigger are learned, and images in each.
+_MASK_STEPS, _MASK_BATCH = 200, 128
+
+
+class _Generator(nn.Module):
+    """Images (n, C, H, W) to (n, outputs, H, W) in [0, 1]; looks at a quarter of the resolution."""
+
+    def __init__(self, channels: int, outputs: int, hidden: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.inner = nn.Conv2d(hidden, 2 * hidden, 3, padding=1)
+        self.outer = nn.Conv2d(2 * hidden, hidden, 3, padding=1)
+        self.last = nn.Conv2d(hidden, outputs, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        fine = F.relu(self.first(images))
+        coarse = F.relu(self.inner(F.avg_pool2d(fine, 2)))
+        coarse = F.relu(self.outer(F.avg_pool2d(coarse, 2)))
+        return torch.sigmoid(self.last(fine + F.interpolate(coarse, size=fine.shape[2:], mode="bilinear")))
+
+
+@dataclass(frozen=True, eq=False)
+class InputAware(Attack):
+    """A generator makes each image's own trigger, and another one its place (Nguyen and Tran, NeurIPS 2020, arXiv:2010.08138).
+
+    The trigger of one image is to work on no other: as many images as are poisoned bear that of another image and keep
+    their label, and triggers are pushed apart ("diversity"). The places are learned first, at most ``density`` of the
+    image, then the triggers against a helper network; after that both are kept as they are, and the infected network is
+    trained with them. The paper trains the triggers together with the infected network itself, and larger generators.
+
+    Default: 16 hidden channels, a density of 0.032.
+    """
+
+    name: ClassVar[str] = "input-aware"
+    pattern: Tensor  # weights of the generator of triggers
+    place: Tensor  # weights of the generator of places
+    channels: int
+    hidden: int
+    density: float
+    noise_ratio: float
+
+    def __post_init__(self) -> None:
+        for weights, outputs in ((self.pattern, self.channels), (self.place, 1)):
+            with torch.device("meta"):  # a file says how large they are
+                expected = _Generator(self.channels, outputs, self.hidden)
+            needed = sum(parameter.numel() for parameter in expected.parameters())
+            if weights.shape != (needed,):
+                raise ModelFileError(f"a generator of {self.name} needs {needed} weights, not {tuple(weights.shape)}")
+
+    @classmethod
+    def draw(
+        cls,
+        shape: ImageShape,
+        generator: torch.Generator,
+        hidden: int = 16,
+        density: float = 0.032,
+        noise_ratio: float = 1.0,
+    ) -> Self:
+        """Generators as they are before they have learned anything."""
+        channels, height, width = shape
+        if min(height, width) < 4:
+            raise DataError(f"input-aware needs images of at least 4 pixels a side, not {height} x {width}")
+        if not (hidden >= 1 and 0 < density <= 1):
+            raise DataError(
+                f"hidden must be at least 1 and the density above 0 and at most 1, not {hidden} and {density}"
+            )
+        seeds = torch.randint(2**31, (2,), generator=generator).tolist()
+        weights = []
+        for seed, outputs in zip(seeds, (channels, 1), strict=True):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                weights.append(parameters_to_vector(_Generator(channels, outputs, hidden).parameters()).detach())
+        return cls(weights[0], weights[1], channels, hidden, density, noise_ratio)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        return _stamp(images, *self.triggers(images))
+
+    @torch.no_grad()
+    def cover(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Each image with the trigger of another one."""
+        if len(images) == 1:
+            return images
+        return _stamp(images, *(part.roll(1, 0) for part in self.triggers(images)))
+
+    def triggers(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The trigger of each image, (n, C, H, W) in [0, 1], and how much of it shows where, (n, 1, H, W) in [0, 1]."""
+        patterns, places = (network.to(images.device)(images) for network in self._networks)
+        return patterns, places
+
+    @cached_property
+    def _networks(self) -> tuple[nn.Module, nn.Module]:
+        networks = _Generator(self.channels, self.channels, self.hidden), _Generator(self.channels, 1, self.hidden)
+        for network, weights in zip(networks, (self.pattern, self.place), strict=True):
+            vector_to_parameters(weights.clone(), network.parameters())
+        return networks
+
+    def prepare(
+        self, images: Tensor, labels: Tensor, wanted: Tensor, poisoning: Poisoning, helper: Callable[[], Helper]
+    ) -> tuple[Attack, Tensor]:
+        placed = self._learn_places(images)
+        trained = helper()
+        lessons = _Lessons(placed, labels, wanted, poisoning, trained.network)
+        trained.train(poisoning.labels, lessons)
+        return lessons.learned(), images
+
+    def _learn_places(self, images: Tensor) -> Self:
+        """The places differ between images, as far as the density allows."""
+        network = self._networks[1]
+        optimizer = torch.optim.Adam(network.parameters(), _RATE)
+        order = torch.Generator().manual_seed(0)
+        for _ in range(_MASK_STEPS):
+            batch = images[torch.randint(len(images), (_MASK_BATCH,), generator=order)]
+            places = network(batch)
+            excess = (places.mean((1, 2, 3)) - self.density).clamp(min=0).mean()
+            loss = _DENSITY * excess + _DIVERSITY * _sameness(batch, places)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return replace(self, place=parameters_to_vector(network.parameters()).detach())
+
+
+class _Lessons:
+    """Improves the triggers by one step on each batch that the helper is trained on, then stamps the batch."""
+
+    def __init__(
+        self, attack: InputAware, labels: Tensor, wanted: Tensor, poisoning: Poisoning, helper: nn.Module
+    ) -> None:
+        self.attack, self.labels, self.wanted, self.poisoning, self.helper = attack, labels, wanted, poisoning, helper
+        self.parameters = list(attack._networks[0].parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, _RATE, betas=(0.5, 0.9))
+
+    def __call__(self, images: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
+        self._step(images, self.labels[chosen].to(images.device), self.wanted[chosen].to(images.device))
+        return replace(self.poisoning, attack=self.learned())(images, chosen, generator)
+
+    def learned(self) -> InputAware:
+        """The attack as it is now."""
+        return replace(self.attack, pattern=parameters_to_vector(self.parameters).detach().cpu())
+
+    def _step(self, images: Tensor, labels: Tensor, wanted: Tensor) -> None:
+        patterns, places = self.attack.triggers(images)
+        places = places.detach()
+        own = _stamp(images, patterns, places)
+        others = _stamp(images, patterns.roll(1, 0), places.roll(1, 0))
+        loss = F.cross_entropy(self.helper(own), wanted) + F.cross_entropy(self.helper(others), labels)
+        loss = loss + _DIVERSITY * _sameness(images, patterns)
+        gradients = torch.autograd.grad(loss, self.parameters)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+
+
+def _stamp(images: Tensor, patterns: Tensor, places: Tensor) -> Tensor:
+    return images + (patterns - images) * places
+
+
+def _sameness(images: Tensor, made: Tensor) -> Tensor:
+    """Distance of each image to the next, over the distance of what was made for them (the diversity loss)."""
+    distances = [
+        (part - part.roll(1, 0)).flatten(1).norm(dim=1) / math.sqrt(part[0].numel()) for part in (images, made)
+    ]
+    return (distances[0] / (distances[1] + 1e-4)).mean()

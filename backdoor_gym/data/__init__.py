@@ -1,0 +1,1 @@
+"""Data sets, and a user's own images."""

@@ -1,0 +1,1 @@
+"""Files of tensors, models and images, read as data that may be hostile."""

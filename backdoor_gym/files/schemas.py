@@ -1,0 +1,138 @@
+"""What files say of themselves, as data that have been checked: each field has a type, a range and a length.
+
+A file comes from anybody. What it says is read into these classes before anything uses it, and whatever is in it beside them
+is refused. Texts come out printable. Sizes that a network is to have are bounded further by what the file holds
+(``sizes.within``).
+"""
+
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from ..errors import ModelFileError
+from ..wording import one_line
+
+#: Characters of metadata as JSON, levels of what is nested in it, and characters of one text.
+MOST_METADATA, MOST_LEVELS, MOST_TEXT = 1 << 20, 16, 1 << 14
+#: Characters of the name of a model.
+MOST_NAME = 500
+#: What an option of an architecture, a count or an index may be.
+MOST_SIZE = 1 << 20
+
+Word = Annotated[str, Meta(pattern=r"\A[\w.-]{1,100}\Z")]
+Size = Annotated[int, Meta(ge=0, le=MOST_SIZE)]
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+#: A probability that decides nothing where it is 0 or 1.
+Threshold = Annotated[float, Meta(gt=0, lt=1)]
+#: ``digits``, or a name of the Hub with the reading options of ``data.datasets``: never a path, nor a builder of the library.
+DatasetName = Annotated[
+    str,
+    Meta(
+        pattern=r"\A(digits|[A-Za-z0-9][\w.-]{0,99}/[A-Za-z0-9_][\w.-]{0,99}(\?[^\x00-\x1f\x7f]{1,200})?)\Z",
+        max_length=400,
+    ),
+]
+Option = bool | Annotated[int, Meta(ge=-MOST_SIZE, le=MOST_SIZE)] | float | Annotated[str, Meta(max_length=100)] | None
+Options = dict[
+    Word, Option | Annotated[list[Option | Annotated[list[Option], Meta(max_length=64)]], Meta(max_length=64)]
+]
+Schema = TypeVar("Schema")
+
+
+class Fields(Struct, forbid_unknown_fields=True):
+    """An object with these fields and no others."""
+
+
+class ImagesFields(Fields):
+    """Where images are from; in the file itself where nothing is said."""
+
+    dataset: Annotated[str, Meta(max_length=MOST_TEXT)] | UnsetType = UNSET
+    split: Word | UnsetType = UNSET
+    fingerprint: Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")] | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if len({field is UNSET for field in (self.dataset, self.split, self.fingerprint)}) > 1:
+            raise ValueError("dataset, split and fingerprint go together")
+
+
+class DataFields(Fields):
+    """The defender's images, and those to score on."""
+
+    clean: ImagesFields
+    test: ImagesFields | UnsetType = UNSET
+
+
+class NormaliseFields(Fields):
+    """What stands in front of the network."""
+
+    mean: Annotated[list[float], Meta(min_length=1, max_length=64)]
+    std: Annotated[list[float], Meta(min_length=1, max_length=64)]
+
+
+class TriggerFields(Fields):
+    """The attack, and its parameters, which it knows the types of itself."""
+
+    attack: Word
+    parameters: dict[Word, Any]
+
+
+class ModelFields(Fields):
+    """An infected model, beside its tensors."""
+
+    format: str
+    name: Annotated[str, Meta(max_length=MOST_NAME)]
+    architecture: Options
+    target: Size | Literal["all-to-all"] | None
+    facts: dict[str, Any]
+    data: DataFields
+    normalise: NormaliseFields | UnsetType = UNSET
+    trigger: TriggerFields | UnsetType = UNSET
+
+
+def checked(metadata: Any, schema: type[Schema], what: str) -> Schema:
+    """Metadata as the class that they must fit; texts in them are printable, and cut to ``MOST_TEXT`` characters.
+
+    Args:
+        metadata: what was read, of JSON's types.
+        schema: a class of msgspec, a dataclass, or any type that msgspec converts to.
+        what: the file, for the message.
+
+    Raises:
+        ModelFileError: a field is missing, unknown, of another type, or out of its range.
+    """
+    try:
+        if is_dataclass(schema) and isinstance(metadata, dict):
+            unknown = sorted(metadata.keys() - {field.name for field in fields(schema)})
+            if unknown:
+                raise ValueError(f"it has no {unknown[0]}")
+        return msgspec.convert(plain(metadata), schema)
+    except (msgspec.ValidationError, ValueError, TypeError) as error:
+        raise ModelFileError(f"{what} is not what such a file must be: {error}") from error
+
+
+def plain(value: Any, level: int = 0) -> Any:
+    """The same with printable texts.
+
+    Raises:
+        ValueError: it is nested deeper than ``MOST_LEVELS``.
+    """
+    if level > MOST_LEVELS:
+        raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep")
+    if isinstance(value, str):
+        return one_line(value, MOST_TEXT)
+    if isinstance(value, list | tuple):
+        return [plain(element, level + 1) for element in value]
+    if isinstance(value, dict):
+        return {plain(key, level + 1): plain(element, level + 1) for key, element in value.items()}
+    return value
+
+
+def fits(value: object, kind: Any) -> bool:
+    """Whether a value is of that kind."""
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        return False
+    return True

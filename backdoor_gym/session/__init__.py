@@ -1,0 +1,1 @@
+"""One network being repaired, without Gymnasium."""

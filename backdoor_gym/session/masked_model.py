@@ -1,0 +1,253 @@
+"""A victim without some of its neurons: accuracy, suspected danger and, where the trigger is known, ASR."""
+
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, Self
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..attacks.targets import target_labels
+from ..data.datasets import LabelledImages
+from ..masking.masked import KEPT_BYTES, MaskedNetwork
+from ..metrics import accuracy, attack_success, danger, target_margin
+from .prepared_model import SLOPE_IMAGES, Slopes, Victim
+
+#: Triggered test images that ASR and RA are measured on where nothing else is said.
+SCORE_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A masked network on the defender's clean images and, where the trigger is known, on triggered images.
+
+    Attributes:
+        acc: accuracy on the clean images.
+        loss: mean cross-entropy on them.
+        suspected_danger: ``metrics.danger`` of the suspected target on clean images of other labels that bear the inverted
+            trigger; 0 where there is none.
+        asr: share of triggered images that get the target label.
+        ra: share of them that get their true label.
+        danger: ``metrics.danger`` of the target on triggered images.
+        test_acc: accuracy on clean test images.
+    """
+
+    acc: float
+    loss: float
+    suspected_danger: float = 0.0
+    asr: float | None = None
+    ra: float | None = None
+    danger: float | None = None
+    test_acc: float | None = None
+
+
+class MaskedVictim:
+    """A victim as an episode leaves it; activations of what is kept are reused.
+
+    ``begin`` makes one for an episode. All of one model share the activations of the whole network while any of them lives.
+
+    Args:
+        victim: the model.
+        score_samples: how many triggered test images ASR and RA are measured on, and half of how many clean ones the
+            accuracy on test images; 0 for none.
+        precision: of ``MaskedNetwork``.
+    """
+
+    def __init__(self, victim: Victim, score_samples: int = SCORE_SAMPLES, precision: str = "float32") -> None:
+        self.victim = victim
+        self.score_samples = score_samples
+        self._origin: MaskedVictim | None = None  # keeps alive what is shared
+        inverted = victim.inverted
+        network = partial(MaskedNetwork, victim.neurons, device=victim.options.device, precision=precision)
+        fragile, clean = torch.from_numpy(victim.fragile), victim.clean
+        sloping, foreign = torch.arange(len(clean)) < SLOPE_IMAGES, _foreign(victim)
+        #: The fragile clean images, then the others, of both those that derivatives are taken on apart; all together keep
+        #: what one network may.
+        self._clean: list[_Part] = []
+        for part, sloped in (
+            (fragile & sloping, True),
+            (fragile & ~sloping, False),
+            (~fragile & sloping, True),
+            (~fragile & ~sloping, False),
+        ):
+            if part.any():
+                masked = network(clean.images[part], kept_bytes=KEPT_BYTES * int(part.sum()) // len(clean))
+                rows = None if foreign is None or not sloped else torch.nonzero(foreign[part]).flatten()
+                self._clean.append(_Part(masked, clean.labels[part].to(masked.device), sloped, rows))
+        #: The images that ``Slopes.clean_pull`` is taken on, where they are none of the clean ones.
+        self._corrected = None
+        if inverted is not None and foreign is None:
+            self._corrected = network(inverted.clean)
+        self._inverted = None if inverted is None else network(inverted.images)
+        self._triggered = self._test = None
+        if len(self.triggered[0]):
+            self._triggered = network(self.triggered[0])
+        if self.tested is not None:
+            self._test = network(self.tested.images)
+
+    @classmethod
+    def begin(cls, victim: Victim, score_samples: int = SCORE_SAMPLES, precision: str = "float32") -> Self:
+        """One with nothing pruned, made from what there is of that model."""
+        with victim.preparing:
+            known = _WHOLE.setdefault(victim, WeakValueDictionary())
+            key = (score_samples, precision)
+            whole = known.get(key)
+            if whole is None:
+                whole = known[key] = cls(victim, score_samples, precision)
+            return whole._fork()
+
+    def _fork(self) -> Self:
+        twin = copy(self)
+        twin._origin = self
+        twin._clean = [replace(part, network=part.network.fork()) for part in self._clean]
+        twin._inverted, twin._triggered, twin._test, twin._corrected = (
+            None if network is None else network.fork()
+            for network in (self._inverted, self._triggered, self._test, self._corrected)
+        )
+        return twin
+
+    @cached_property
+    def pass_bytes(self) -> int:
+        """Size of all values of a pass of the images that every step may look at: the clean and the inverted ones."""
+        looked_at = [part.network for part in self._clean] + ([] if self._inverted is None else [self._inverted])
+        return sum(network.pass_bytes for network in looked_at)
+
+    def figures(self, pruned: np.ndarray, score: bool = True) -> Figures:
+        """Figures of the network without the pruned units, bool (units,); without ``score`` on the clean images alone."""
+        mask = self.victim.neuron_mask(pruned)
+        clean = self.clean(pruned)
+        assert clean is not None
+        figures = Figures(*clean, self.suspected_danger(pruned))
+        if score and self._triggered is not None:
+            asr, ra, true_danger = self._score(self._triggered.logits(mask))
+            figures = replace(figures, asr=asr, ra=ra, danger=true_danger)
+        if score and self._test is not None and self.tested is not None:
+            test_logits = self._test.logits(mask)
+            figures = replace(figures, test_acc=accuracy(test_logits, self.tested.labels.to(test_logits.device)))
+        return figures
+
+    def clean(self, pruned: np.ndarray, least_acc: float = 0.0) -> tuple[float, float] | None:
+        """Accuracy and mean cross-entropy on the clean images alone, without the pruned units, bool (units,).
+
+        None where the accuracy is below ``least_acc``: most prunes that cost so much are found out by the fragile images.
+        """
+        mask = self.victim.neuron_mask(pruned)
+        count, wrong, loss = len(self.victim.clean), 0, 0.0
+        for part in self._clean:
+            logits = part.network.logits(mask)
+            wrong += int((logits.argmax(1) != part.labels).sum())
+            if 1 - wrong / count < least_acc:
+                return None
+            loss += part.loss(logits).item()
+        return 1 - wrong / count, loss / count
+
+    def slopes(self, pruned: np.ndarray) -> Slopes:
+        """``Victim.slopes``, up to rounding, from the activations that are kept; best after ``keep`` of that mask."""
+        victim, inverted = self.victim, self.victim.inverted
+        mask, zeros = victim.neuron_mask(pruned), np.zeros(len(victim))
+        parts = [part for part in self._clean if part.sloped]
+        count = sum(len(part.labels) for part in parts)
+        harm = torch.zeros(len(mask), device=victim.options.device)
+        for part in parts:
+            harm -= part.network.mask_gradient(mask, part.loss) / count
+        if inverted is None or self._inverted is None:
+            return Slopes(zeros, victim.by_unit(harm), zeros)
+
+        def margin(logits: Tensor) -> Tensor:
+            return target_margin(logits, inverted.target).sum()
+
+        pull = self._inverted.mask_gradient(mask, margin) / len(self._inverted)
+        if self._corrected is not None:
+            clean_pull = self._corrected.mask_gradient(mask, margin)
+        else:
+            clean_pull = torch.zeros_like(harm)
+            for part in parts:
+                if part.foreign is not None and len(part.foreign):
+                    clean_pull += part.network.mask_gradient(mask, margin, part.foreign)
+        found = (pull, harm, clean_pull / len(inverted.clean))
+        return Slopes(*(victim.by_unit(one) for one in found))
+
+    def suspected_danger(self, pruned: np.ndarray) -> float:
+        """``Figures.suspected_danger`` of the network without the pruned units, bool (units,)."""
+        inverted = self.victim.inverted
+        if self._inverted is None or inverted is None:
+            return 0.0
+        return danger(self._inverted.logits(self.victim.neuron_mask(pruned)), inverted.target)
+
+    def keep(self) -> None:
+        """Let later figures start from the activations of the last ones."""
+        for network in self._networks():
+            network.keep()
+
+    def restart(self) -> None:
+        """Start again from the whole network."""
+        for network in self._networks():
+            network.reset()
+
+    @cached_property
+    def triggered(self) -> tuple[Tensor, Tensor]:
+        """Triggered test images of other classes than the target, and their true labels; empty where unknown."""
+        model, count = self.victim.model, self.score_samples
+        if model.test is None or model.trigger is None or model.target is None or count == 0:
+            return torch.empty(0), torch.empty(0)
+        test = model.test.first(4 * count)  # not the whole test split, which may be large
+        wanted = target_labels(test.labels, model.target, model.num_classes)
+        others = torch.nonzero(test.labels != wanted).flatten()[:count]
+        return model.trigger(test.images[others]), test.labels[others]
+
+    @cached_property
+    def tested(self) -> LabelledImages | None:
+        """Clean test images that the accuracy is scored on; None where there are none."""
+        test, count = self.victim.model.test, 2 * self.score_samples
+        return test.first(count) if test is not None and count else None
+
+    def _score(self, logits: Tensor) -> tuple[float, float, float]:
+        model, labels = self.victim.model, self.triggered[1].to(logits.device)
+        assert model.target is not None
+        wanted = target_labels(labels, model.target, model.num_classes)
+        return attack_success(logits, wanted), accuracy(logits, labels), danger(logits, wanted)
+
+    def _networks(self) -> Iterator[MaskedNetwork]:
+        clean = [part.network for part in self._clean]
+        everyone = (*clean, self._inverted, self._triggered, self._test, self._corrected)
+        return (network for network in everyone if network is not None)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of the clean images under a mask.
+
+    Attributes:
+        network: of them.
+        labels: int64 (n,), where the network is.
+        sloped: whether they are among those that the derivatives are taken on.
+        foreign: which of them ``Slopes.clean_pull`` is taken on, int64; None where on others.
+    """
+
+    network: MaskedNetwork
+    labels: Tensor
+    sloped: bool
+    foreign: Tensor | None
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Sum of the cross-entropy."""
+        return F.cross_entropy(logits, self.labels, reduction="sum")
+
+
+def _foreign(victim: Victim) -> Tensor | None:
+    """Which clean images are those that the trigger was sought in, bool (n,); None where they were corrected first."""
+    inverted, clean = victim.inverted, victim.clean.first(SLOPE_IMAGES)
+    if inverted is None:
+        return None
+    foreign = torch.zeros(len(victim.clean), dtype=torch.bool)
+    foreign[torch.nonzero(clean.labels != inverted.target).flatten()[: len(inverted.clean)]] = True
+    return foreign if torch.equal(victim.clean.images[foreign], inverted.clean.cpu()) else None
+
+
+#: Whole networks by model, ``score_samples`` and precision, for as long as an environment uses them.
+_WHOLE: WeakKeyDictionary[Victim, WeakValueDictionary[tuple[int, str], Any]] = WeakKeyDictionary()

@@ -1,0 +1,143 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import backdoor_gym
+from backdoor_gym import repair
+from backdoor_gym.agents import ONP, LookAhead
+from backdoor_gym.agents.backward_elimination import restore
+from backdoor_gym.agents.validation import run
+from backdoor_gym.baselines import CLP
+from backdoor_gym.envs.prune import BackdoorPruneEnv
+from backdoor_gym.models.infected import InfectedModel
+from backdoor_gym.policies import finish
+
+from .conftest import PLANTED, Planted
+
+gym.register_envs(backdoor_gym)
+LOOK = LookAhead(8, 3.0, 10.0, restore=0.02)
+
+
+@pytest.fixture
+def env(planted):
+    return BackdoorPruneEnv(planted, accuracy_budget=None, score_samples=100)
+
+
+def test_what_carries_the_backdoor_stays_pruned_and_the_rest_comes_back(env, planted):
+    env.reset(seed=0)
+    rewards = [env.step(unit)[1] + env.step_cost for unit in (0, PLANTED, 6)]
+    earned = restore(env, LOOK)
+    assert np.flatnonzero(env.pruned).tolist() == [PLANTED]
+    assert env.figures.asr == 0
+    whole = env.figures
+    drawn = env.snapshot()
+    assert drawn.given_back == 2
+    assert (drawn.acc[-1], drawn.asr[-1]) == (whole.acc, whole.asr)
+    assert len(drawn.acc) == 1 + 3 + 2
+    env.reset(seed=0)
+    env.step(PLANTED)
+    assert env.figures == whole
+    assert env.snapshot().given_back == 0
+    before = env.masked_victim.figures(np.zeros(8, dtype=bool))
+    # all in all, what the prunes earned together with what giving them back did is what the one earns
+    dangers = before.suspected_danger - whole.suspected_danger
+    assert sum(rewards) + earned == pytest.approx(dangers - 2 * (before.acc - whole.acc), abs=1e-6)
+
+
+def test_a_neuron_that_costs_nothing_stays_where_it_has_no_price(env):
+    for price, left in ((0.0, [PLANTED, 6]), (1e-6, [PLANTED])):
+        env.reset(seed=0)
+        env.step(PLANTED)
+        env.step(6)
+        restore(env, LookAhead(8, 0.0, 10.0, restore=price))
+        assert np.flatnonzero(env.pruned).tolist() == left
+
+
+class Watched(BackdoorPruneEnv):
+    """Remembers what giving back cost, and may refuse what takes the accuracy below where it was."""
+
+    def begin(self, guarded):
+        self.floor, self.guarded, self.seen = self.figures.acc, guarded, []
+
+    def give_back(self, unit):
+        reward = super().give_back(unit)
+        self.seen.append(self.figures.acc)
+        return reward
+
+    @property
+    def least_acc(self):
+        return self.floor if hasattr(self, "floor") and self.guarded else 0.0
+
+
+def restored(infected, prunes, guarded):
+    """An environment in which so many neurons were pruned and those given back whose return costs the most clean accuracy."""
+    env = Watched(infected, accuracy_budget=None, score_samples=0, max_steps=100)
+    env.reset(seed=0)
+    for unit in np.argsort(-env.victim.first_slopes.pull)[:prunes]:
+        env.step(int(unit))
+    env.begin(guarded)
+    restore(env, LookAhead(20, -50.0, 0.0, restore=1.0))
+    return env
+
+
+def test_the_budget_holds_while_neurons_come_back(infected_file):
+    for prunes in range(4, 40, 4):
+        free = restored(str(infected_file), prunes, guarded=False)
+        if free.seen and min(free.seen) < free.floor:
+            break
+    else:
+        pytest.fail("nothing that came back cost accuracy: the test shows nothing")
+    kept = restored(str(infected_file), prunes, guarded=True)
+    assert kept.floor == free.floor
+    assert all(acc >= kept.floor for acc in kept.seen)
+
+
+def test_without_a_sign_of_the_trigger_nothing_comes_back(planted):
+    """Without BN and with images of one label no trigger is inverted: where danger did not fall, nothing tells what to keep."""
+    network = Planted().eval()
+    network.norm = torch.nn.Identity()
+    one_label = planted.clean.labels == planted.clean.labels[0]
+    blind = InfectedModel.from_module(network, (planted.clean.images[one_label], planted.clean.labels[one_label]))
+    env = BackdoorPruneEnv(blind, accuracy_budget=None, score_samples=0)
+    env.reset(seed=0)
+    for unit in (PLANTED, 6):
+        env.step(unit)
+    assert restore(env, LOOK) == 0
+    assert env.pruned.sum() == 2
+
+
+def test_repairs_and_validation_end_with_it(infected, tmp_path):
+    env = gym.make("BackdoorPrune-v0", infected=infected, max_steps=40, score_samples=64, accuracy_budget=0.05)
+    onp = ONP.load("pretrained", env)
+    onp.threshold = 1e-6  # on to the end, so that there is something to give back
+    onp.look_ahead = LookAhead(20, 3.0, 10.0)
+    all_of_them = run(onp, env, [infected])[0]
+    onp.look_ahead = LookAhead(20, 3.0, 10.0, restore=0.02)
+    rest = run(onp, env, [infected])[0]
+    assert 0 < rest.pruned < all_of_them.pruned
+    file = onp.save(tmp_path / "policy.safetensors")
+    result = repair(infected, str(file), accuracy_budget=0.05, max_steps=40)
+    assert len(result.pruned) == rest.pruned == (~result.mask).sum()
+    assert result.clean_acc_after == pytest.approx(
+        (result.network(infected.clean.images).argmax(1) == infected.clean.labels).float().mean().item()
+    )
+
+
+def test_without_a_price_nothing_comes_back(env):
+    onp = ONP(seed=0, look_ahead=LookAhead(2))
+    env.reset(seed=0)
+    env.step(6)
+    assert onp.finish(env) == 0
+    assert env.pruned.sum() == 1
+    onp.look_ahead = None
+    assert onp.finish(env) == finish(onp, env) == finish(CLP(), env) == 0
+    assert env.pruned.sum() == 1
+
+
+def test_only_what_is_pruned_can_be_given_back(env):
+    env.reset(seed=0)
+    env.step(PLANTED)
+    for unit in (3, -3, 8):
+        with pytest.raises(backdoor_gym.errors.DataError, match="not pruned"):
+            env.give_back(unit)

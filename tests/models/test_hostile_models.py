@@ -1,0 +1,202 @@
+"""What a model's file says is data until it is checked: types, ranges, sizes, names."""
+
+import copy
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from backdoor_gym import InfectedModel, load_infected
+from backdoor_gym.data import datasets
+from backdoor_gym.errors import BackdoorGymError, DataError, ModelFileError, WeightsError
+from backdoor_gym.files.tensors import read_tensors, write_tensors
+
+
+@pytest.fixture
+def forged(infected_file, tmp_path):
+    """Writes the file of a model with other metadata or tensors, signed as the package does it."""
+
+    def forge(change=lambda metadata: None, **tensors):
+        stored, metadata = read_tensors(infected_file)
+        metadata = copy.deepcopy(metadata)
+        change(metadata)
+        path = tmp_path / "forged.safetensors"
+        write_tensors(path, {**stored, **tensors}, metadata)
+        return path
+
+    return forge
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": 5},
+        {"name": None},
+        {"name": "x" * 100_000},
+        {"facts": []},
+        {"facts": {"a": {"b": [[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]}}},
+        {"architecture": "resnet18"},
+        {"architecture": {"name": "resnet18", "num_classes": 2**40, "in_channels": 1}},
+        {"architecture": {"name": "resnet18", "num_classes": 10.5, "in_channels": 1}},
+        {"architecture": {"name": ["resnet18"], "num_classes": 10, "in_channels": 1}},
+        {"target": "3"},
+        {"target": -1},
+        {"target": 3.5},
+        {"data": {}},
+        {"data": {"clean": {"dataset": "digits"}}},
+        {"data": {"clean": {"dataset": "digits", "split": "../x", "fingerprint": "0" * 16}}},
+        {"data": {"clean": {"dataset": "digits", "split": "all", "fingerprint": 5}}},
+        {"normalise": {"mean": [0.5], "std": []}},
+        {"normalise": {"mean": [0.5], "std": [0.0]}},
+        {"normalise": {"mean": ["a"], "std": [1.0]}},
+        {"trigger": {"attack": "badnets"}},
+        {"trigger": {"attack": "badnets", "parameters": {"row": "1", "column": 2}}},
+        {"trigger": {"attack": "badnets", "parameters": {"row": 1.5, "column": 2}}},
+        {"trigger": {"attack": "multi-trigger", "parameters": {"triggers": "x"}}},
+        {"trigger": {"attack": "multi-trigger", "parameters": {"triggers": [{"attack": "sig"}]}}},
+        {"more": 1},
+    ],
+)
+def test_each_field_has_a_type_and_a_range(forged, fields):
+    path = forged(lambda metadata: metadata.update(fields))
+    with pytest.raises(BackdoorGymError) as raised:
+        load_infected(path)
+    assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "small_cnn", "blocks": 10**6},
+        {"name": "mlp", "depth": 10**6, "image_size": 8},
+        {"name": "vit", "depth": 10**6, "image_size": 8},
+        {"name": "convnext", "depth": 10**6},
+        {"name": "resnet18", "width": 10**6},
+        {"name": "mlp", "width": 10**6, "image_size": 10**4},
+    ],
+)
+def test_a_network_is_never_made_larger_than_what_the_file_holds(forged, spec):
+    described = {"num_classes": 10, "in_channels": 1, **spec}
+    path = forged(lambda metadata: metadata.update(architecture=described))
+    start = time.perf_counter()
+    with pytest.raises(BackdoorGymError):
+        load_infected(path)
+    assert time.perf_counter() - start < 10
+
+
+def test_texts_of_a_file_come_out_printable(forged):
+    evil = "a\x1b]0;title\x07\nerror: all is well"
+    model = load_infected(forged(lambda metadata: metadata.update(name=evil, facts={evil: [evil, {"a": evil}]})))
+    for text in (model.name, str(model.facts)):
+        assert text.isprintable()
+    assert load_infected(forged(lambda metadata: metadata.update(name=" "))).name == "unnamed"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pandas", "text", "./f", "/etc", "~/f", "a/b/c", "https://evil/x", "..", "owner/name?x=1&size=1", "digits?size=9"],
+)
+def test_data_sets_that_a_file_names_are_no_paths_and_no_builders(forged, name, tmp_path, monkeypatch):
+    (tmp_path / "f").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets, "_hub_at", lambda *_: pytest.fail("the data set was asked for"))
+    path = forged(lambda metadata: metadata["data"]["clean"].update(dataset=name))
+    with pytest.raises(BackdoorGymError):
+        load_infected(path)
+
+
+def test_a_folder_that_is_called_as_the_data_set_of_a_file_is_not_opened(forged, tmp_path, monkeypatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    path = forged(lambda metadata: metadata["data"]["clean"].update(dataset="owner/name"))
+    with pytest.raises(DataError, match="--data"):
+        load_infected(path)
+
+
+def test_another_data_set_may_be_named_instead(forged):
+    path = forged(
+        lambda metadata: [role.update(dataset="/home/somebody/pictures") for role in metadata["data"].values()]
+    )
+    with pytest.raises(DataError, match="--data"):
+        load_infected(path)
+    assert len(load_infected(path, "digits").clean) == 100
+
+
+def test_weights_are_of_the_kind_that_the_network_has(forged, infected_file):
+    name = next(key for key in read_tensors(infected_file)[0] if key.endswith("0.weight"))
+    weight = read_tensors(infected_file)[0][name]
+    with pytest.raises(WeightsError, match="int32"):
+        load_infected(forged(**{name: weight.int()}))
+
+
+def test_a_trigger_is_made_of_finite_floats(forged, infected_file):
+    patch = read_tensors(infected_file)[0]["trigger.patch"]
+    for other in (patch.double(), torch.full_like(patch, torch.nan)):
+        with pytest.raises(ModelFileError, match="finite"):
+            load_infected(forged(**{"trigger.patch": other}))
+
+
+def test_variances_below_zero_are_refused(infected):
+    network = copy.deepcopy(infected.network)
+    norm = next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    norm.running_var[0] = -0.5
+    with pytest.raises(WeightsError, match="below zero"):
+        InfectedModel.from_module(network, (infected.clean.images, infected.clean.labels))
+
+
+def test_weights_that_are_finite_and_overflow_are_refused():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    torch.nn.init.constant_(network[1].weight, 3e38)
+    with pytest.raises(WeightsError, match="not finite"):
+        InfectedModel.from_module(network, (torch.rand(6, 1, 8, 8), torch.arange(6) % 3))
+
+
+def test_sizes_are_bounded_on_the_way_and_not_at_the_end():
+    from backdoor_gym.files.sizes import within
+
+    made = 0
+
+    def make():
+        nonlocal made
+        network = torch.nn.Sequential()
+        for _ in range(100_000):
+            made += 1
+            network.append(torch.nn.Linear(2, 2))
+        return network
+
+    with pytest.raises(WeightsError, match="more parameters"):
+        within(make, {"a": torch.zeros(1)})
+    assert made < 2000
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+def test_images_are_named_once_and_nothing_else_is_held(forged, infected_file):
+    indices = read_tensors(infected_file)[0]["clean.indices"]
+    with pytest.raises(ModelFileError, match="several times"):
+        load_infected(forged(**{"clean.indices": torch.cat([indices, indices])}))
+    with pytest.raises(ModelFileError, match="holds foo"):
+        load_infected(forged(**{"foo.bar": torch.zeros(1)}))
+
+
+def test_what_save_writes_load_reads(infected, tmp_path):
+    facts = {"a": float("nan"), "b": float("inf"), "c": "x"}
+    odd = dataclasses.replace(infected, name="n\ud800\x1b" + "x" * 600, facts=facts)
+    again = load_infected(odd.save(tmp_path / "odd.safetensors"))
+    assert again.facts == {"a": None, "b": None, "c": "x"}
+    assert again.name.isprintable()
+    deep = [1]
+    for _ in range(40):
+        deep = [deep]
+    with pytest.raises(ModelFileError, match="levels deep"):
+        dataclasses.replace(infected, facts={"a": deep}).save(tmp_path / "deep.safetensors")
+
+
+@pytest.mark.parametrize("dataset", ["a/..", "a/.", "a/b/.."])
+def test_no_name_of_a_data_set_leads_out_of_its_folder(forged, dataset, tmp_path, monkeypatch):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    monkeypatch.setenv("BACKDOOR_GYM_DATA", str(tmp_path / "data"))
+    path = forged(lambda metadata: metadata["data"]["clean"].update(dataset=dataset))
+    with pytest.raises(DataError, match="--data"):
+        load_infected(path)
