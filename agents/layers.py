@@ -18,7 +18,7 @@ from backdoor_gym.envs.layers import BackdoorPruneLayersEnv, Layers, owners
 from backdoor_gym.envs.observation import ObservationBuilder
 from backdoor_gym.errors import DataError
 from backdoor_gym.session.generator import InfectedGenerator
-from backdoor_gym.session.prefetch import core_threads
+from backdoor_gym.envs.prefetch import core_threads
 from backdoor_gym.session.prepared_model import VictimOptions
 
 from .encoder import EncoderOptions

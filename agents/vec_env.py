@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from backdoor_gym.session.prefetch import Ahead, core_threads, maker, side_by_side
+from backdoor_gym.envs.prefetch import Ahead, core_threads, maker, side_by_side
 
 
 class Recorded(gym.Wrapper[Any, Any, Any, Any]):

@@ -351,9 +351,9 @@ def run_episode(
 ) -> None:
     """Let a policy act until the episode that has just begun is over, and finish; ``on_step`` is told how many steps it took."""
     takes_masks = "action_masks" in inspect.signature(policy.predict).parameters  # MaskablePPO's does
-    slopes_every = env.slopes_every
+    session = env.session
     if not getattr(policy, "reads_derivatives", True):
-        env.slopes_every = sys.maxsize
+        session.slopes_every = sys.maxsize
     state, first, done, steps = None, np.array([True]), False, 0
     try:
         while not done:
@@ -365,7 +365,7 @@ def run_episode(
                 on_step(steps)
         finish(policy, env)
     finally:
-        env.slopes_every = slopes_every
+        session.slopes_every = env.slopes_every
 
 
 def _course(env: BackdoorPruneEnv, snapshot: Snapshot) -> tuple[Change, ...]:

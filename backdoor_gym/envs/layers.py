@@ -250,24 +250,25 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
         self._check_actions(actions)
         if not self.agents:
             return {}, {}, {}, {}, {}
+        session = self.single.session
         self._rounds += 1
         reward = 0.0
         pruned: dict[str, int] = {}
         undone: set[str] = set()
         for agent in self.agents:
             action = int(actions[agent])
-            if agent in self._stopped or self.single.exhausted:
+            if agent in self._stopped or session.exhausted:
                 continue
             if action == len(self.units[agent]):
                 self._stopped.add(agent)
                 continue
-            outcome = self.single.try_unit(int(self.units[agent][action]))
-            reward += outcome.reward
-            if outcome.pruned is not None:
-                pruned[agent] = outcome.pruned
-            if outcome.undone:
+            earned, unit, was_undone = self.single.prune_unit(int(self.units[agent][action]))
+            reward += earned
+            if unit is not None:
+                pruned[agent] = unit
+            if was_undone:
                 undone.add(agent)
-        terminated = len(self._stopped) == len(self.possible_agents) or self.single.exhausted
+        terminated = len(self._stopped) == len(self.possible_agents) or session.exhausted
         truncated = not terminated and self._rounds >= self.max_steps
         acting = self.agents
         result = (
@@ -284,7 +285,7 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
         return result
 
     def _check_actions(self, actions: Any) -> None:
-        _ = self.single.victim  # there is none before the first reset
+        _ = self.single.session  # there is none before the first reset
         check_kind("actions", actions, Mapping, "a dict with the action of each agent")
         if actions and not self.agents:
             raise gym.error.ResetNeeded(_OVER)
@@ -315,7 +316,7 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
 
     def _infos(self, pruned: dict[str, int], undone: set[str]) -> dict[str, dict[str, Any]]:
         shared = {key: value for key, value in self.single.info().items() if key not in ("neuron", "undone")}
-        names = self.single.victim.unit_names
+        names = self.single.session.victim.unit_names
         return {
             agent: {
                 **shared,

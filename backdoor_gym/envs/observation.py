@@ -1,15 +1,14 @@
 """Observations: a dictionary of fixed-shape arrays, padded where models of several sizes are met."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from gymnasium import spaces
 
 from ..analysis.features import CLAMP, STATIC_FEATURES
 from ..analysis.neuron_graph import EDGE_FEATURES, max_edges
-from ..session.masked_model import Figures
-from ..session.prepared_model import Slopes, Victim
+from ..session import RepairSession
+from ..session.prepared_model import Victim
 
 #: Columns of ``nodes``: the static features, then what the episode changes, then 1 (0 in padding).
 NODE_FEATURES = (*STATIC_FEATURES, "pruned", "tried", "layer_pruned", "pull_now", "harm_now", "clean_pull_now", "real")
@@ -29,31 +28,6 @@ GLOBAL_FEATURES = (
     "inversion_evidence",
 )
 _STATIC = len(STATIC_FEATURES)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What has happened in an episode so far.
-
-    Attributes:
-        pruned: bool (units,).
-        tried: bool (units,), pruned and undone again.
-        initial: figures of the whole network.
-        current: figures now.
-        accuracy_budget: as given to the environment.
-        steps_left: share of the steps that are left.
-        failures_left: share of the tolerated failures that are left.
-        slopes: what one more prune would do, to first order.
-    """
-
-    pruned: np.ndarray
-    tried: np.ndarray
-    initial: Figures
-    current: Figures
-    accuracy_budget: float | None
-    steps_left: float
-    failures_left: float
-    slopes: Slopes
 
 
 class ObservationBuilder:
@@ -82,29 +56,30 @@ class ObservationBuilder:
         self._edges = np.zeros(0)
         self._edge_links = np.zeros(0)
 
-    def observe(self, victim: Victim, progress: Progress, action_mask: np.ndarray) -> dict[str, np.ndarray]:
-        """The observation of an episode's state."""
+    def observe(self, session: RepairSession, steps_left: float, action_mask: np.ndarray) -> dict[str, np.ndarray]:
+        """The observation of a repair as it is now; ``steps_left`` is a share."""
+        victim, state = session.victim, session.state
         if victim is not self._victim:
             self._lay_out(victim)
         count = len(victim)
         nodes = self._nodes.copy()
-        nodes[:count, _STATIC] = progress.pruned
-        nodes[:count, _STATIC + 1] = progress.tried
+        nodes[:count, _STATIC] = state.pruned
+        nodes[:count, _STATIC + 1] = state.tried
         sizes = np.bincount(victim.layer)
-        shares = np.bincount(victim.layer, weights=progress.pruned) / np.maximum(sizes, 1)
+        shares = np.bincount(victim.layer, weights=state.pruned) / np.maximum(sizes, 1)
         nodes[:count, _STATIC + 2] = shares[victim.layer]
-        slopes = progress.slopes
+        slopes = session.derivatives()
         for column, slope in enumerate((slopes.pull, slopes.harm, slopes.clean_pull), start=_STATIC + 3):
             nodes[:count, column] = np.clip(slope / max(slope.std(), 1e-12), -CLAMP, CLAMP)
-        current, initial = progress.current, progress.initial
+        current, initial = session.figures, session.initial_figures
         figures = (
             current.acc,
             initial.acc - current.acc,
             current.loss - initial.loss,
-            1.0 if progress.accuracy_budget is None else progress.accuracy_budget,
-            progress.pruned.mean(),
-            progress.steps_left,
-            progress.failures_left,
+            1.0 if session.accuracy_budget is None else session.accuracy_budget,
+            state.pruned.mean(),
+            steps_left,
+            1 - state.failures / session.max_failures,
             current.suspected_danger,
             initial.suspected_danger - current.suspected_danger,
             *self._evidence,

@@ -6,33 +6,14 @@ nothing scores 0.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ..errors import DataError, check_name
-from ..session.masked_model import Figures
-from ..session.prepared_model import Victim
+from ..session.session import Transition
 
 #: Reward lost with each unit of accuracy.
 ACCURACY_WEIGHT = 2.0
 #: Reward lost with each neuron that is pruned from a network known to be clean.
 CLEAN_PRUNE_COST = 0.05
-
-
-@dataclass(frozen=True)
-class Transition:
-    """An accepted prune.
-
-    Attributes:
-        victim: the model it happened in.
-        unit: what was pruned.
-        before: figures before the prune.
-        after: figures after it.
-    """
-
-    victim: Victim
-    unit: int
-    before: Figures
-    after: Figures
 
 
 Reward = Callable[[Transition], float]

@@ -11,8 +11,8 @@ from gymnasium.vector.utils import iterate
 
 from ..arguments import check_whole
 from ..errors import DataError, check_name
-from ..session.prefetch import Ahead, core_threads, maker, side_by_side
 from ..wording import shown
+from .prefetch import Ahead, core_threads, maker, side_by_side
 from .prune import BackdoorPruneEnv
 
 #: Sub-environments of one vector.

@@ -7,7 +7,7 @@ its layer, its colour is its suspicion, a cross says that it is pruned.
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..session import RepairSession
 from ..wording import printable
 
 #: Frame size in pixels, always the same, and such as video codecs like.
@@ -64,6 +65,29 @@ class Snapshot:
     asr: tuple[float, ...]
     least_acc: float | None = None
     given_back: int = 0
+
+    @classmethod
+    def of(cls, session: RepairSession) -> Self:
+        """What is to be drawn of a repair as it is now."""
+        victim, state = session.victim, session.state
+        given_back = sum(restored for _, restored in state.changes)
+        latest = np.zeros(len(victim), dtype=bool)
+        if state.changes and not given_back:
+            latest[state.changes[-1][0]] = True
+        return cls(
+            name=victim.name,
+            layers=tuple((layer.name, layer.size) for layer in victim.neurons.layers),
+            suspicion=victim.suspicion,
+            strengths=victim.strengths,
+            pruned=~victim.neuron_mask(state.pruned),
+            undone=~victim.neuron_mask(state.tried),
+            latest=~victim.neuron_mask(latest),
+            acc=tuple(figures.acc for figures in state.history),
+            danger=() if victim.inverted is None else tuple(figures.suspected_danger for figures in state.history),
+            asr=tuple(figures.asr for figures in state.history if figures.asr is not None),
+            least_acc=None if session.accuracy_budget is None else session.least_acc,
+            given_back=given_back,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,5 @@
 """One network being repaired, without Gymnasium."""
+
+from .session import RepairSession
+
+__all__ = ["RepairSession"]

@@ -7,7 +7,8 @@ from gymnasium.vector import AutoresetMode
 
 import backdoor_gym
 from backdoor_gym.envs.layers import BackdoorPruneLayersEnv
-from backdoor_gym.envs.prune import MOST_UNITS, BackdoorPruneEnv
+from backdoor_gym.envs.options import MOST_UNITS
+from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.vector import BackdoorPruneVectorEnv
 from backdoor_gym.errors import BackdoorGymError, DataError, UnknownNameError
 from backdoor_gym.session.masked_model import MaskedVictim
@@ -53,7 +54,7 @@ def test_attributes_before_reset(misused, name):
 
 @pytest.mark.parametrize(
     ("call", "arguments"),
-    [("try_unit", (0,)), ("evaluate_also", ([0],)), ("suspected_fall", (1,)), ("give_back", (0,)), ("render", ())],
+    [("prune_unit", (0,)), ("evaluate_also", ([0],)), ("suspected_fall", (1,)), ("give_back", (0,)), ("render", ())],
 )
 def test_calls_before_reset(infected, call, arguments):
     env = BackdoorPruneEnv(infected, render_mode="ansi")
@@ -72,7 +73,7 @@ def test_wrong_calls_leave_the_episode_as_it_was(infected):
     same(env.step(5), twin.step(5))
     calls = [
         *((env.step, (odd,)) for odd in (*ODD, True, np.array([1]), np.float32(1))),
-        *((env.try_unit, (odd,)) for odd in ODD if not isinstance(odd, int) or odd < 0),
+        *((env.prune_unit, (odd,)) for odd in ODD if not isinstance(odd, int) or odd < 0),
         *((env.give_back, (odd,)) for odd in (*ODD, 1)),
         *((env.evaluate_also, (odd,)) for odd in (*ODD[:7], [-1], [10**6], [0.5], [[0], [0, 1]], [10**30])),
         *((env.suspected_fall, (odd,)) for odd in (*ODD[:3], 2.5)),
@@ -163,7 +164,6 @@ def test_rewards_are_finite_numbers(infected, gives):
         ("score_samples", (-1, "x", None)),
         ("data", (5, [])),
         ("device", (None, 5, "gpu", "A" * 10**5, [])),
-        ("precision", (None, [], "x")),
         ("render_mode", (5, [], "x")),
     ],
 )

@@ -48,19 +48,6 @@ def test_figures_are_those_of_the_edited_network(env, infected):
     assert info["infected"] == "tiny"
 
 
-def test_bfloat16_gives_the_accuracies_of_float32(env, infected):
-    quick = BackdoorPruneEnv(infected, accuracy_budget=None, precision="bfloat16")
-    env.reset(seed=0)
-    quick.reset(seed=0)
-    for unit in np.random.default_rng(1).permutation(len(env.victim))[:20]:
-        expected, found = (one.step(int(unit)) for one in (env, quick))
-        assert found[4] == expected[4]
-        assert found[1] == pytest.approx(expected[1], abs=0.02)
-    assert quick.spec_options()["precision"] == "bfloat16"
-    with pytest.raises(UnknownNameError, match="bfloat16"):
-        BackdoorPruneEnv(infected, precision="bfloat")
-
-
 def test_the_observation_tells_what_was_pruned(env):
     observation, _ = env.reset(seed=0)
     assert env.observation_space.contains(observation)

@@ -13,7 +13,7 @@ import backdoor_gym
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.vector import BackdoorPruneVectorEnv
 from backdoor_gym.errors import DataError
-from backdoor_gym.session import prefetch as ahead
+from backdoor_gym.envs import prefetch as ahead
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
