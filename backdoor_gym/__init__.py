@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .models.catalogue import list_infected, load_infected
     from .models.infected import InfectedModel
     from .models.infecting import infect
-    from .repairing import RepairResult, repair
+    from .repairing import repair
+    from .reporting.result import RepairResult
 
 __version__ = "0.1.0"
 
@@ -54,7 +55,7 @@ _HOMES = {
     "DataError": "errors",
     "InfectedModel": "models.infected",
     "ModelFileError": "errors",
-    "RepairResult": "repairing",
+    "RepairResult": "reporting.result",
     "TrainingError": "errors",
     "UnknownNameError": "errors",
     "UntraceableError": "errors",

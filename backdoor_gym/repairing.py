@@ -5,217 +5,30 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from torch import nn
 
-from .analysis.bn_evidence import Reading
 from .arguments import check_callable
 from .devices import find_device
 from .envs.prune import BackdoorPruneEnv
 from .errors import DataError, UnknownNameError
-from .files.tensors import STATE_DICT, write_tensors
-from .masking.cutting import cut_channels
 from .masking.export import write_mask
 from .metrics import Metrics, der
 from .models.catalogue import load_infected
 from .models.infected import InfectedModel
-from .networks.adapting import deep_copy, in_own_types
-from .networks.preprocessing import Preprocessed, own_module
-from .neurons.finding import Neurons
+from .networks.adapting import deep_copy
 from .policies import BUDGETS, PredictingPolicy, check_policy, finish, kind_of_policy, make_policy
 from .progress import Watch
-from .rendering.drawing import Snapshot, frame
-from .reporting import render
+from .rendering.drawing import Snapshot
+from .reporting.result import Change, RepairResult
 from .wording import shown
-from .writing import as_json, beside, finite, write_text
 
 DEFAULT_BUDGET: Any = object()
 #: Share of a network's channels that can be pruned, below which a repair warns.
 LITTLE = 0.7
-#: Files in the folder that ``RepairResult.save`` writes; the network of transformers or timm has names of its own.
-WEIGHTS, FIGURES, PICTURE, PAGE = "repaired.safetensors", "pruned.json", "repair.png", "report.html"
-
-
-@dataclass(frozen=True)
-class Change:
-    """One step of a repair.
-
-    Attributes:
-        neurons: their names; several where coupled ones go together.
-        given_back: whether they came back, after the last prune; False where they were pruned.
-        acc: accuracy on the defender's clean images after it.
-        suspected_danger: after it (see ``metrics.danger``), None where no trigger could be inverted.
-    """
-
-    neurons: tuple[str, ...]
-    given_back: bool
-    acc: float
-    suspected_danger: float | None
-
-
-@dataclass(frozen=True)
-class RepairResult:
-    """What a repair did.
-
-    Attributes:
-        network: the repaired network, from images in [0, 1] to logits: the class of the original, zeros written where neurons
-            were pruned. Where ``preprocess`` stands in front of it, ``module`` is the network behind.
-        pruned: names of the neurons that stayed pruned, in the order in which they went.
-        before: ACC, ASR and RA on test images before; None where test images or trigger are not known.
-        after: the same afterwards.
-        clean_acc_before: accuracy on the defender's clean images before.
-        clean_acc_after: the same afterwards.
-        der: defence effectiveness rating, where ACC and ASR are known.
-        seconds: how long the policy took, with reading the neurons and without scoring.
-        policy: name of the policy.
-        settings: what the policy chose by itself, such as the threshold of CLP.
-        infected: the model as it was.
-        neurons: of the network.
-        mask: bool (neurons,), False where pruned.
-        snapshot: the network as it is drawn.
-        features: static features of each neuron, standardised within its layer (``analysis.features``), float32 (neurons, F).
-        course: what was pruned and given back, step by step.
-        reading: what the BN statistics say, the inverted trigger among it; None where there is no batch normalisation.
-        arguments: what ``repair`` was called with, for doing it again; None for a model or a policy that is no name.
-        verdict: probability that the network has a backdoor, as the policy judges it before it prunes; None where the
-            policy gives none, or there are no BN statistics to judge by.
-        suspected_target: the label that the BN statistics call, or without any the one that images get at the least
-            change; None where neither tells.
-    """
-
-    network: nn.Module
-    pruned: list[str]
-    before: Metrics
-    after: Metrics
-    clean_acc_before: float
-    clean_acc_after: float
-    der: float | None
-    seconds: float
-    policy: str
-    settings: dict[str, Any]
-    infected: InfectedModel
-    neurons: Neurons
-    mask: np.ndarray
-    snapshot: Snapshot
-    features: np.ndarray
-    course: tuple[Change, ...]
-    reading: Reading | None
-    arguments: dict[str, Any]
-    verdict: float | None = None
-    suspected_target: int | None = None
-
-    @property
-    def module(self) -> nn.Module:
-        """The repaired network without what stands in front of it: the class that was given to ``from_module``.
-
-        Its weights are of the types that they were of there.
-        """
-        return in_own_types(own_module(self.network), self.infected.dtypes)
-
-    @property
-    def complete(self) -> bool:
-        """Whether ``save`` writes an infected model; the state dict of ``module`` alone otherwise."""
-        return self.infected.architecture is not None and self.infected.checkpoint is None
-
-    @property
-    def coverage(self) -> float:
-        """Share of the channels of all layers with weights but the output that belong to a neuron."""
-        return self.neurons.coverage
-
-    def compact(self) -> nn.Module:
-        """A smaller network with the same outputs, from which the pruned channels are cut out where shapes allow.
-
-        Where they stay although nothing needs them, a warning names the layer that stops the cut.
-
-        Raises:
-            CompactionError: the network cannot take the clean images.
-        """
-        cut = cut_channels(self.infected.network, self.neurons, self.mask, self.infected.clean.images)
-        for stop in cut.stops:
-            warnings.warn(stop, stacklevel=2)
-        if isinstance(cut.network, Preprocessed):
-            cut.network.network = in_own_types(cut.network.network, self.infected.dtypes)
-            return cut.network
-        return in_own_types(cut.network, self.infected.dtypes)
-
-    def report(self) -> dict[str, Any]:
-        """All figures and the pruned neurons, JSON-able; None for those that are not finite."""
-        figures: dict[str, Any] = {
-            "infected": self.infected.name,
-            "policy": self.policy,
-            "settings": self.settings,
-            "neurons": len(self.neurons),
-            "coverage": round(self.neurons.coverage, 4),
-            "left_out": [asdict(account) for account in self.neurons.left_out],
-            "notes": list(self.neurons.notes),
-            "pruned": self.pruned,
-            "before": self.before.as_dict(),
-            "after": self.after.as_dict(),
-            "der": self.der,
-            "clean_acc_before": self.clean_acc_before,
-            "clean_acc_after": self.clean_acc_after,
-            "clean_images": len(self.infected.clean),
-            "seconds": round(self.seconds, 3),
-            "verdict": self.verdict,
-            "suspected_target": self.suspected_target,
-            "arguments": self.arguments,
-            "course": [asdict(change) for change in self.course],
-        }
-        return finite(figures)
-
-    def save(self, folder: str | Path, command: str | None = None) -> list[Path]:
-        """Write the repaired network, ``report.html``, ``pruned.json`` and ``repair.png`` into a folder, made if needed.
-
-        A network of a known architecture is saved as an infected model, ready for another ``repair``. One out of a folder of
-        transformers or timm is saved as that folder was. Any other one, and one out of somebody's checkpoint, is saved as the
-        state dict of ``module``, for its own class to load. All files are written, or none.
-
-        Args:
-            folder: where to.
-            command: the command line that asked for this repair, to be told in the report.
-
-        Raises:
-            WriteError: the folder cannot be written.
-        """
-        from matplotlib.image import imsave
-
-        folder = Path(folder)
-        page, picture = render(self, command), frame(self.snapshot)
-        with beside(folder) as new:
-            self._save_network(new)
-            write_text(new / FIGURES, as_json(self.report(), indent=2) + "\n")
-            imsave(new / PICTURE, picture)
-            write_text(new / PAGE, page)
-        return [folder / name for name in files_of(self.infected)]
-
-    def _save_network(self, folder: Path) -> None:
-        original = self.infected
-        if original.layout is not None:
-            original.layout.save(folder, self.module)
-        elif self.complete:
-            InfectedModel(
-                self.network,
-                original.clean,
-                original.test,
-                original.trigger,
-                original.target,
-                original.architecture,
-                {**original.facts, "repaired_by": self.policy, "acc": self.after.acc, "asr": self.after.asr},
-                f"{original.name}-repaired",
-            ).save(folder / WEIGHTS)
-        else:
-            write_tensors(folder / WEIGHTS, self.module.state_dict(), {"format": STATE_DICT})
-
-
-def files_of(infected: InfectedModel) -> list[str]:
-    """Names of the files that a repair of this model writes."""
-    network = [WEIGHTS] if infected.layout is None else list(infected.layout.files)
-    return [*network, FIGURES, PICTURE, PAGE]
 
 
 def repair(

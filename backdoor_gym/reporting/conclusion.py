@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..repairing import RepairResult
+    from .result import RepairResult
 
 #: Share of triggered images up to which a backdoor is called closed, and from which on it is called open.
 CLOSED, OPEN = 0.1, 0.5

@@ -25,7 +25,7 @@ from .conclusion import conclude
 from .reasons import Reasons, reasons
 
 if TYPE_CHECKING:
-    from ..repairing import RepairResult
+    from .result import RepairResult
 
 #: Images that the samples are chosen from, and samples that are shown.
 LOOKED_AT, SHOWN = 200, 8

@@ -9,7 +9,7 @@ from torch import nn
 
 from backdoor_gym import InfectedModel, RepairResult, repair
 from backdoor_gym.neurons.finding import NeuronLayer, Neurons
-from backdoor_gym.repairing import Change
+from backdoor_gym.reporting.result import Change
 
 #: What a model file may say, to be shown and not to be obeyed.
 HOSTILE = "\"'><script>alert(1)</script><img src='http://evil.example/x.png' onerror='alert(2)'>{{ 7*7 }}$\\frac{\u202e\x00\ud800"
