@@ -118,13 +118,8 @@ def _make_onp(
 ) -> PredictingPolicy:
     from .agents import ONP
     from .agents.finetuning import learn_alone
-    from .agents.layers import PER_LAYER, LayerPolicy
 
     onp = ONP.load(Path(name) if name.endswith(SUFFIX) else "pretrained", env, seed=seed)
-    if onp.facts.get(PER_LAYER):
-        if finetune:
-            raise DataError(f"{name} is shared by agents of layers; finetune is for policies of the whole network")
-        return LayerPolicy(onp, env)
     if finetune:
         learn_alone(onp, env, finetune)
     if not look_ahead:

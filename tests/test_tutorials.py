@@ -43,12 +43,11 @@ def test_a_checkpoint_of_your_own(run_tutorial, tmp_path):
     assert (tmp_path / "repaired.safetensors").is_file()
 
 
-def test_agents_of_layers(run_tutorial, tmp_path):
+def test_agents_of_layers(run_tutorial):
     said = run_tutorial("agents_of_layers.py", "--short")
     by_hand = re.search(r"by hand +return +([\d.]+)", said)
     assert float(by_hand[1]) > 0
-    assert "repair pruned" in said
-    assert (tmp_path / "agents_of_layers.safetensors").is_file()
+    assert "learned" in said
 
 
 def test_a_cluster(run_tutorial, tmp_path):

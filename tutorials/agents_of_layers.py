@@ -1,4 +1,4 @@
-"""One agent a layer: play the PettingZoo environment by hand, then let all agents learn one policy.
+"""One agent a layer: play the PettingZoo environment by hand, then let all agents learn one policy that they share.
 
     python tutorials/agents_of_layers.py            # two minutes on two cores
     python tutorials/agents_of_layers.py --short    # seconds: shows that it runs, and learns next to nothing
@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical
 
-from backdoor_gym import parallel_env, repair
-from backdoor_gym.agents import ONP
-from backdoor_gym.agents.layers import LAYER_ENCODER, PER_LAYER, LayerPolicy, LayersVecEnv
-from backdoor_gym.envs.observation import NODE_FEATURES
+from backdoor_gym import parallel_env
+from backdoor_gym.envs.observation import GLOBAL_FEATURES, NODE_FEATURES
 
 MODEL = "digits-badnets"
 ROUNDS = 20  # in each of them every layer may prune one neuron
@@ -35,46 +36,74 @@ def by_hand(observations: Observations) -> dict[str, int]:
     return actions
 
 
-def play(name: str, choose: Callable[[Observations], dict[str, int]]) -> None:
-    """An episode, in PettingZoo's own loop."""
-    env = parallel_env(infected=MODEL, accuracy_budget=0.02, max_steps=ROUNDS)
+class SharedPolicy(nn.Module):
+    """Parameter sharing (Gupta et al., 2017): the same small network scores each neuron of each layer, and stopping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neuron = nn.Sequential(
+            nn.Linear(len(NODE_FEATURES) + len(GLOBAL_FEATURES), 32), nn.Tanh(), nn.Linear(32, 1)
+        )
+        self.stop = nn.Linear(len(GLOBAL_FEATURES), 1)
+
+    def forward(self, seen: Mapping[str, Any]) -> Categorical:
+        """What one agent does, from what it sees of its own layer."""
+        nodes, figures = (torch.from_numpy(seen["observation"][key]) for key in ("nodes", "globals"))
+        both = torch.cat([nodes, figures.expand(len(nodes), -1)], dim=1)
+        logits = torch.cat([self.neuron(both).squeeze(1), self.stop(figures)])
+        return Categorical(logits=logits.masked_fill(torch.from_numpy(seen["action_mask"]) == 0, -torch.inf))
+
+
+def play(env: Any, choose: Callable[[Observations], dict[str, int]]) -> tuple[list[float], dict[str, Any]]:
+    """An episode, in PettingZoo's own loop: the reward of each round, and the last info."""
     observations, infos = env.reset(seed=0)
-    earned = 0.0
+    rewards = []
     while env.agents:
-        observations, rewards, _, _, infos = env.step(choose(observations))
-        earned += next(iter(rewards.values()))  # the reward is shared: all agents get the same
-    last = next(iter(infos.values()))
-    print(f"{name:<8} return {earned:6.3f}  pruned {last['pruned']:3d}  ACC {last['acc']:.3f}  ASR {last['asr']:.3f}")
-    env.close()
+        observations, reward, _, _, infos = env.step(choose(observations))
+        rewards.append(next(iter(reward.values())))  # the reward is shared: all agents get the same
+    return rewards, next(iter(infos.values()))
 
 
-def learn(steps: int, rollout: int) -> ONP:
-    """Parameter sharing: to PPO every agent is one more environment, and all of them have the same graph policy."""
-    vector = LayersVecEnv([MODEL], seats=1, accuracy_budget=0.02, max_steps=ROUNDS, score_samples=0)
-    print(f"{vector.num_envs} agents")
-    vector.seed(0)
-    ppo = {"n_steps": rollout, "learning_rate": 2e-3, "gamma": 0.5, "ent_coef": 0.03}  # arguments of MaskablePPO
-    shared = ONP(vector, encoder=LAYER_ENCODER, seed=0, **ppo)
-    shared.learn(steps)  # steps of agents: a round is one of each
-    shared.facts[PER_LAYER] = True  # so that whoever loads the file knows what its policy sees
-    vector.close()
-    return shared
+def learn(env: Any, episodes: int) -> SharedPolicy:
+    """REINFORCE (Williams, 1992): what was followed by more reward than usual becomes more likely."""
+    torch.manual_seed(0)
+    policy = SharedPolicy()
+    optimizer = torch.optim.Adam(policy.parameters(), lr=5e-3)
+    usual = 0.0
+    for _ in range(episodes):
+        likelihoods: list[Tensor] = []  # one a round, of what all agents did in it
+
+        def act(observations: Observations, likelihoods: list[Tensor] = likelihoods) -> dict[str, int]:
+            chances = {agent: policy(seen) for agent, seen in observations.items()}
+            actions = {agent: chance.sample() for agent, chance in chances.items()}
+            likelihoods.append(torch.stack([chances[agent].log_prob(actions[agent]) for agent in actions]).sum())
+            return {agent: int(action) for agent, action in actions.items()}
+
+        rewards, _ = play(env, act)
+        still_to_come = torch.tensor(rewards).flip(0).cumsum(0).flip(0)
+        usual = 0.9 * usual + 0.1 * sum(rewards)
+        optimizer.zero_grad()
+        (-(still_to_come - usual) * torch.stack(likelihoods)).mean().backward()
+        optimizer.step()
+    return policy
 
 
 def main() -> None:
-    """By hand, learned, and the learned one as a repair."""
+    """By hand, and learned."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true")
-    short = parser.parse_args().short
-    play("by hand", by_hand)
-    shared = learn(80 if short else 6_400, 4 if short else 16)
-    play("learned", LayerPolicy(shared).actions)
+    env = parallel_env(infected=MODEL, accuracy_budget=0.02, max_steps=ROUNDS)
+    policy = learn(env, 2 if parser.parse_args().short else 60)
 
-    # The same file repairs networks of any number of layers: backdoor-gym repair MODEL --policy agents_of_layers.safetensors
-    # A policy for networks it has not seen learns on many: backdoor-gym train --per-layer
-    path = shared.save("agents_of_layers.safetensors")
-    result = repair(MODEL, policy=str(path), accuracy_budget=0.02, max_steps=10 if short else None)
-    print(f"repair pruned {len(result.pruned)} neurons: ACC {result.after.acc:.3f}, ASR {result.after.asr:.3f}")
+    def best(observations: Observations) -> dict[str, int]:
+        return {agent: int(policy(seen).probs.argmax()) for agent, seen in observations.items()}
+
+    for name, choose in (("by hand", by_hand), ("learned", best)):
+        rewards, info = play(env, choose)
+        print(
+            f"{name:<8} return {sum(rewards):6.3f}  pruned {info['pruned']:3d}  ACC {info['acc']:.3f}  ASR {info['asr']:.3f}"
+        )
+    env.close()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ def main() -> None:
     """Train on some networks, choose on others, repair one that was in neither."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--address", default="local")
-    parser.add_argument("--per-layer", action="store_true", help="one agent a layer, all with the same policy")
     parser.add_argument("--short", action="store_true")
     arguments = parser.parse_args()
     short = arguments.short
@@ -34,7 +33,6 @@ def main() -> None:
         16 if short else 3_072,  # environment steps
         "cluster.safetensors",  # the best policy; interrupted and called again, it goes on from the checkpoint beside it
         arguments.address,
-        per_layer=arguments.per_layer,
         runners=1 if short else 4,  # processes that play, one core each; they divide the networks
         envs=1 if short else 4,  # environments of each
         epochs=1 if short else 50,  # of the warm start from derivatives, before any reinforcement

@@ -58,7 +58,7 @@ class Evaluation:
         self.structure = structure
         self.neurons, self.operations, self.inputs = structure.neurons, structure.operations, structure.inputs
         self.base, self.base_mask = base, base_mask
-        self.masks = dict(zip(self.inputs[1:], structure.masks(mask), strict=True))
+        self.masks = dict(zip(self.inputs[1:], structure.neurons.layer_masks(mask, structure.device), strict=True))
         self.differing = {
             self.inputs[1 + layer]: np.flatnonzero(
                 mask[self.neurons.layers[layer].neurons] != base_mask[self.neurons.layers[layer].neurons]

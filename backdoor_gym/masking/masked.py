@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx
 
 from ..devices import find_device
-from ..errors import check_name
 from ..neurons.finding import Neurons
 from .backward import Kept, by_autograd, by_logits, mask_derivatives
 from .incremental import Evaluation, SomeChannels
@@ -19,11 +18,6 @@ from .plan import Structure
 #: Upper bound of the activations kept between calls, in bytes: of the whole network, of the base and of the last mask
 #: together. What is given up first is what costs least to compute again.
 KEPT_BYTES = 1 << 30
-#: What weights and activations may be.
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-#: Distance of an image's two largest logits, over the size of the largest, up to which bfloat16 does not tell which it is:
-#: above the errors of it that were seen on CIFAR-10 networks, of 0.08 at most.
-ROUNDING = 0.1
 
 
 class MaskedNetwork:
@@ -31,20 +25,13 @@ class MaskedNetwork:
 
     The activations of one mask, the *base*, are kept: those that a mask multiplies and those that several operations
     read. ``logits(mask)`` computes only what differs from the base; ``keep()`` makes the last mask the new base. A large
-    network computes some of the images after the others. With bfloat16, the logits of an image whose answer hangs on
-    rounding are computed again, in float32. So answers are those of float32 as far as ``ROUNDING`` bounds what rounding does to
-    logits (not to probabilities); logits of the others, and derivatives, are rounded.
+    network computes some of the images after the others.
 
     Args:
         neurons: of the network.
         images: float32 (n, C, H, W) in [0, 1].
         device: where to compute.
         kept_bytes: bound of the kept activations.
-        precision: "float32" or "bfloat16", which takes less time where the processor has it.
-
-    Raises:
-        DataError: the network cannot be run in bfloat16.
-        UnknownNameError: another precision.
     """
 
     def __init__(
@@ -53,14 +40,12 @@ class MaskedNetwork:
         images: Tensor,
         device: str | torch.device = "cpu",
         kept_bytes: int = KEPT_BYTES,
-        precision: str = "float32",
     ) -> None:
         _let_memory_stay()
         self.neurons = neurons
         self.device = find_device(device)
-        check_name("precision", precision, PRECISIONS)
         kept = kept_bytes / (3 * max(1, len(images)))
-        self._structure = Structure(neurons, images[:1], self.device, kept, PRECISIONS[precision])
+        self._structure = Structure(neurons, images[:1], self.device, kept)
         self._parts = [_Part(self._structure, some) for some in images.split(self._structure.at_once)]
         self._starts = [0, *np.cumsum([len(part) for part in self._parts]).tolist()]
 
@@ -172,16 +157,15 @@ class _Part:
         """By each neuron's mask, float32 (neurons,), from that by the logits of the images, or of some of them."""
         structure = self._structure
         layers, images = structure.neurons.layers, structure.inputs[0]
-        masks = structure.masks(self.base_mask)
-        gradient = gradient.to(structure.dtype)
+        masks = structure.neurons.layer_masks(self.base_mask, structure.device)
         if structure.sizes.several:
             read = self._base[images] if rows is None else self._base[images][rows]
             sizes = [layer.size for layer in layers]
             whole = [
-                torch.ones(size, dtype=structure.dtype, device=structure.device) if mask is None else mask
+                torch.ones(size, device=structure.device) if mask is None else mask
                 for size, mask in zip(sizes, masks, strict=True)
             ]
-            return by_autograd(structure.graph, read, whole, sizes, lambda logits: (logits * gradient).sum()).float()
+            return by_autograd(structure.graph, read, whole, sizes, lambda logits: (logits * gradient).sum())
         kept: Kept = self._base
         if rows is not None:
             of_images = {images} | (structure.behind[images] & structure.sizes.batched)
@@ -198,16 +182,7 @@ class _Part:
     @torch.no_grad()
     def _evaluate(self, mask: np.ndarray) -> dict[fx.Node, Any]:
         structure = self._structure
-        found = Evaluation(structure, self._base, self.base_mask, mask).run()
-        if structure.dtype != torch.float32 and structure.output in found:
-            logits = found[structure.output].float()
-            first, second = logits.topk(min(2, logits.shape[1])).values[:, [0, -1]].unbind(1)
-            unsure = ~(first - second > ROUNDING * logits.abs().amax(1))  # also where something is not finite
-            if unsure.any():
-                masks = structure.neurons.layer_masks(mask, structure.device)
-                logits[unsure] = structure.exact(self._images[unsure], *masks)
-            found[structure.output] = logits
-        return found
+        return Evaluation(structure, self._base, self.base_mask, mask).run()
 
 
 class _Rows:

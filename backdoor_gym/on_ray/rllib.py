@@ -16,16 +16,13 @@ from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchCategorical
-from ray.rllib.core.rl_module import MultiRLModuleSpec, RLModuleSpec
+from ray.rllib.core.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
-from ray.rllib.env.wrappers.pettingzoo_env import ParallelPettingZooEnv
 from ray.tune.registry import register_env
 from torch import Tensor
 
 from backdoor_gym.agents.encoder import PADDING, EncoderOptions, GraphActorCritic
-from backdoor_gym.agents.layer_training import MAX_ROUNDS, split
-from backdoor_gym.agents.layers import LAYER_ENCODER, PER_LAYER, LayerPolicy, PaddedLayersEnv, largest
 from backdoor_gym.agents.onp import ONP, PPO
 from backdoor_gym.agents.school import BUDGETS, MAX_STEPS
 from backdoor_gym.agents.training import (
@@ -46,10 +43,8 @@ from backdoor_gym.on_ray.cluster import cluster
 from backdoor_gym.session.generator import InfectedGenerator
 from backdoor_gym.session.prepared_model import VictimOptions
 
-#: The module that the agents of all layers share.
-LAYER = "layer"
-#: Names under which RLlib knows the environments: one agent, and one a layer.
-ENVIRONMENTS = ("backdoor-gym: one agent", "backdoor-gym: one agent a layer")
+#: Name under which RLlib knows the environment.
+ENVIRONMENT = "BackdoorPrune-v0, of many networks"
 
 
 class GraphRLModule(TorchRLModule, ValueFunctionAPI):
@@ -98,7 +93,6 @@ def train_on_cluster(
     out: str | Path,
     address: str,
     *,
-    per_layer: bool = False,
     runners: int = 2,
     envs: int = 4,
     seed: int = 0,
@@ -115,10 +109,9 @@ def train_on_cluster(
     Args:
         infected: names and patterns to learn from; their triggers must be known.
         validation: names and patterns that the best policy is chosen on.
-        total_timesteps: environment steps; with ``per_layer`` rounds, in which every layer acts.
+        total_timesteps: environment steps.
         out: file of the policy.
         address: of the cluster: HOST:PORT, "auto", or "local".
-        per_layer: one agent a layer, all with the same policy, instead of one for the whole network.
         runners: processes of the cluster that play, one core each; they divide the models.
         envs: environments of each.
         seed: of everything.
@@ -133,29 +126,25 @@ def train_on_cluster(
     say = report or (lambda line: None)
     out, checkpoint, kept = Path(out), checkpoint_of(out), best_of(out)
     names, judges = ([name for pattern in patterns for name in resolve(pattern)] for patterns in (infected, validation))
-    encoder = encoder or (LAYER_ENCODER if per_layer else EncoderOptions(message_passing=False))
-    onp, done = ONP(encoder=encoder, seed=seed, threshold=0.5 if per_layer else THRESHOLD), 0
+    onp = ONP(encoder=encoder or EncoderOptions(message_passing=False), seed=seed, threshold=THRESHOLD)
+    done = 0
     if checkpoint.is_file():
         begun = ONP.load(checkpoint)
         onp.network.load_state_dict(begun.network.state_dict())
         done = int(begun.facts["timesteps"])
     else:
         kept.unlink(missing_ok=True)
-    if per_layer:
-        onp.facts[PER_LAYER] = True
     say(f"{len(names)} models to learn from, {len(judges)} to choose by")
     if epochs and not checkpoint.is_file():
         school = examples(names, ray=address, score_samples=SCORE_SAMPLES)
-        if per_layer:
-            school = [part for name, whole in zip(names, school, strict=True) for part in split(name, whole)]
-        losses = warm_start(onp.network, school, epochs, batch_size=64 if per_layer else 8, seed=seed)
+        losses = warm_start(onp.network, school, epochs, seed=seed)
         say(f"warm start: cross-entropy {losses[0]:.2f} -> {losses[-1]:.2f}")
 
-    best = validation_of(onp, judges, kept, say, (lambda env: LayerPolicy(onp, env)) if per_layer else None)
+    best = validation_of(onp, judges, kept, say)
     if kept.is_file():
         best.best = ONP.load(kept).facts.get("validation")
     with cluster(address):
-        algorithm = _configuration(onp, names, per_layer, runners, envs, seed, bool(epochs), ppo).build_algo()
+        algorithm = _configuration(onp, names, runners, envs, seed, bool(epochs), ppo).build_algo()
         try:
             onp.facts["timesteps"] = done
             onp.save(checkpoint)
@@ -163,7 +152,7 @@ def train_on_cluster(
             iteration = 0
             while done < total_timesteps:
                 algorithm.train()
-                module = algorithm.get_module(LAYER if per_layer else DEFAULT_MODULE_ID)
+                module = algorithm.get_module(DEFAULT_MODULE_ID)
                 onp.network.load_state_dict(module.network.state_dict())
                 done += runners * envs * _rollout(ppo)
                 iteration += 1
@@ -187,7 +176,7 @@ def _rollout(ppo: Mapping[str, Any]) -> int:
 
 
 def _configuration(
-    onp: ONP, names: list[str], per_layer: bool, runners: int, envs: int, seed: int, warm: bool, ppo: dict[str, Any]
+    onp: ONP, names: list[str], runners: int, envs: int, seed: int, warm: bool, ppo: dict[str, Any]
 ) -> PPOConfig:
     usual = PPO | (PPO_AFTER_WARM_START if warm else {})
     steps = _rollout(ppo)
@@ -205,10 +194,8 @@ def _configuration(
         "grad_clip": 0.5,
         **{key: value for key, value in ppo.items() if key != "n_steps"},
     }
-    register_env(ENVIRONMENTS[0], whole_network)
-    register_env(ENVIRONMENTS[1], layers_of_networks)
-    most, layers = largest(names) if per_layer else (0, 0)
-    context = {"infected": names, "max_units": max_units(names), "most": most, "layers": layers}
+    register_env(ENVIRONMENT, whole_network)
+    context = {"infected": names, "max_units": max_units(names)}
     spec = RLModuleSpec(
         module_class=GraphRLModule,
         model_config={
@@ -218,7 +205,7 @@ def _configuration(
     )
     config = (
         PPOConfig()
-        .environment(ENVIRONMENTS[per_layer], env_config=context, disable_env_checking=True)
+        .environment(ENVIRONMENT, env_config=context, disable_env_checking=True)
         .env_runners(
             num_env_runners=runners,
             num_envs_per_env_runner=envs,
@@ -228,15 +215,7 @@ def _configuration(
         .training(**training)
         .debugging(seed=seed)
     )
-    if per_layer:
-        return config.multi_agent(policies={LAYER}, policy_mapping_fn=_shared).rl_module(
-            rl_module_spec=MultiRLModuleSpec(rl_module_specs={LAYER: spec})
-        )
     return config.rl_module(rl_module_spec=spec)
-
-
-def _shared(agent: str, *_: Any, **__: Any) -> str:
-    return LAYER
 
 
 def max_units(names: Sequence[str]) -> int:
@@ -253,20 +232,6 @@ def whole_network(context: Any) -> gym.Env[Any, Any]:
             score_samples=SCORE_SAMPLES,
             max_steps=MAX_STEPS,
             max_units=context["max_units"],
-        )
-    )
-
-
-def layers_of_networks(context: Any) -> ParallelPettingZooEnv:
-    """The environment of agents of layers, of this runner's share of the models."""
-    return ParallelPettingZooEnv(
-        PaddedLayersEnv(
-            _share(context),
-            context["most"],
-            context["layers"],
-            reward="oracle",
-            score_samples=SCORE_SAMPLES,
-            max_steps=MAX_ROUNDS,
         )
     )
 

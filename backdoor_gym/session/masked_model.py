@@ -55,15 +55,14 @@ class MaskedVictim:
         victim: the model.
         score_samples: how many triggered test images ASR and RA are measured on, and half of how many clean ones the
             accuracy on test images; 0 for none.
-        precision: of ``MaskedNetwork``.
     """
 
-    def __init__(self, victim: Victim, score_samples: int = SCORE_SAMPLES, precision: str = "float32") -> None:
+    def __init__(self, victim: Victim, score_samples: int = SCORE_SAMPLES) -> None:
         self.victim = victim
         self.score_samples = score_samples
         self._origin: MaskedVictim | None = None  # keeps alive what is shared
         inverted = victim.inverted
-        network = partial(MaskedNetwork, victim.neurons, device=victim.options.device, precision=precision)
+        network = partial(MaskedNetwork, victim.neurons, device=victim.options.device)
         fragile, clean = torch.from_numpy(victim.fragile), victim.clean
         sloping, foreign = torch.arange(len(clean)) < SLOPE_IMAGES, _foreign(victim)
         #: The fragile clean images, then the others, of both those that derivatives are taken on apart; all together keep
@@ -91,14 +90,13 @@ class MaskedVictim:
             self._test = network(self.tested.images)
 
     @classmethod
-    def begin(cls, victim: Victim, score_samples: int = SCORE_SAMPLES, precision: str = "float32") -> Self:
+    def begin(cls, victim: Victim, score_samples: int = SCORE_SAMPLES) -> Self:
         """One with nothing pruned, made from what there is of that model."""
         with victim.preparing:
             known = _WHOLE.setdefault(victim, WeakValueDictionary())
-            key = (score_samples, precision)
-            whole = known.get(key)
+            whole = known.get(score_samples)
             if whole is None:
-                whole = known[key] = cls(victim, score_samples, precision)
+                whole = known[score_samples] = cls(victim, score_samples)
             return whole._fork()
 
     def _fork(self) -> Self:
@@ -249,5 +247,5 @@ def _foreign(victim: Victim) -> Tensor | None:
     return foreign if torch.equal(victim.clean.images[foreign], inverted.clean.cpu()) else None
 
 
-#: Whole networks by model, ``score_samples`` and precision, for as long as an environment uses them.
-_WHOLE: WeakKeyDictionary[Victim, WeakValueDictionary[tuple[int, str], Any]] = WeakKeyDictionary()
+#: Whole networks by model and ``score_samples``, for as long as a session uses them.
+_WHOLE: WeakKeyDictionary[Victim, WeakValueDictionary[int, Any]] = WeakKeyDictionary()

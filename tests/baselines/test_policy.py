@@ -8,7 +8,6 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from backdoor_gym.agents import ONP, LookAhead
-from backdoor_gym.agents.layers import LAYER_ENCODER, LayerPolicy
 from backdoor_gym.baselines import BNP, CLP, GreedyACC, RandomPolicy
 from backdoor_gym.errors import DataError
 
@@ -17,7 +16,6 @@ KINDS = {
     "rule with a threshold of its own": lambda env: CLP("auto", env),
     "greedy": GreedyACC,
     "look-ahead": lambda env: ONP(env, look_ahead=LookAhead(2), threshold=0.01, seed=0),
-    "layers": lambda env: LayerPolicy(ONP(encoder=LAYER_ENCODER, seed=0), env),
 }
 
 

@@ -10,10 +10,10 @@ from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import backdoor_gym
+from backdoor_gym.envs import prefetch as ahead
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.vector import BackdoorPruneVectorEnv
 from backdoor_gym.errors import DataError
-from backdoor_gym.envs import prefetch as ahead
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 

@@ -12,7 +12,6 @@ from ray.rllib.core.columns import Columns
 from backdoor_gym.agents import ONP
 from backdoor_gym.agents.encoder import EncoderOptions
 from backdoor_gym.agents.graph_policy import as_tensors
-from backdoor_gym.agents.layers import PER_LAYER
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.on_ray.rllib import GraphRLModule, train_on_cluster
 from backdoor_gym.policies import make_policy
@@ -53,11 +52,9 @@ def test_the_module_is_the_network_with_illegal_actions_masked(infected_file):
     assert module.compute_values(batch).shape == (1,)
 
 
-@pytest.mark.parametrize("per_layer", [False, True])
-def test_trained_on_a_cluster_it_is_a_policy_like_any_other(files, tmp_path, per_layer):
+def test_trained_on_a_cluster_it_is_a_policy_like_any_other(files, tmp_path):
     out, said = tmp_path / "policy.safetensors", []
-    onp = train_on_cluster(files, files[:1], 32, out, "auto", per_layer=per_layer, report=said.append, **SMALL)
-    assert bool(onp.facts.get(PER_LAYER)) == per_layer
+    onp = train_on_cluster(files, files[:1], 32, out, "auto", report=said.append, **SMALL)
     assert not (tmp_path / "policy.safetensors.checkpoint").exists()
     validated = [line for line in said if "timesteps" in line]
     assert [line.split("timesteps ")[1] for line in validated] == ["0.000", "32.000"]
