@@ -7,7 +7,7 @@ import gymnasium as gym
 
 from .arguments import check_kind, check_whole
 from .envs.prune import BackdoorPruneEnv
-from .errors import DataError, check_name
+from .errors import check_name
 
 #: The options of each policy.
 POLICIES: dict[str, tuple[str, ...]] = {

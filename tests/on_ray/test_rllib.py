@@ -54,7 +54,7 @@ def test_the_module_is_the_network_with_illegal_actions_masked(infected_file):
 
 def test_trained_on_a_cluster_it_is_a_policy_like_any_other(files, tmp_path):
     out, said = tmp_path / "policy.safetensors", []
-    onp = train_on_cluster(files, files[:1], 32, out, "auto", report=said.append, **SMALL)
+    train_on_cluster(files, files[:1], 32, out, "auto", report=said.append, **SMALL)
     assert not (tmp_path / "policy.safetensors.checkpoint").exists()
     validated = [line for line in said if "timesteps" in line]
     assert [line.split("timesteps ")[1] for line in validated] == ["0.000", "32.000"]
