@@ -115,11 +115,9 @@ def ratio(ours: list[float], rivals: list[float]) -> Found:
     }
 
 
-def measure_steps(network: str, precision: str = "float32") -> Found:
-    """Steps of random episodes, their parts, and the floor; rival (a), in float32 in any case."""
-    if precision != "float32" and network == WIDE:
-        return {}  # of random weights, whose answers all hang on rounding and are computed twice
-    env = environment(network, precision=precision)
+def measure_steps(network: str) -> Found:
+    """Steps of random episodes, their parts, and the floor; rival (a)."""
+    env = environment(network)
     victim = env.victim
     module, clean = victim.model.network, victim.clean
     random = np.random.default_rng(0)
@@ -352,7 +350,6 @@ def _play(env: Any, actions: list[np.ndarray], returned: list[Any]) -> None:
 
 PARTS: dict[str, Callable[[str], Found]] = {
     "steps": measure_steps,
-    "steps_bfloat16": partial(measure_steps, precision="bfloat16"),
     "memory": measure_memory,
     "preparation": measure_preparation,
     "repair": measure_repair,
@@ -385,9 +382,6 @@ def table(found: dict[str, dict[str, Found]]) -> str:
     row("accuracy under one more mask", "steps", against("accuracy"))
     row("the same and suspected danger", "steps", against("accuracy_and_danger"))
     row("derivatives anew", "steps", lambda f: f"{f['slopes_s']:.4f} s")
-    row("step in bfloat16", "steps_bfloat16", against("step"))
-    row("accuracy in bfloat16", "steps_bfloat16", against("accuracy"))
-    row("derivatives in bfloat16", "steps_bfloat16", lambda f: f"{f['slopes_s']:.4f} s")
     row("matrix product (10^9 multiply-adds a second)", "steps", lambda f: f"{f['gemm_gmacs']:.0f}")
     row("floor of the accuracy", "steps", lambda f: f"{f['floor_accuracy_s']:.4f} s")
     row("floor of the step", "steps", lambda f: f"{f['floor_step_s']:.4f} s")

@@ -1,8 +1,6 @@
 """``backdoor-gym train``."""
 
 import os
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,10 +36,6 @@ def train(
     message_passing: Annotated[
         bool, typer.Option(help="Let the policy see the connections, or each neuron alone.")
     ] = True,
-    per_layer: Annotated[
-        bool,
-        typer.Option("--per-layer", help="One agent a layer, all with the same policy; a step is one of an agent."),
-    ] = False,
     calibration_models: Annotated[
         int,
         typer.Option(min=0, help="The same for the threshold of the verdict alone, which is quicker; 0 to keep 0.1."),
@@ -60,8 +54,6 @@ def train(
 ) -> None:
     """Train a policy on many infected models. Killed and called again, it goes on after the last rollout."""
     from ..agents.encoder import EncoderOptions
-    from ..agents.layer_training import train_layers
-    from ..agents.layers import LAYER_ENCODER
     from ..agents.training import best_of, checkpoint_of
     from ..agents.training import train as train_policy
     from ..models.catalogue import resolve
@@ -74,9 +66,8 @@ def train(
     names = [name for pattern in infected or ["digits-train/*"] for name in resolve(pattern)[:most]]
     known = [resolve(pattern) for pattern in validate or ["digits-val/*"]]
     judges = [name for pattern in known for name in pattern[:validation_models]]
-    encoder = replace(LAYER_ENCODER if per_layer else EncoderOptions(), message_passing=message_passing)
-    make: Callable[..., Any]
     processes = jobs or os.cpu_count() or 1
+    make: Any
     if ray is not None:
         from ..on_ray.cluster import check_ray
 
@@ -85,24 +76,17 @@ def train(
             raise DataError("--tensorboard is not for --ray: RLlib keeps its own logs (~/ray_results)")
         from ..on_ray.rllib import train_on_cluster
 
-        make = partial(
-            train_on_cluster,
-            address=ray,
-            per_layer=per_layer,
-            runners=processes,
-            envs=max(1, envs // processes),
-        )
+        make = partial(train_on_cluster, address=ray, runners=processes, envs=max(1, envs // processes))
     else:
-        here: dict[str, Any] = {
-            "jobs": processes,
-            "tensorboard_log": tensorboard,
-            "progress_bar": output.bars and errors.is_terminal,
-        }
-        if per_layer:
-            make = partial(train_layers, seats=min(envs, 8), **here)
-        else:
-            calibration = [name for pattern in known for name in pattern[:calibration_models]]
-            make = partial(train_policy, envs=envs, calibration=calibration, **here)
+        make = partial(
+            train_policy,
+            envs=envs,
+            jobs=processes,
+            calibration=[name for pattern in known for name in pattern[:calibration_models]],
+            tensorboard_log=tensorboard,
+            progress_bar=output.bars and errors.is_terminal,
+        )
+    encoder = EncoderOptions(message_passing=message_passing)
     with output.working():
         onp = make(names, judges, steps, out, seed=seed, epochs=warm_epochs, encoder=encoder, report=output.note)
     output.result({"file": str(out), **onp.facts})

@@ -7,7 +7,6 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from backdoor_gym.agents import ONP, LookAhead
-from backdoor_gym.agents.layer_training import train_layers
 from backdoor_gym.agents.school import BUDGETS, MAX_STEPS, school
 from backdoor_gym.agents.training import THRESHOLD, checkpoint_of, train
 from backdoor_gym.agents.validation import Validation, choose_look_ahead, run, summary
@@ -158,25 +157,18 @@ def test_a_killed_training_goes_on(files, tmp_path, monkeypatch):
     assert ONP.load(out).facts["learned_on"] == files
 
 
-@pytest.mark.parametrize(
-    ("make", "steps", "kills", "options"),
-    [
-        (train, 128, (40, 70, 110), {"envs": 2, "looks": (), "n_steps": 16}),
-        (train_layers, 320, (70, 200), {"seats": 2, "n_steps": 8}),
-    ],
-)
-def test_a_training_that_was_killed_comes_to_the_same(files, tmp_path, monkeypatch, make, steps, kills, options):
+def test_a_training_that_was_killed_comes_to_the_same(files, tmp_path, monkeypatch):
     monkeypatch.setattr("backdoor_gym.agents.training.VALIDATE_EVERY", 2)
-    for place in ("training.MAX_STEPS", "school.MAX_STEPS", "layer_training.MAX_ROUNDS"):
+    for place in ("training.MAX_STEPS", "school.MAX_STEPS"):
         monkeypatch.setattr(f"backdoor_gym.agents.{place}", 6)
     (tmp_path / "c.safetensors").write_bytes(Path(files[0]).read_bytes())
     names = [files[0], "digits-clean", str(tmp_path / "c.safetensors")]
-    options = {**QUICK, "epochs": 1, "guide": examples(names, max_steps=2), **options}
+    options = {**QUICK, "envs": 2, "epochs": 1, "looks": (), "guide": examples(names, max_steps=2)}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    make(names, names[:1], steps, whole, **options)
-    for at in kills:
-        killed(monkeypatch, at, make, names, names[:1], steps, parts, **options)
-    make(names, names[:1], steps, parts, **options)
+    train(names, names[:1], 128, whole, **options)
+    for at in (40, 70, 110):
+        killed(monkeypatch, at, train, names, names[:1], 128, parts, **options)
+    train(names, names[:1], 128, parts, **options)
     assert parts.read_bytes() == whole.read_bytes()
 
 
