@@ -49,7 +49,7 @@ class LayerPolicy(Policy):
 
     def __init__(self, onp: ONP, env: Any = None) -> None:
         self.onp = onp
-        self._env = env
+        self.env = env
         self._layers: dict[int, Layers] = {}
         self._stopped: dict[int, set[str]] = {}
         self._wanted: dict[int, list[int]] = {}
@@ -65,9 +65,9 @@ class LayerPolicy(Policy):
 
     def act(self, observation: Mapping[str, np.ndarray], environment: int) -> int:
         if environment not in self._layers:
-            check_env(self, self._env, environment, observation)
+            check_env(self, self.env, environment, observation)
             self._layers[environment] = Layers.of(
-                ask(self._env, environment, "consult", owners), observation["edges"], observation["edge_links"]
+                ask(self.env, environment, "consult", owners), observation["edges"], observation["edge_links"]
             )
             self._stopped[environment], self._wanted[environment] = set(), []
         layers, stopped = self._layers[environment], self._stopped[environment]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import torch
 from msgspec import UNSET, Meta, UnsetType
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from backdoor_gym.models.infected import check_shapes
 from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
 from .look_ahead import LookAhead
 
+FORMAT = "onp-policy"
+CHECKPOINT = "onp-checkpoint"
 #: What Adam remembers of a parameter.
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 Names = Annotated[list[str], Meta(max_length=1000)]
@@ -53,17 +56,7 @@ class KnownFacts(Fields, forbid_unknown_fields=False):
 
 @dataclass(frozen=True)
 class SavedPolicy:
-    """What was read.
-
-    Attributes:
-        encoder: shape of the network.
-        look_ahead: the saved one.
-        threshold: of stopping.
-        verdict_threshold: of the verdict.
-        facts: of the training.
-        timesteps: of a checkpoint.
-        progress: where its training was (``resuming.progress_of``).
-    """
+    """What was read; ``timesteps`` and ``progress`` (``resuming.Checkpoints``) are those of a checkpoint."""
 
     encoder: EncoderOptions
     look_ahead: LookAhead | None
@@ -75,12 +68,7 @@ class SavedPolicy:
 
 
 def read_policy(metadata: Mapping[str, Any], kind: str, path: Any) -> SavedPolicy:
-    """The metadata of a policy's file.
-
-    Args:
-        metadata: as ``read_tensors`` gives them.
-        kind: the format that the file must have.
-        path: of the file, for messages.
+    """The metadata of the file ``path``, whose format must be ``kind``.
 
     Raises:
         ModelFileError: another format, a field of another type or out of its range, or a policy for other features.
@@ -90,9 +78,8 @@ def read_policy(metadata: Mapping[str, Any], kind: str, path: Any) -> SavedPolic
     fields = checked(metadata, PolicyFields, str(path))
     checked(fields.facts, KnownFacts, str(path))
     options = checked(fields.encoder.options, EncoderOptions, str(path))
-    made_for = fields.encoder.node_features, fields.encoder.global_features, fields.encoder.edge_features
-    expected = encoder_facts(options)
-    if made_for != (expected["node_features"], expected["global_features"], expected["edge_features"]):
+    made_for = {**msgspec.structs.asdict(fields.encoder), "options": None}
+    if made_for != {**encoder_facts(options), "options": None}:
         raise ModelFileError(f"{path} was made for other features than those of this version of backdoor-gym")
     look_ahead = None if fields.look_ahead is None else checked(fields.look_ahead, LookAhead, str(path))
     return SavedPolicy(
@@ -107,11 +94,7 @@ def read_policy(metadata: Mapping[str, Any], kind: str, path: Any) -> SavedPolic
 
 
 def check_weights(options: EncoderOptions, tensors: Mapping[str, Tensor], path: Any) -> None:
-    """Find out before anything is allocated whether a file holds the weights of its network.
-
-    Raises:
-        ModelFileError: it does not, or some are not finite numbers.
-    """
+    """Raise ``ModelFileError`` unless a file holds finite weights of its network; nothing is allocated before."""
     try:
         network = within(lambda: GraphActorCritic(options), tensors)
         check_shapes(network, tensors)

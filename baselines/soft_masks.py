@@ -15,8 +15,8 @@ from backdoor_gym.session.defender import Defender
 class SoftMasks:
     """The loss of a network whose neurons' weights are multiplied by masks, and perturbed if asked to.
 
-    The weight and the bias of a neuron are those of its batch normalisation, or of its convolution or linear layer where
-    there is none. The bias is not masked: ANP and RNP leave it.
+    Weight and bias of a neuron are those of its batch normalisation, or of its convolution or linear layer where there
+    is none. The bias is not masked: ANP and RNP leave it.
 
     Args:
         network: traced, from ``training_copy``.
@@ -72,7 +72,7 @@ def training_copy(defender: Defender) -> fx.GraphModule:
 
 
 def draw_batch(defender: Defender, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Some clean images and labels, drawn with replacement, on the network's device."""
+    """So many clean images and labels, drawn with replacement, on the network's device."""
     device = next(defender.neurons.graph.parameters()).device
     chosen = torch.randint(len(defender.images), (size,), generator=random)
     images = defender.images[chosen].to(device, memory_format=torch.channels_last)

@@ -27,12 +27,12 @@ from train_policies import POLICIES as OTHERS
 import backdoor_gym
 from backdoor_gym.agents.layer_training import train_layers
 from backdoor_gym.agents.training import checkpoint_of, train
+from backdoor_gym.baselines.policy import run_episode
 from backdoor_gym.masking.export import write_mask
 from backdoor_gym.metrics import der
 from backdoor_gym.models.family import recipe
 from backdoor_gym.policies import make_policy
 from backdoor_gym.processes import one_core_each
-from backdoor_gym.repairing import run_episode
 
 TRAINING = [f"digits-train/{seed}" for seed in range(60)]
 VALIDATION = [f"digits-val/{seed}" for seed in range(20)]

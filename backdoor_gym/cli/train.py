@@ -1,8 +1,6 @@
 """``backdoor-gym train``."""
 
 import os
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,10 +35,6 @@ def train(
     ] = None,
     message_passing: Annotated[
         bool, typer.Option(help="Let the policy see the connections, or each neuron alone.")
-    ] = True,
-    per_layer: Annotated[
-        bool,
-        typer.Option("--per-layer", help="One agent a layer, all with the same policy; a step is one of an agent."),
     ] = False,
     calibration_models: Annotated[
         int,
@@ -58,25 +52,25 @@ def train(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a policy on many infected models. Killed and called again, it goes on after the last rollout."""
+    """Train a policy on many infected models. Killed and called again, it goes on after the last rollout.
+
+    Without options it trains the policy that comes with the package.
+    """
+    from ..agents import training
     from ..agents.encoder import EncoderOptions
-    from ..agents.layer_training import train_layers
-    from ..agents.layers import LAYER_ENCODER
-    from ..agents.training import best_of, checkpoint_of
-    from ..agents.training import train as train_policy
     from ..models.catalogue import resolve
 
     output = Output(as_json, quiet)
-    check_writable(out, checkpoint_of(out), best_of(out))
-    if out.exists() and not checkpoint_of(out).exists() and not force:
-        best_of(out).unlink(missing_ok=True)
+    checkpoint, best = training.checkpoint_of(out), training.best_of(out)
+    check_writable(out, checkpoint, best)
+    if out.exists() and not checkpoint.exists() and not force:
+        best.unlink(missing_ok=True)
         raise DataError(f"{out} exists already; choose another --out, or --force to replace it")
     names = [name for pattern in infected or ["digits-train/*"] for name in resolve(pattern)[:most]]
     known = [resolve(pattern) for pattern in validate or ["digits-val/*"]]
     judges = [name for pattern in known for name in pattern[:validation_models]]
-    encoder = replace(LAYER_ENCODER if per_layer else EncoderOptions(), message_passing=message_passing)
-    make: Callable[..., Any]
     processes = jobs or os.cpu_count() or 1
+    make: Any
     if ray is not None:
         from ..on_ray.cluster import check_ray
 
@@ -85,24 +79,17 @@ def train(
             raise DataError("--tensorboard is not for --ray: RLlib keeps its own logs (~/ray_results)")
         from ..on_ray.rllib import train_on_cluster
 
-        make = partial(
-            train_on_cluster,
-            address=ray,
-            per_layer=per_layer,
-            runners=processes,
-            envs=max(1, envs // processes),
-        )
+        make = partial(train_on_cluster, address=ray, runners=processes, envs=max(1, envs // processes))
     else:
-        here: dict[str, Any] = {
-            "jobs": processes,
-            "tensorboard_log": tensorboard,
-            "progress_bar": output.bars and errors.is_terminal,
-        }
-        if per_layer:
-            make = partial(train_layers, seats=min(envs, 8), **here)
-        else:
-            calibration = [name for pattern in known for name in pattern[:calibration_models]]
-            make = partial(train_policy, envs=envs, calibration=calibration, **here)
+        make = partial(
+            training.train,
+            envs=envs,
+            jobs=processes,
+            calibration=[name for pattern in known for name in pattern[:calibration_models]],
+            tensorboard_log=tensorboard,
+            progress_bar=output.bars and errors.is_terminal,
+        )
+    encoder = EncoderOptions(message_passing=message_passing)
     with output.working():
         onp = make(names, judges, steps, out, seed=seed, epochs=warm_epochs, encoder=encoder, report=output.note)
     output.result({"file": str(out), **onp.facts})
