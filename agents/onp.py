@@ -59,11 +59,10 @@ class ONP(ScoringPolicy):
         action, _ = onp.predict(observation, deterministic=True)
 
     Args:
-        env: a ``BackdoorPrune-v0`` environment, or a Stable-Baselines3 vector environment of them; None for a policy
-            that only acts on observations.
-        look_ahead: of ``ScoringPolicy``, and so are the two thresholds.
-        threshold: probability of going on below which a repair ends.
-        verdict_threshold: the same before the first prune, where that probability is the verdict; None for ``threshold``.
+        env: a ``BackdoorPrune-v0``, or a Stable-Baselines3 vector environment of them; None to act on observations alone.
+        look_ahead: of ``ScoringPolicy``.
+        threshold: of ``ScoringPolicy``.
+        verdict_threshold: of ``ScoringPolicy``.
         encoder: shape of the network.
         seed: of initialisation, sampling and training.
         device: where the policy is computed.
@@ -71,7 +70,6 @@ class ONP(ScoringPolicy):
         ppo: arguments of ``MaskablePPO`` in place of those in ``PPO``.
 
     Attributes:
-        network: the scorer.
         facts: what the file of the policy tells of its training, JSON-able.
 
     Raises:
@@ -117,14 +115,11 @@ class ONP(ScoringPolicy):
 
     @property
     def network(self) -> GraphActorCritic:
+        """The scorer."""
         return cast(GraphActorCritic, self.scorer)
 
     def set_env(self, env: Any) -> None:
-        """Learn and look ahead in this environment from now on; what was learned is kept.
-
-        Raises:
-            DataError: it is no environment.
-        """
+        """Learn and look ahead in this environment from now on; what was learned is kept."""
         if env is not None and not isinstance(env, gym.Env | VecEnv):
             raise DataError(f"ONP is for a Gymnasium or Stable-Baselines3 environment, not {shown(env)}")
         super().set_env(env)
@@ -180,11 +175,7 @@ class ONP(ScoringPolicy):
         return self
 
     def trainer(self) -> MaskablePPO:
-        """The learner, which trains the network in place.
-
-        Raises:
-            DataError: there is no environment to learn in.
-        """
+        """The learner, which trains the network in place."""
         if self.env is None:
             raise DataError("ONP needs an environment to learn in: ONP(env), or set_env(env)")
         if self._ppo is None:
@@ -204,7 +195,7 @@ class ONP(ScoringPolicy):
         return self._ppo
 
     def verdict(self, observation: Mapping[str, np.ndarray]) -> float:
-        """Probability that a network has a backdoor: that the policy would not stop at once, seen before any prune.
+        """Probability that a network has a backdoor: that the policy would not stop at once.
 
         Raises:
             DataError: something is pruned already, or it is no observation of ``BackdoorPrune-v0``.
@@ -217,11 +208,7 @@ class ONP(ScoringPolicy):
         return float(1 - np.exp(row[-1] - legal.max()) / np.exp(legal - legal.max()).sum())
 
     def save(self, path: str | Path) -> Path:
-        """Write the policy as safetensors with JSON metadata.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
+        """Write the policy as safetensors with JSON metadata; raises ``WriteError`` where that cannot be."""
         path = Path(path)
         write_tensors(path, self.network.state_dict(), {**self.description(), "format": FORMAT})
         return path
@@ -243,8 +230,7 @@ class ONP(ScoringPolicy):
         Args:
             path: a file, or "pretrained".
             env: the environment to act or learn in.
-            options: other arguments of ``ONP``; ``look_ahead`` and the thresholds are the saved ones where they are not given;
-                ``threshold`` alone gives both.
+            options: of ``ONP``, in place of what was saved; ``threshold`` alone gives both thresholds.
 
         Raises:
             ModelFileError: not a readable file of a policy, or one for other features.

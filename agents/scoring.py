@@ -19,13 +19,10 @@ _PRUNED, _TRIED = (NODE_FEATURES.index(name) for name in ("pruned", "tried"))
 
 
 class Scorer(Protocol):
-    """What tells which unit is to be pruned first: ONP's network, a ridge regression, one feature, ..."""
+    """What tells which unit is to be pruned first: ONP's network, a ridge regression, one feature."""
 
     def scores(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Of one observation or a batch, float32 (n, N + 1): a score of each unit, and the last one of stopping.
-
-        A difference of scores is a logarithm of odds; minus infinity for stopping never stops.
-        """
+        """Of one observation or a batch, float32 (n, N + 1): log odds of each unit, and of stopping (-inf for never)."""
 
 
 class ScoringPolicy(Policy):

@@ -67,15 +67,15 @@ def train(
         out: file of the policy.
         seed: of everything.
         envs: sub-environments; the models are divided among them.
-        jobs: processes that the examples of the warm start are made in.
+        jobs: processes that make the examples of the warm start.
         epochs: passes of the warm start over the models, 0 for none.
         encoder: shape of the network.
-        guide: examples of the models for the warm start, where they are made already.
+        guide: the examples of the warm start, where they are made already.
         look_ahead: of the policy in the file; it learns without.
         calibration: names and patterns that the threshold of the verdict is chosen on; none for ``THRESHOLD``.
         tensorboard_log: folder for TensorBoard.
         progress_bar: whether to draw bars.
-        report: called with a line of text whenever there is something to say.
+        report: called with each line of text for people.
         ppo: arguments of ``MaskablePPO``.
     """
     say = report or (lambda line: None)

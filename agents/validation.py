@@ -155,14 +155,8 @@ def choose_threshold(
     """Give a policy the threshold of the verdict that misses the fewest of these models' backdoors.
 
     Of several it takes the one that leaves the most clean models alone, for a missed backdoor costs far more than a
-    needless repair; of those the largest, for clean networks of other kinds than these come out higher.
-
-    Args:
-        onp: the policy.
-        env: an environment of these models whose info has an ASR where there is a backdoor.
-        infected: names of the models.
-        choices: thresholds.
-        progress: whether to draw a bar.
+    needless repair; of those the largest, for clean networks of other kinds than these come out higher. The info of
+    ``env`` must have an ASR where there is a backdoor.
 
     Returns:
         Of each choice how many infected models have a verdict below it, and how many clean ones have not.

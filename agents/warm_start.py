@@ -65,11 +65,8 @@ def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
     """First-order benefit of pruning each unit, float64 (units,); zeros for a clean model.
 
     It is the fall of the true target's margin on triggered test images, less the rise of the loss on the defender's clean
-    images (which the accuracy budget is kept on), each in standard deviations over the network.
-
-    Args:
-        victim: the model.
-        pruned: units that are pruned already, bool (units,).
+    images (which the accuracy budget is kept on), each in standard deviations over the network. ``pruned``, bool (units,),
+    are pruned already.
 
     Raises:
         DataError: the trigger, the target or test images are not known.
@@ -107,8 +104,8 @@ def examples(
         infected: names or models.
         seed: of the noise that makes repairs differ from the best.
         oracle: whether the triggers are known.
-        jobs: processes, each of which computes on one core; one is this process. The examples are the same.
-        ray: address of a Ray cluster that makes them instead.
+        jobs: processes of one core each; they change nothing but the time.
+        ray: address of a Ray cluster that makes the examples instead.
         progress: whether to draw a bar.
         options: of the environment; ``accuracy_budget`` replaces the ``BUDGETS`` that the models take in turn.
     """

@@ -61,19 +61,7 @@ class CLP(Rule):
         clean: tuple[Tensor, Tensor] | None = None,
         accuracy_budget: float = ACCURACY_BUDGET,
     ) -> nn.Module:
-        """The network with the channels that CLP finds set to zero.
-
-        Args:
-            network: any classifier that torch.fx can trace.
-            u: threshold in standard deviations, or "auto".
-            inplace: whether to change the network itself instead of a copy.
-            clean: images float32 (n, C, H, W) in [0, 1] and labels int64 (n,), needed for "auto".
-            accuracy_budget: clean accuracy that "auto" may lose.
-
-        Raises:
-            UntraceableError: the network's neurons cannot be found.
-            DataError: an unusable threshold, or "auto" without clean images.
-        """
+        """``Rule.prune`` with ``u`` for the threshold; ``clean`` is needed for "auto" alone."""
         check_threshold(u)
         rule = cls(accuracy_budget=accuracy_budget)
         rule.threshold = u

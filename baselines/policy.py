@@ -80,13 +80,9 @@ class Policy(ABC):
 def run_episode(
     policy: Any, env: gym.Env[Any, Any], observation: Observation, on_step: Callable[[int], None] | None = None
 ) -> float:
-    """Let a policy act until the episode that has just begun is over, and finish; the sum of the rewards.
+    """Let anything with ``predict`` act until the episode that has just begun is over, and finish; the sum of the rewards.
 
-    Args:
-        policy: anything with ``predict``.
-        env: a ``BackdoorPrune-v0``, wrapped or not.
-        observation: the first one.
-        on_step: called with the number of steps after each.
+    ``on_step`` is called with the number of steps after each.
     """
     core = env.unwrapped
     assert isinstance(core, BackdoorPruneEnv)
@@ -119,16 +115,14 @@ def checked_observation(observation: Any, episode_start: Any = None, action_mask
         raise DataError(f"an observation must be a dict with {', '.join(AXES)}, not {shown(observation)}")
     arrays = {key: observation[key] for key in AXES}
     for key, value in arrays.items():
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
-            raise DataError(f"{key} of an observation must be an array of numbers, not {shown(value)}")
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf" or not np.isfinite(value).all():
+            raise DataError(f"{key} of an observation must be an array of finite numbers, not {shown(value)}")
     batch = arrays["nodes"].shape[: arrays["nodes"].ndim - AXES["nodes"]]
     for key, value in arrays.items():
         if len(batch) > 1 or value.ndim != AXES[key] + len(batch) or value.shape[: len(batch)] != batch:
             raise DataError(
                 f"{key} of an observation must have {AXES[key]} axes, or one more in a batch, not {value.shape}"
             )
-        if not np.isfinite(value).all():
-            raise DataError(f"{key} of an observation must be finite")
     if action_masks is not None:
         shape = arrays["action_mask"].shape
         try:

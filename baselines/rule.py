@@ -30,16 +30,14 @@ _STEPS_LEFT, _BUDGET = (GLOBAL_FEATURES.index(name) for name in ("steps_left", "
 class Rule(Policy):
     """Prunes what scores above the threshold, the largest first (of equals the one nearer to the images), then stops.
 
-    A rule adds ``scores``, and the threshold that its paper gives. It runs as published in an environment with
-    ``accuracy_budget=None``; with a budget each prune that breaks it is undone, and the rule goes on with the next. A pruned
-    neuron gives zero: its weight and its bias go, also where published code (of BNP, EP, ANP, RNP) leaves the bias of
-    the batch normalisation.
+    A rule adds ``scores``, and the threshold of its paper. It runs as published with ``accuracy_budget=None``; with a budget
+    each prune that breaks it is undone, and the rule goes on with the next. A pruned neuron gives zero: its weight and
+    its bias go, also where published code (of BNP, EP, ANP, RNP) leaves the bias of the batch normalisation.
 
     Args:
         env: the environment that gives network and clean images.
-        threshold: a number; "auto" for the lowest that keeps the accuracy on the clean images within ``accuracy_budget``
-            (``thresholds.choose_threshold``); "budget" for none, where the environment has an accuracy budget that ends
-            the repair; None for the published one, or "auto" where none was published.
+        threshold: a number; "auto" for the lowest within ``accuracy_budget`` (``thresholds.choose_threshold``); "budget"
+            for none, where an accuracy budget of the environment ends the repair; None for the published one, or "auto".
         accuracy_budget: clean accuracy that "auto" may lose.
         seed: of what is random in the rule.
 
@@ -162,14 +160,14 @@ class Rule(Policy):
         inplace: bool = False,
         **options: Any,
     ) -> nn.Module:
-        """The network with the neurons that the rule finds set to zero, outside any environment.
+        """A copy of the network, or itself, with the neurons that the rule finds set to zero.
 
         Args:
             network: any classifier that torch.fx can trace.
             clean: images float32 (n, C, H, W) in [0, 1] and labels int64 (n,).
-            threshold: as for the policy, without "budget".
+            threshold: of the rule, without "budget".
             accuracy_budget: clean accuracy that "auto" may lose.
-            inplace: whether to change the network itself instead of a copy.
+            inplace: whether to change the network itself.
             **options: of the rule.
 
         Raises:
@@ -181,11 +179,7 @@ class Rule(Policy):
 
 
 def checked_pair(clean: Any) -> tuple[Tensor, Tensor]:
-    """Images and labels.
-
-    Raises:
-        DataError: it is something else.
-    """
+    """Images and labels; raises ``DataError`` of anything else."""
     if not isinstance(clean, tuple | list) or len(clean) != 2:
         raise DataError(f"clean images must be a pair (images, labels), not {shown(clean)}")
     check_images(*clean)

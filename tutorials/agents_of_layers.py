@@ -71,7 +71,7 @@ def main() -> None:
     play("learned", LayerPolicy(shared).actions)
 
     # The same file repairs networks of any number of layers: backdoor-gym repair MODEL --policy agents_of_layers.safetensors
-    # A policy for networks it has not seen learns on many: backdoor-gym train --per-layer
+    # A policy for networks it has not seen learns on many: LayersVecEnv takes their names.
     path = shared.save("agents_of_layers.safetensors")
     result = repair(MODEL, policy=str(path), accuracy_budget=0.02, max_steps=10 if short else None)
     print(f"repair pruned {len(result.pruned)} neurons: ACC {result.after.acc:.3f}, ASR {result.after.asr:.3f}")

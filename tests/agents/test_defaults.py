@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from backdoor_gym.agents import ONP, EncoderOptions, LookAhead, training
-from backdoor_gym.cli import main
+from backdoor_gym.cli import app
 
 
 class CalledError(Exception):
@@ -24,7 +24,7 @@ def asked(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "train", train)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CalledError):
-        main(["train"])
+        app(["train"], standalone_mode=False)
     return arguments
 
 
