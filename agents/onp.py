@@ -244,9 +244,9 @@ class ONP(ScoringPolicy):
         check_weights(policy.encoder, tensors, path)
         options.setdefault("look_ahead", policy.look_ahead)
         if "threshold" not in options:
-            options["threshold"] = policy.threshold
-            options.setdefault("verdict_threshold", policy.verdict_threshold)
+            options["threshold"] = policy.fields.threshold
+            options.setdefault("verdict_threshold", policy.fields.verdict_threshold)
         onp = cls(env, encoder=policy.encoder, **options)
         onp.network.load_state_dict(tensors)
-        onp.facts = dict(policy.facts)
+        onp.facts = dict(policy.fields.facts)
         return onp

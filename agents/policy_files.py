@@ -56,15 +56,11 @@ class KnownFacts(Fields, forbid_unknown_fields=False):
 
 @dataclass(frozen=True)
 class SavedPolicy:
-    """What was read; ``timesteps`` and ``progress`` (``resuming.Checkpoints``) are those of a checkpoint."""
+    """What was read: the shape of the network, the look-ahead, and the other fields."""
 
     encoder: EncoderOptions
     look_ahead: LookAhead | None
-    threshold: float
-    verdict_threshold: float | None
-    facts: dict[str, Any]
-    timesteps: int
-    progress: dict[str, Any] | None
+    fields: PolicyFields
 
 
 def read_policy(metadata: Mapping[str, Any], kind: str, path: Any) -> SavedPolicy:
@@ -82,15 +78,7 @@ def read_policy(metadata: Mapping[str, Any], kind: str, path: Any) -> SavedPolic
     if made_for != {**encoder_facts(options), "options": None}:
         raise ModelFileError(f"{path} was made for other features than those of this version of backdoor-gym")
     look_ahead = None if fields.look_ahead is None else checked(fields.look_ahead, LookAhead, str(path))
-    return SavedPolicy(
-        options,
-        look_ahead,
-        fields.threshold,
-        fields.verdict_threshold,
-        fields.facts,
-        fields.timesteps,
-        None if fields.progress is UNSET else fields.progress,
-    )
+    return SavedPolicy(options, look_ahead, fields)
 
 
 def check_weights(options: EncoderOptions, tensors: Mapping[str, Tensor], path: Any) -> None:

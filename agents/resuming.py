@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from msgspec import UNSET
 from stable_baselines3.common.callbacks import BaseCallback
 
 from backdoor_gym.errors import BackdoorGymError, ModelFileError
@@ -83,10 +84,10 @@ class Checkpoints(BaseCallback):
         onp.network.load_state_dict(network)
         optimizer = ppo.policy.optimizer
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        onp.facts["timesteps"] = policy.facts.get("timesteps", 0)
-        if policy.progress is not None:
+        onp.facts["timesteps"] = policy.fields.facts.get("timesteps", 0)
+        if policy.fields.progress is not UNSET:
             try:
-                self._go_on(ppo, policy.progress)
+                self._go_on(ppo, policy.fields.progress)
             except BackdoorGymError:
                 raise
             except Exception as error:  # whatever a file says, reading it must end in one clear line
@@ -94,13 +95,13 @@ class Checkpoints(BaseCallback):
                 raise ModelFileError(
                     f"{path} is the checkpoint of another training ({reason}); remove it, or name another"
                 ) from error
-        return policy.timesteps
+        return policy.fields.timesteps
 
     def _go_on(self, ppo: Any, progress: dict[str, Any]) -> None:
-        for name, callback in self.resumable.items():
-            if name in progress["callbacks"]:
-                callback.init_callback(ppo)
-                callback.go_on(progress["callbacks"][name])
+        for name, done in dict(progress["callbacks"]).items():
+            if name in self.resumable:
+                self.resumable[name].init_callback(ppo)
+                self.resumable[name].go_on(done)
         if progress["episodes"] is not None:
             ppo._last_obs = ppo.env.play(dict(enumerate(progress["episodes"])))
             ppo._last_episode_starts = ppo.env.first_steps()

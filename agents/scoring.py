@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from backdoor_gym.arguments import check_kind, is_finite
-from backdoor_gym.baselines.policy import AXES, Observation, Policy, check_env, stop_action
+from backdoor_gym.baselines.policy import KEYS, Observation, Policy, check_env, stop_action
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.errors import DataError
@@ -72,7 +72,7 @@ class ScoringPolicy(Policy):
 
     def act_on(self, observations: Sequence[Observation], deterministic: bool) -> list[int]:
         actions = []
-        rows = self.logits({key: np.stack([observation[key] for observation in observations]) for key in AXES})
+        rows = self.logits({key: np.stack([observation[key] for observation in observations]) for key in KEYS})
         for environment, (observation, row) in enumerate(zip(observations, rows, strict=True)):
             if deterministic:
                 actions.append(self._best(row, observation, environment))

@@ -16,8 +16,7 @@ from backdoor_gym.policies import finish
 from backdoor_gym.wording import shown
 
 Observation = Mapping[str, np.ndarray]
-#: Axes of each array of an observation; in a batch there is one more.
-AXES = {"nodes": 2, "edges": 2, "edge_links": 2, "num_nodes": 1, "num_edges": 1, "action_mask": 1, "globals": 1}
+KEYS = ("nodes", "edges", "edge_links", "num_nodes", "num_edges", "action_mask", "globals")
 
 
 class Policy(ABC):
@@ -111,47 +110,45 @@ def checked_observation(observation: Any, episode_start: Any = None, action_mask
     Raises:
         DataError: it is none of ``BackdoorPrune-v0``, or what comes with it does not fit it.
     """
-    if not isinstance(observation, Mapping) or not observation.keys() >= AXES.keys():
-        raise DataError(f"an observation must be a dict with {', '.join(AXES)}, not {shown(observation)}")
-    arrays = {key: observation[key] for key in AXES}
+    if not isinstance(observation, Mapping) or not observation.keys() >= set(KEYS):
+        raise DataError(f"an observation must be a dict with {', '.join(KEYS)}, not {shown(observation)}")
+    arrays = {key: observation[key] for key in KEYS}
     for key, value in arrays.items():
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf" or not np.isfinite(value).all():
             raise DataError(f"{key} of an observation must be an array of finite numbers, not {shown(value)}")
-    batch = arrays["nodes"].shape[: arrays["nodes"].ndim - AXES["nodes"]]
-    for key, value in arrays.items():
-        if len(batch) > 1 or value.ndim != AXES[key] + len(batch) or value.shape[: len(batch)] != batch:
-            raise DataError(
-                f"{key} of an observation must have {AXES[key]} axes, or one more in a batch, not {value.shape}"
-            )
+    batch, rows = arrays["nodes"].shape[:-2], arrays["nodes"].shape[-2:-1]
+    if arrays["nodes"].ndim not in (2, 3) or arrays["edges"].ndim != arrays["nodes"].ndim:
+        raise DataError("nodes and edges of an observation must have two axes, or three in a batch")
+    most = {"num_nodes": rows[0], "num_edges": arrays["edges"].shape[-2]}
+    shapes: dict[str, tuple[int, ...]] = {
+        "nodes": (*rows, len(NODE_FEATURES)),
+        "edges": (most["num_edges"], 2),
+        "edge_links": (most["num_edges"], 2),
+        "num_nodes": (1,),
+        "num_edges": (1,),
+        "action_mask": (rows[0] + 1,),
+        "globals": (len(GLOBAL_FEATURES),),
+    }
+    for key, shape in shapes.items():
+        if arrays[key].shape != batch + shape:
+            raise DataError(f"{key} of an observation must have the shape {batch + shape}, not {arrays[key].shape}")
     if action_masks is not None:
         shape = arrays["action_mask"].shape
         try:
             arrays["action_mask"] = np.asarray(action_masks).astype(np.int8).reshape(shape)
         except (TypeError, ValueError):
             raise DataError(f"action_masks must be bool {shape}, not {shown(action_masks)}") from None
-    _check_sizes(arrays)
+    if not arrays["action_mask"].any(-1).all():
+        raise DataError("an observation in which no action is legal: stopping always is")
+    for key, count in most.items():
+        if not ((arrays[key] >= 0) & (arrays[key] <= count)).all():
+            raise DataError(f"{key} of an observation must be 0 to {count}")
+    links = arrays["edge_links"]
+    if links.size and not 0 <= links.min() <= links.max() < max(1, rows[0]):
+        raise DataError(f"edge_links of an observation must be 0 to {rows[0] - 1}, two an edge")
     if episode_start is not None and np.shape(episode_start) not in ((), (1,), batch):
         raise DataError(f"episode_start must be bool {batch}, not {shown(episode_start)}")
     return {**observation, **arrays}
-
-
-def _check_sizes(observation: Observation) -> None:
-    """Raise ``DataError`` where the arrays of an observation do not fit each other."""
-    rows, columns = observation["nodes"].shape[-2:]
-    sizes = (columns, observation["globals"].shape[-1], observation["action_mask"].shape[-1])
-    if sizes != (len(NODE_FEATURES), len(GLOBAL_FEATURES), rows + 1):
-        raise DataError(
-            f"an observation has {len(NODE_FEATURES)} features of each neuron, {len(GLOBAL_FEATURES)} globals, and one action more "
-            f"than neurons, not {sizes}"
-        )
-    if not observation["action_mask"].any(-1).all():
-        raise DataError("an observation in which no action is legal: stopping always is")
-    for key, most in (("num_nodes", rows), ("num_edges", observation["edges"].shape[-2])):
-        if not ((observation[key] >= 0) & (observation[key] <= most)).all():
-            raise DataError(f"{key} of an observation must be 0 to {most}")
-    links = observation["edge_links"]
-    if links.shape != observation["edges"].shape or (links.size and not 0 <= links.min() <= links.max() < max(1, rows)):
-        raise DataError(f"edge_links of an observation must be 0 to {rows - 1}, two an edge")
 
 
 def stop_action(observation: Observation) -> int:

@@ -25,14 +25,6 @@ PLAIN = LookAhead(danger_weight=0.0, done=0.0, patience=0, restore=0.0)
 QUICK = {"n_steps": 16, "batch_size": 16, "n_epochs": 1}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make(infected, **arguments):
     return gym.make(
         "BackdoorPrune-v0", infected=infected, **{"max_steps": 12, "score_samples": 0, "clean_samples": 50, **arguments}

@@ -3,7 +3,6 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from backdoor_gym.agents import ONP, LookAhead
@@ -16,14 +15,6 @@ from backdoor_gym.errors import DataError, ModelFileError
 from backdoor_gym.files.tensors import read_tensors, write_tensors
 
 QUICK = {"n_steps": 16, "batch_size": 32, "n_epochs": 1}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

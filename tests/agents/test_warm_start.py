@@ -17,14 +17,6 @@ from ..conftest import QUICK, RESIDUAL
 from .conftest import PLANTED
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_processes_make_the_same_examples(infected_file, plain_infected):
     models = [str(infected_file), plain_infected]
     for one, other in zip(*(examples(models, jobs=jobs, score_samples=50) for jobs in (1, 2)), strict=True):
