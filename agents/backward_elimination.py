@@ -6,7 +6,8 @@ Backward elimination after forward selection (Marill and Green, "On the effectiv
 
 import numpy as np
 
-from backdoor_gym.envs.prune import BackdoorPruneEnv
+from backdoor_gym.session import RepairSession
+from backdoor_gym.session.session import Worth
 
 from .look_ahead import LookAhead
 
@@ -14,29 +15,22 @@ from .look_ahead import LookAhead
 LEAST_FALL = 0.1
 
 
-def restore(env: BackdoorPruneEnv, look: LookAhead) -> float:
-    """Give back the pruned units of a finished repair that are not worth it any more; the reward of it.
+def restore(session: RepairSession, look: LookAhead, worth: Worth | None = None) -> float:
+    """Give back the pruned units of a finished repair that are not worth it any more; what that is worth.
 
     The units that the suspected danger needs least come first. A unit is given back where the accuracy budget holds and
     loss_weight * (fall of the clean cross-entropy) - danger_weight * (rise of the suspected danger) + restore > 0.
     """
-    masked, reward = env.masked_victim, 0.0
-    if env.initial_figures.suspected_danger - env.figures.suspected_danger < LEAST_FALL:
-        return reward
-    units = np.flatnonzero(env.pruned)
-    dangers = [masked.suspected_danger(_without(env.pruned, unit)) for unit in units]
+    total = 0.0
+    if session.initial_figures.suspected_danger - session.figures.suspected_danger < LEAST_FALL:
+        return total
+    units = np.flatnonzero(session.state.pruned)
+    dangers = [session.peek_danger([], restored=[int(unit)]) for unit in units]
     for unit in units[np.argsort(dangers, kind="stable")]:
-        now, left = env.figures, _without(env.pruned, unit)
-        clean = masked.clean(left, env.least_acc)
+        now, clean = session.figures, session.peek_clean([], restored=[int(unit)])
         if clean is None:
             continue
-        rise = masked.suspected_danger(left) - now.suspected_danger
+        rise = session.peek_danger([], restored=[int(unit)]) - now.suspected_danger
         if look.loss_weight * (now.loss - clean[1]) - look.danger_weight * rise + look.restore > 0:
-            reward += env.give_back(int(unit))
-    return reward
-
-
-def _without(pruned: np.ndarray, unit: np.integer) -> np.ndarray:
-    left = pruned.copy()
-    left[unit] = False
-    return left
+            total += session.restore(int(unit), worth)
+    return total

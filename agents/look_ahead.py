@@ -5,13 +5,12 @@ from dataclasses import dataclass, fields
 from heapq import heappop, heappush
 from itertools import islice
 from math import isfinite
-from typing import Any
 
 import numpy as np
 
-from backdoor_gym.baselines.policy import ask
 from backdoor_gym.envs.observation import GLOBAL_FEATURES
 from backdoor_gym.errors import DataError
+from backdoor_gym.session import RepairSession
 
 #: Candidates that a step takes up at most, where those before them break the accuracy budget.
 MOST = 100
@@ -61,19 +60,23 @@ class LookAhead:
             if not isfinite(value):
                 raise DataError(f"{field.name} of a look-ahead must be a finite number, not {value}")
 
-    def is_done(self, observation: Mapping[str, np.ndarray], env: Any, environment: int) -> bool:
-        """Whether the suspected danger fell below ``done``, or levels off, which needs an environment."""
+    def is_done(self, observation: Mapping[str, np.ndarray], session: RepairSession | None = None) -> bool:
+        """Whether the suspected danger fell below ``done``, or levels off, which only the session tells."""
         now, fall = observation["globals"][[_DANGER, _FALL]]
         if now < self.done <= now + fall:
             return True
-        if not self.patience or env is None or not now < LOW <= now + fall:
+        if not self.patience or session is None or not now < LOW <= now + fall:
             return False
-        lately = ask(env, environment, "suspected_fall", self.patience)
+        lately = session.suspected_fall(self.patience)
         return lately is not None and lately < LEAST_FALL
 
-    def correct(
-        self, scores: np.ndarray, observation: Mapping[str, np.ndarray], env: Any, environment: int
-    ) -> np.ndarray:
+    def look(
+        self, scores: np.ndarray, observation: Mapping[str, np.ndarray], session: RepairSession
+    ) -> np.ndarray | None:
+        """The corrected scores, or None where the repair is done."""
+        return None if self.is_done(observation, session) else self.correct(scores, observation, session)
+
+    def correct(self, scores: np.ndarray, observation: Mapping[str, np.ndarray], session: RepairSession) -> np.ndarray:
         """The corrected scores, float (N + 1,): of stopping (the last) as it was, of what is no better than the best -inf.
 
         Candidates are looked at in the order of what each may reach at most: the suspected danger cannot fall below 0,
@@ -82,9 +85,10 @@ class LookAhead:
         """
         danger = float(observation["globals"][_DANGER])
         legal = np.flatnonzero(observation["action_mask"][:-1])
-        open_units = legal[~ask(env, environment, "too_dear")[legal]]
+        open_units = legal[~session.state.over_budget[legal]]
         waiting = iter(open_units[np.argsort(-scores[open_units], kind="stable")][:MOST])
-        now = ask(env, environment, "clean_also", [])
+        now = session.peek_clean([])
+        assert now is not None  # what is pruned keeps the budget
         corrected = np.full_like(scores, -np.inf)
         corrected[-1] = scores[-1]
         queue: list[tuple[float, int, int]] = []  # minus what a candidate may reach, the candidate, what was looked at
@@ -99,9 +103,9 @@ class LookAhead:
             if seen == _ALL:
                 break
             if seen == _NOTHING and self.danger_weight:
-                least += self.danger_weight * ask(env, environment, "suspect_also", [unit])
+                least += self.danger_weight * session.peek_danger([unit])
                 heappush(queue, (least, unit, _ITS_DANGER))
-            elif (clean := ask(env, environment, "clean_also", [unit])) is None:
+            elif (clean := session.peek_clean([unit])) is None:
                 take_up(1)
             else:
                 least += self.loss_weight * max(0.0, clean[1] - now[1])

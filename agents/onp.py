@@ -19,11 +19,11 @@ from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from backdoor_gym.arguments import check_kind, check_path, check_whole
-from backdoor_gym.baselines.policy import checked_observation
 from backdoor_gym.devices import find_device
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.errors import DataError, check_name
 from backdoor_gym.files.tensors import read_tensors, write_tensors
+from backdoor_gym.policies.contract import checked_observation
 from backdoor_gym.wording import shown
 from backdoor_gym.writing import finite
 

@@ -1,15 +1,16 @@
 """A policy from three things: a scorer of the units, a look-ahead, and thresholds of stopping."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from backdoor_gym.arguments import check_kind, is_finite
-from backdoor_gym.baselines.policy import KEYS, Observation, Policy, check_env, stop_action
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.errors import DataError
+from backdoor_gym.policies.contract import KEYS, Observation, Policy, ask, check_env, stop_action
 from backdoor_gym.wording import shown
 
 from .backward_elimination import restore
@@ -93,11 +94,14 @@ class ScoringPolicy(Policy):
             check_env(self, self.env, environment, observation)
         if going_on < scores[-1] + np.log(threshold / (1 - threshold)):
             return stop_action(observation)
-        if look is not None:
-            if look.is_done(observation, self.env, environment):
+        if look is not None and self.env is None and look.is_done(observation):
+            return stop_action(observation)
+        if look is not None and self.env is not None:
+            seen = {key: observation[key] for key in ("globals", "action_mask")}
+            corrected = ask(self.env, environment, "consult", partial(look.look, scores, seen))
+            if corrected is None:
                 return stop_action(observation)
-            if self.env is not None:
-                scores = look.correct(scores, observation, self.env, environment)
+            scores = corrected
         best = int(scores[:-1].argmax())
         return stop_action(observation) if np.isneginf(scores[best]) else best
 
@@ -105,4 +109,4 @@ class ScoringPolicy(Policy):
         """After an episode: give back what need not have been pruned, if the look-ahead says so. The reward of it."""
         if self.look_ahead is None or not self.look_ahead.restore:
             return 0.0
-        return restore(env, self.look_ahead)
+        return restore(env.session, self.look_ahead, env.worth)

@@ -10,8 +10,8 @@ import gymnasium as gym
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
-from backdoor_gym.baselines.policy import run_episode
 from backdoor_gym.metrics import der
+from backdoor_gym.policies.contract import run_episode
 from backdoor_gym.progress import bar
 
 from .onp import ONP

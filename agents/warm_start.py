@@ -123,7 +123,7 @@ def _example(name: Any, options: dict[str, Any], seed: list[int], oracle: bool) 
     """The example of one repair, which goes on for a while after it is done."""
     env = BackdoorPruneEnv([name], reward="oracle" if oracle else "acc", **options)
     observation, _ = env.reset(seed=0)
-    victim, count = env.victim, len(env.victim)
+    victim, count = env.session.victim, len(env.session.victim)
     random = np.random.default_rng(seed)
     noise = random.gumbel(size=count)
     order = benefits(victim) + noise if oracle and random.random() < 0.5 else None
@@ -167,7 +167,11 @@ def _preference(
     if _is_done(env, oracle):
         preference[-1] = 1
     else:
-        worth = benefits(env.victim, env.pruned) if oracle else _seen_benefits(observation)[: len(legal)]
+        worth = (
+            benefits(env.session.victim, env.session.state.pruned)
+            if oracle
+            else _seen_benefits(observation)[: len(legal)]
+        )
         worth = np.where(legal, worth, -np.inf)
         preference[:-1] = np.exp(worth - worth.max())
         preference /= preference.sum()
@@ -182,8 +186,8 @@ def _seen_benefits(observation: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def _is_done(env: BackdoorPruneEnv, oracle: bool) -> bool:
     """Whether there is no backdoor, or no longer: by the true danger, or by the suspected one."""
-    danger = env.figures.danger if oracle else env.figures.suspected_danger
-    return (oracle and _is_clean(env.victim)) or (danger is not None and danger < DONE)
+    danger = env.session.figures.danger if oracle else env.session.figures.suspected_danger
+    return (oracle and _is_clean(env.session.victim)) or (danger is not None and danger < DONE)
 
 
 def _is_clean(victim: Victim) -> bool:

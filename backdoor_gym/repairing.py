@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 
 from .arguments import check_callable
-from .baselines.policy import run_episode
 from .devices import find_device
 from .envs.prune import BackdoorPruneEnv
 from .errors import DataError, UnknownNameError
@@ -18,10 +16,12 @@ from .metrics import Metrics, der
 from .models.catalogue import load_infected
 from .models.infected import InfectedModel
 from .networks.adapting import deep_copy
-from .policies import BUDGETS, PredictingPolicy, check_policy, kind_of_policy, make_policy
+from .policies.contract import PredictingPolicy, run_episode
+from .policies.registry import POLICIES, check_policy, kind_of_policy, make_policy
 from .progress import Watch
 from .rendering.drawing import Snapshot
 from .reporting.result import Change, RepairResult
+from .session import RepairSession
 from .wording import shown
 
 DEFAULT_BUDGET: Any = object()
@@ -48,7 +48,7 @@ def repair(
         policy: "onp" (the policy that comes with the package), the file of a policy that ``ONP.save`` wrote, a published
             rule ("clp", "bnp", "ep", "anp", "rnp", "fine-pruning", "magnitude", "greedy"), "random", or any object with
             ``predict``; its ``finish(env)``, if it has one, is called when the episode is over and may give prunes back
-            (``BackdoorPruneEnv.give_back``).
+            (``env.session.restore(unit, env.worth)``).
         accuracy_budget: clean accuracy that may be lost (a prune beyond it is undone), or None for no guard; by default
             0.01 for "onp", None for rules with a published threshold and 0.02 for others.
         max_steps: most steps of the policy, None for as many as there are neurons.
@@ -77,7 +77,7 @@ def repair(
     elif options:
         raise UnknownNameError(f"option of a {type(policy).__name__} that is made already", next(iter(options)), ())
     if accuracy_budget is DEFAULT_BUDGET:
-        accuracy_budget = BUDGETS[kind_of_policy(policy)] if isinstance(policy, str) else 0.02
+        accuracy_budget = POLICIES[kind_of_policy(policy)].budget if isinstance(policy, str) else 0.02
     arguments = {
         "infected": str(infected) if isinstance(infected, str | Path) else None,
         "policy": policy if isinstance(policy, str) else None,
@@ -107,36 +107,36 @@ def repair(
     clean_before = info["acc"]
     judge = getattr(acting, "verdict", None)
     # Where there are no BN statistics the policy has nothing to judge by.
-    verdict = None if judge is None or env.victim.suspected is None else float(judge(observation))
+    session, victim = env.session, env.session.victim
+    verdict = None if judge is None or victim.suspected is None else float(judge(observation))
     run_episode(acting, env, observation, lambda steps: watch("pruning: steps", steps, None))
     seconds = time.perf_counter() - start
-    victim = env.victim
     if victim.neurons.coverage < LITTLE:
         left = ", ".join(f"{account.name} ({account.reason})" for account in victim.neurons.left_out[:3])
         warnings.warn(
             f"only {victim.neurons.coverage:.0%} of the network's channels can be pruned; a backdoor may sit in the others: {left}",
             stacklevel=2,
         )
-    mask = victim.neuron_mask(env.pruned)
+    mask = victim.neuron_mask(session.state.pruned)
     network = write_mask(model.network, victim.neurons, mask)
     before = model.evaluate(deep_copy(model.network).to(device), lambda *count: watch("scoring before", *count))
     after = model.evaluate(network.to(device), lambda *count: watch("scoring after", *count))
     network.cpu()
-    snapshot = env.snapshot()
+    snapshot = Snapshot.of(session)
     env.close()
     suspected = victim.suspected if victim.inverted is None else victim.inverted
     return RepairResult(
         network,
         [
             victim.neurons.names[neuron]
-            for unit in dict.fromkeys(unit for unit, given_back in env.changes if not given_back)
-            if env.pruned[unit]
+            for unit in dict.fromkeys(unit for unit, given_back in session.state.changes if not given_back)
+            if session.state.pruned[unit]
             for neuron in victim.units[unit]
         ],
         before,
         after,
         clean_before,
-        env.figures.acc,
+        session.figures.acc,
         rating(before, after),
         seconds,
         name,
@@ -146,7 +146,7 @@ def repair(
         mask,
         snapshot,
         victim.neuron_features,
-        _course(env, snapshot),
+        _course(session, snapshot),
         victim.reading,
         arguments,
         verdict,
@@ -154,13 +154,14 @@ def repair(
     )
 
 
-def _course(env: BackdoorPruneEnv, snapshot: Snapshot) -> tuple[Change, ...]:
-    """What the environment did to its network."""
-    names = [tuple(env.victim.neurons.names[neuron] for neuron in env.victim.units[unit]) for unit, _ in env.changes]
+def _course(session: RepairSession, snapshot: Snapshot) -> tuple[Change, ...]:
+    """What was done to the network, step by step."""
+    victim, changes = session.victim, session.state.changes
+    names = [tuple(victim.neurons.names[neuron] for neuron in victim.units[unit]) for unit, _ in changes]
     return tuple(
         Change(neurons, given_back, acc, danger)
         for neurons, (_, given_back), acc, danger in zip(
-            names, env.changes, snapshot.acc[1:], snapshot.danger[1:] or [None] * len(names), strict=True
+            names, changes, snapshot.acc[1:], snapshot.danger[1:] or [None] * len(names), strict=True
         )
     )
 

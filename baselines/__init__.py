@@ -1,5 +1,7 @@
 """Published pruning rules as policies for ``BackdoorPrune-v0``, each with a function ``prune`` that needs no environment."""
 
+from backdoor_gym.policies.contract import Policy
+
 from . import anp, bnp, clp, ep, fine_pruning, magnitude, rnp
 from .anp import ANP
 from .bnp import BNP
@@ -8,7 +10,6 @@ from .ep import EP
 from .fine_pruning import FinePruning
 from .greedy import GreedyACC
 from .magnitude import Magnitude
-from .policy import Policy
 from .random_policy import RandomPolicy
 from .ridge import Ridge
 from .rnp import RNP

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from backdoor_gym.arguments import check_real, check_whole
+from backdoor_gym.policies.thresholds import Threshold
 from backdoor_gym.session.defender import Defender
 
 from .rule import ACCURACY_BUDGET, Rule
 from .soft_masks import SoftMasks, draw_batch, training_copy
-from .thresholds import Threshold
 
 BATCH = 128
 LEARNING_RATE, MOMENTUM = 0.2, 0.9

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from backdoor_gym.analysis.features import STATIC_FEATURES, standardise
 from backdoor_gym.analysis.uclc import uclc
 from backdoor_gym.errors import DataError
+from backdoor_gym.policies.contract import Observation
+from backdoor_gym.policies.thresholds import AUTO, Threshold, check_threshold
 from backdoor_gym.session.defender import Defender
 
-from .policy import Observation
 from .rule import ACCURACY_BUDGET, Rule, checked_pair, prune_by
-from .thresholds import AUTO, Threshold, check_threshold
 
 U = 3.0
 _UCLC = STATIC_FEATURES.index("uclc")

@@ -1,13 +1,14 @@
 """Greedy search on accuracy: again and again the neuron whose prune costs the clean images least."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from backdoor_gym.arguments import check_whole
 from backdoor_gym.envs.observation import NODE_FEATURES
-
-from .policy import Observation, Policy, ask, check_env, stop_action
+from backdoor_gym.policies.contract import Observation, Policy, ask, check_env, stop_action
+from backdoor_gym.session import RepairSession
 
 _HARM = NODE_FEATURES.index("harm_now")
 
@@ -31,9 +32,12 @@ class GreedyACC(Policy):
         harm = observation["nodes"][: int(observation["num_nodes"][0]), _HARM]
         legal = np.flatnonzero(observation["action_mask"][: len(harm)])
         check_env(self, self.env, environment, observation)
-        options = []
-        for unit in legal[np.argsort(harm[legal], kind="stable")[: self.candidates]]:
-            clean = ask(self.env, environment, "clean_also", [int(unit)])
-            if clean is not None:
-                options.append((-clean[0], clean[1], int(unit)))
-        return min(options)[2] if options else stop_action(observation)
+        units = legal[np.argsort(harm[legal], kind="stable")[: self.candidates]]
+        best: int | None = ask(self.env, environment, "consult", partial(_best_of, units))
+        return stop_action(observation) if best is None else best
+
+
+def _best_of(units: np.ndarray, session: RepairSession) -> int | None:
+    """Of these units the one that leaves the most accuracy; None where each breaks the budget."""
+    left = [(clean, int(unit)) for unit in units if (clean := session.peek_clean([int(unit)])) is not None]
+    return min((-acc, loss, unit) for (acc, loss), unit in left)[2] if left else None

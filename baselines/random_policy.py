@@ -3,8 +3,7 @@
 import numpy as np
 
 from backdoor_gym.arguments import check_whole
-
-from .policy import Observation, Policy
+from backdoor_gym.policies.contract import Observation, Policy
 
 
 class RandomPolicy(Policy):

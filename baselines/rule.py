@@ -2,6 +2,7 @@
 
 import warnings
 from abc import abstractmethod
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,11 +18,11 @@ from backdoor_gym.masking.masked import MaskedNetwork
 from backdoor_gym.metrics import accuracy, require_finite
 from backdoor_gym.models.infected import check_finite
 from backdoor_gym.neurons.finding import find_neurons
+from backdoor_gym.policies.contract import Observation, Policy, ask, check_env, stop_action
+from backdoor_gym.policies.thresholds import AUTO, BUDGET, Threshold, check_threshold, choose_threshold
+from backdoor_gym.session import RepairSession
 from backdoor_gym.session.defender import Defender
 from backdoor_gym.wording import shown
-
-from .policy import Observation, Policy, ask, check_env, stop_action
-from .thresholds import AUTO, BUDGET, Threshold, check_threshold, choose_threshold
 
 ACCURACY_BUDGET = 0.02
 _STEPS_LEFT, _BUDGET = (GLOBAL_FEATURES.index(name) for name in ("steps_left", "accuracy_budget"))
@@ -107,10 +108,10 @@ class Rule(Policy):
         """Without the environment: it may be in another process, where the scores are then computed."""
         return {**self.__dict__, "env": None}
 
-    def unit_scores(self, defender: Defender) -> np.ndarray:
+    def unit_scores(self, session: RepairSession) -> np.ndarray:
         """Of each unit the largest score of its neurons, float64 (units,)."""
-        scores = self.scores(defender)
-        return np.array([scores[unit].max() for unit in defender.units])
+        scores = self.scores(session.defender)
+        return np.array([scores[unit].max() for unit in session.defender.units])
 
     def scores_in(self, observation: Observation, environment: int) -> np.ndarray:
         """Score of each unit of the network of that environment, float64 (units,)."""
@@ -144,11 +145,8 @@ class Rule(Policy):
         if self.threshold != AUTO:
             return float(self.threshold)
         check_env(self, self.env, environment, observation)
-        return choose_threshold(
-            scores,
-            lambda pruned: ask(self.env, environment, "evaluate_also", np.flatnonzero(pruned)).acc,
-            self.accuracy_budget,
-        )
+        chosen: float = ask(self.env, environment, "consult", partial(_choose_in, scores, self.accuracy_budget))
+        return chosen
 
     @classmethod
     def prune(
@@ -176,6 +174,10 @@ class Rule(Policy):
         """
         images = checked_pair(clean)[0]
         return prune_by(cls(None, threshold, accuracy_budget, **options), network, clean, inplace, images)
+
+
+def _choose_in(scores: np.ndarray, accuracy_budget: float, session: RepairSession) -> float:
+    return choose_threshold(scores, lambda pruned: session.peek(np.flatnonzero(pruned)).acc, accuracy_budget)
 
 
 def checked_pair(clean: Any) -> tuple[Tensor, Tensor]:

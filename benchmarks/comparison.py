@@ -26,9 +26,9 @@ from backdoor_gym.agents import ONP, ScoringPolicy
 from backdoor_gym.agents.training import checkpoint_of
 from backdoor_gym.analysis.features import STATIC_FEATURES
 from backdoor_gym.baselines import CLP, RandomPolicy, Ridge
-from backdoor_gym.baselines.policy import run_episode
 from backdoor_gym.masking.export import write_mask
 from backdoor_gym.metrics import der
+from backdoor_gym.policies.contract import run_episode
 from backdoor_gym.processes import one_core_each
 
 RESULTS = Path(__file__).parent / "results"
@@ -133,13 +133,13 @@ def repair_all(job: Job) -> list[Row]:
     for budget, policy in ((budget, policy) for budget, policies in job.policies.items() for policy in policies):
         env.unwrapped.accuracy_budget = budget
         observation, _ = env.reset(seed=0)
-        victim, acting = env.unwrapped.victim, None
+        victim, acting = env.unwrapped.session.victim, None
         if policy == REFERENCE:
             mask = victim.neuron_mask(greedy_reference(victim, budget))
         else:
             acting = makers(model.facts["attack"])[policy](env, budget)
             run_episode(acting, env.unwrapped, observation)
-            mask = victim.neuron_mask(env.unwrapped.pruned)
+            mask = victim.neuron_mask(env.unwrapped.session.state.pruned)
         after = model.evaluate(write_mask(model.network, victim.neurons, mask))
         row = {
             "model": job.name,

@@ -30,7 +30,7 @@ from backdoor_gym.envs.reward import Transition, accuracy_reward
 from backdoor_gym.masking.export import write_mask
 from backdoor_gym.metrics import der
 from backdoor_gym.models.family import recipe
-from backdoor_gym.policies import finish
+from backdoor_gym.policies.contract import finish
 from backdoor_gym.processes import one_core_each
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,18 +49,18 @@ class Greedy:
         self.env = env
 
     def predict(self, observation: dict[str, np.ndarray], *_: Any, **__: Any) -> tuple[int, None]:
-        env, victim = self.env, self.env.victim
-        slopes = victim.slopes(env.pruned)
+        env, victim = self.env, self.env.session.victim
+        slopes = victim.slopes(env.session.state.pruned)
         promise = slopes.pull / max(slopes.pull.std(), 1e-12) - np.maximum(slopes.harm, 0) / max(
             slopes.harm.std(), 1e-12
         )
         legal = env.action_masks()[:-1][: len(victim)]
         best, action = env.step_cost, env.stop_action
         for unit in np.argsort(-np.where(legal, promise, -np.inf))[: min(CANDIDATES, int(legal.sum()))]:
-            after = env.evaluate_also([int(unit)])
+            after = env.session.peek([int(unit)])
             if observation["globals"][0] + observation["globals"][1] - after.acc > BUDGET + 1e-6:
                 continue
-            reward = accuracy_reward(Transition(victim, int(unit), env.figures, after))
+            reward = accuracy_reward(Transition(victim, int(unit), env.session.figures, after))
             if reward > best:
                 best, action = reward, int(unit)
         return action, None
@@ -106,8 +106,8 @@ def repair_one(job: tuple[str, str, int]) -> dict[str, Any]:
     alone = env.unwrapped
     total += finish(acting, env)
     before = model.evaluate()
-    mask = alone.victim.neuron_mask(alone.pruned)
-    after = model.evaluate(write_mask(model.network, alone.victim.neurons, mask))
+    mask = alone.session.victim.neuron_mask(alone.session.state.pruned)
+    after = model.evaluate(write_mask(model.network, alone.session.victim.neurons, mask))
     return {
         "model": name,
         "attack": model.facts["attack"],

@@ -57,14 +57,14 @@ def measure(infected: InfectedModel | str, images: int) -> dict[str, Any]:
     start = time.perf_counter()
     env.reset(seed=0)
     prepared = time.perf_counter() - start
-    victim, random = env.victim, np.random.default_rng(0)
+    victim, random = env.session.victim, np.random.default_rng(0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         victim.model.network(victim.clean.images[:1])
     everything = victim.clean.images.contiguous(memory_format=torch.channels_last)
     units = random.permutation(len(victim))[:PRUNES]
     with torch.no_grad():
         forward = seconds(lambda: victim.model.network(everything))
-    evaluation = [seconds(lambda unit=unit: env.evaluate_also([int(unit)]), 1) for unit in units]
+    evaluation = [seconds(lambda unit=unit: env.session.peek([int(unit)]), 1) for unit in units]
     env.reset(seed=0)
     steps = [seconds(lambda unit=unit: env.step(int(unit)), 1) for unit in units]
     buffer = GraphRolloutBuffer(64, env.observation_space, env.action_space, "cpu", n_envs=1)
@@ -73,7 +73,7 @@ def measure(infected: InfectedModel | str, images: int) -> dict[str, Any]:
         *(value for value in vars(buffer).values() if isinstance(value, np.ndarray)),
     ]
     observation = env.observe()
-    kept = {id(value): value.nbytes for network in env.masked_victim._networks() for value in network._whole.values()}
+    kept = {id(value): value.nbytes for network in env.session.masked._networks() for value in network._whole.values()}
     return {
         "network": victim.name,
         "neurons": len(victim),
@@ -82,7 +82,7 @@ def measure(infected: InfectedModel | str, images: int) -> dict[str, Any]:
         "prepare_s": prepared,
         "forward_s": forward,
         "evaluation_s": float(np.mean(evaluation)),
-        "slopes_s": seconds(lambda: victim.slopes(env.pruned), 3),
+        "slopes_s": seconds(lambda: victim.slopes(env.session.state.pruned), 3),
         "step_s": float(np.mean(steps)),
         "observation_bytes": sum(array.nbytes for array in observation.values()),
         "rollout_bytes_a_step": round(sum(array.nbytes for array in stored) / 64),

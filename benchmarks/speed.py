@@ -118,7 +118,7 @@ def ratio(ours: list[float], rivals: list[float]) -> Found:
 def measure_steps(network: str) -> Found:
     """Steps of random episodes, their parts, and the floor; rival (a)."""
     env = environment(network)
-    victim = env.victim
+    victim = env.session.victim
     module, clean = victim.model.network, victim.clean
     random = np.random.default_rng(0)
     steps: tuple[list[float], list[float]] = ([], [])
@@ -132,14 +132,14 @@ def measure_steps(network: str) -> Found:
         gemm.append(gemm_rate())
         taken = np.zeros(4)
         for unit in random.permutation(len(victim))[: STEPS[network]]:
-            after = env.pruned
+            after = env.session.state.pruned
             after[unit] = True
             mask = victim.neuron_mask(after)
             other = int(
                 random.choice(np.flatnonzero(~after))
             )  # not the unit itself, or the step would find its work done
-            taken[2] += seconds(lambda other=other: env.clean_also([other]))
-            taken[1] += seconds(lambda other=other: env.suspect_also([other]))
+            taken[2] += seconds(lambda other=other: env.session.peek_clean([other]))
+            taken[1] += seconds(lambda other=other: env.session.peek_danger([other]))
             taken[0] += seconds(lambda unit=unit: env.step(int(unit)))
             found: list[float] = []
             taken[3] += seconds(
@@ -147,13 +147,15 @@ def measure_steps(network: str) -> Found:
                     masked_accuracy(module, victim.neurons, mask, clean.images, clean.labels)
                 )
             )
-            assert abs(found[0] - env.figures.acc) < 1.5 / len(clean), "the two networks answer differently"
+            assert abs(found[0] - env.session.figures.acc) < 1.5 / len(clean), "the two networks answer differently"
             floors.append(needed[unit])
         step, suspected, accurate, rival = taken / STEPS[network]
         for pair, ours in ((steps, step), (evaluations, suspected + accurate), (accuracies, accurate)):
             pair[0].append(ours)
             pair[1].append(rival)
-    slopes = median(seconds(lambda: env.masked_victim.slopes(env.pruned)) for _ in range(ROUNDS[network]))
+    slopes = median(
+        seconds(lambda: env.session.masked.slopes(env.session.state.pruned)) for _ in range(ROUNDS[network])
+    )
     observe = median(seconds(env.observe) for _ in range(ROUNDS[network]))
     passes = (0 if victim.inverted is None else inverted + len(victim.inverted.clean)) + min(200, len(clean))
     rate = median(gemm)
@@ -176,7 +178,7 @@ def measure_steps(network: str) -> Found:
 def measure_memory(network: str) -> Found:
     """The largest resident size of a process that begins an episode and prunes eight neurons."""
     env = environment(network)
-    for unit in np.random.default_rng(0).permutation(len(env.victim))[:8]:
+    for unit in np.random.default_rng(0).permutation(len(env.session.victim))[:8]:
         env.step(int(unit))
     return {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
 
@@ -243,7 +245,7 @@ def measure_ppo(network: str) -> Found:
     torch.set_num_threads(1)  # so that the parts add up
     count, steps = (4, 16) if network != WIDE else (2, 4)
     env = environment(network)
-    victim = env.victim
+    victim = env.session.victim
     makers = [lambda: _sharing(env, network) for _ in range(count)]
     vector = ThreadedVecEnv(makers)
     onp = ONP(vector, seed=0, **{**PPO, "n_steps": steps, "batch_size": min(64, count * steps)})
@@ -284,7 +286,7 @@ def measure_ppo(network: str) -> Found:
 
 def _sharing(env: BackdoorPruneEnv, network: str) -> gym.Env[Any, Any]:
     twin = BackdoorPruneEnv(
-        env.victim.model, accuracy_budget=0.05, score_samples=0, clean_samples=IMAGES[network], max_steps=100
+        env.session.victim.model, accuracy_budget=0.05, score_samples=0, clean_samples=IMAGES[network], max_steps=100
     )
     twin.generator = env.generator
     return twin
@@ -332,7 +334,7 @@ def measure_vector(network: str) -> Found:
         for env, into in ((vector, ours), (sync, rivals)):
             env.reset(seed=0)
             random = np.random.default_rng(index)
-            actions = [random.permutation(len(first.victim))[:count] for _ in range(steps)]
+            actions = [random.permutation(len(first.session.victim))[:count] for _ in range(steps)]
             returned: list[Any] = []
             play = partial(_play, env, actions, returned)
             into.append(seconds(play))

@@ -15,9 +15,9 @@ from torch import nn
 from backdoor_gym import benchmark
 from backdoor_gym.analysis.features import standardise
 from backdoor_gym.baselines import Policy, Rule
-from backdoor_gym.baselines.policy import stop_action
 from backdoor_gym.baselines.pre_activations import moments
 from backdoor_gym.envs.observation import GLOBAL_FEATURES, NODE_FEATURES
+from backdoor_gym.policies.contract import stop_action
 from backdoor_gym.session.defender import Defender
 
 

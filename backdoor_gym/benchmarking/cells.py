@@ -15,9 +15,9 @@ from typing import Annotated, Any, BinaryIO, Self
 import msgspec
 from msgspec import Meta
 
-from ..baselines.thresholds import BUDGET, parse_threshold
 from ..errors import DataError
-from ..policies import BUDGETS, POLICIES, SUFFIX, check_policy, kind_of_policy, make_policy
+from ..policies.registry import POLICIES, SUFFIX, check_policy, kind_of_policy, make_policy, options_of
+from ..policies.thresholds import BUDGET, parse_threshold
 from ..wording import shown
 from ..writing import as_json, locked, telling
 
@@ -297,10 +297,10 @@ def make(made_by: str | Factory, env: Any, budget: float | None, seed: int) -> A
     if callable(factory):
         return factory(env, seed)
     name, options = factory
-    takes, threshold = POLICIES[kind_of_policy(name)], _threshold_of(name)
-    if threshold in takes and budget is not OWN:
+    threshold = POLICIES[kind_of_policy(name)].threshold
+    if threshold is not None and budget is not OWN:
         options.setdefault(threshold, BUDGET)
-    if "seed" in takes:
+    if "seed" in options_of(name):
         options["seed"] = seed
     return make_policy(name, env, options)
 
@@ -308,7 +308,7 @@ def make(made_by: str | Factory, env: Any, budget: float | None, seed: int) -> A
 def own_budget(made_by: str | Factory) -> float | None:
     """The accuracy budget with which a policy runs as ``OWN``: that of its kind, 0.02 for a user's."""
     factory = _parse(made_by) if isinstance(made_by, str) else made_by
-    return 0.02 if callable(factory) else BUDGETS[kind_of_policy(factory[0])]
+    return 0.02 if callable(factory) else POLICIES[kind_of_policy(factory[0])].budget
 
 
 def _is_seeded(made_by: str | Factory) -> bool:
@@ -316,7 +316,7 @@ def _is_seeded(made_by: str | Factory) -> bool:
     if callable(factory):
         return True
     kind = kind_of_policy(factory[0])
-    return "seed" in POLICIES[kind] and (kind not in UNSEEDED or bool(factory[1].get("finetune")))
+    return "seed" in options_of(kind) and (kind not in UNSEEDED or bool(factory[1].get("finetune")))
 
 
 def _source(model: str, made_by: str | Factory, digests: Mapping[str, str]) -> str:
@@ -345,24 +345,19 @@ def _parse(text: str) -> tuple[str, dict[str, Any]] | Factory:
     name, *settings = text.split(":")
     if settings and name not in POLICIES and not name.endswith(SUFFIX):
         return _import(name, ":".join(settings))
-    takes = POLICIES[kind_of_policy(name)]
+    threshold = POLICIES[kind_of_policy(name)].threshold
     options: dict[str, Any] = {}
     for setting in settings:
         key, is_option, value = setting.rpartition("=")
         if not is_option:
-            key = _threshold_of(name)
-            if key not in takes:
+            key = threshold or ""
+            if threshold is None:
                 raise DataError(f"{name} takes no threshold, so not {text}")
         if key == "seed":
             raise DataError(f"the seeds of {text} are those of the benchmark: leave seed= out")
-        options[key] = parse_threshold(value) if key == _threshold_of(name) else _value(text, value)
+        options[key] = parse_threshold(value) if key == threshold else _value(text, value)
     check_policy(name, options)
     return name, options
-
-
-def _threshold_of(name: str) -> str:
-    """What a policy calls its threshold."""
-    return "u" if name == "clp" else "threshold"
 
 
 def _value(text: str, value: str) -> Any:

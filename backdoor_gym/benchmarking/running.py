@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..arguments import check_kind, check_path, check_whole, is_finite
-from ..baselines.policy import run_episode
 from ..devices import find_device
 from ..envs.prune import BackdoorPruneEnv
 from ..errors import DataError, WriteError, check_name
@@ -27,6 +26,7 @@ from ..models.infected import InfectedModel
 from ..networks.adapting import deep_copy
 from ..neurons.finding import RESIDUAL_MODES
 from ..on_ray.cluster import ClusterPool, Kept
+from ..policies.contract import run_episode
 from ..processes import died, workers
 from ..repairing import rating
 from ..session.generator import MODEL, check_model
@@ -243,15 +243,15 @@ def run_cell(blank: Result, made_by: str | Factory, ready: _Ready, conditions: C
     env, model, before = ready.env, ready.model, ready.before
     env.accuracy_budget = own_budget(made_by) if blank.budget is OWN else blank.budget
     env.max_steps = None if blank.budget is OWN else conditions.max_steps
-    memory = env.victim.defender.memory  # learning that serves several budgets counts in each
+    memory = env.session.victim.defender.memory  # learning that serves several budgets counts in each
     start, spared = time.perf_counter(), memory.spared
     env.reset(seed=0)
     policy = make(made_by, env, blank.budget, blank.seed)  # which may learn in the environment
     observation, _ = env.reset(seed=0)
     run_episode(policy, env, observation)
     seconds = time.perf_counter() - start + memory.spared - spared
-    mask = env.victim.neuron_mask(env.pruned)
-    after = model.evaluate(write_mask(model.network, env.victim.neurons, mask).to(conditions.device))
+    mask = env.session.victim.neuron_mask(env.session.state.pruned)
+    after = model.evaluate(write_mask(model.network, env.session.victim.neurons, mask).to(conditions.device))
     return replace(
         blank,
         attack=str(model.facts.get("attack", "")),

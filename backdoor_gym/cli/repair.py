@@ -76,13 +76,14 @@ def repair(
 ) -> None:
     """Repair a network and write it, a report to look at, and the list of pruned neurons."""
     from .. import repairing
-    from ..baselines.thresholds import parse_threshold
-    from ..policies import BUDGETS, check_policy, kind_of_policy
+    from ..policies.registry import POLICIES, check_policy, kind_of_policy
+    from ..policies.thresholds import parse_threshold
+    from ..reporting.result import files_of
 
     output = Output(as_json, quiet)
     options: dict[str, Any] = {}
     if threshold is not None:
-        options["u" if policy == "clp" else "threshold"] = parse_threshold(threshold)
+        options[POLICIES[kind_of_policy(policy)].threshold or "threshold"] = parse_threshold(threshold)
     if finetune is not None:
         options["finetune"] = finetune
     check_policy(policy, options)
@@ -103,7 +104,7 @@ def repair(
         timm=timm,
     )
     folder = out or Path("repaired") / path_component(infected.name)
-    check_writable(*(folder / name for name in repairing.files_of(infected)))
+    check_writable(*(folder / name for name in files_of(infected)))
     with output.working("reading the neurons") as watch:
         result = repairing.repair(
             infected,
@@ -125,7 +126,7 @@ def repair(
         f"Pruned {len(result.pruned)} of {len(result.neurons)} neurons{_said(result.settings)} in {result.seconds:.1f} s; "
         f"accuracy on the {len(infected.clean)} clean images {result.clean_acc_before:.3f} -> {result.clean_acc_after:.3f}."
     )
-    if threshold is None and BUDGETS[kind_of_policy(policy)] is None:
+    if threshold is None and POLICIES[kind_of_policy(policy)].budget is None:
         output.say("The published threshold was used; --threshold auto chooses it with the clean images.")
     rest = " The report names those that do not." if result.neurons.left_out else ""
     output.say(f"{own_network.coverage_in_words(result.neurons)}{rest}")

@@ -20,7 +20,6 @@ from ..session.masked_model import SCORE_SAMPLES
 from ..session.prepared_model import Victim, VictimOptions
 from ..session.session import Transition
 from ..wording import shown
-from ._legacy import Legacy
 from .observation import ObservationBuilder
 from .options import RenderModes, check_arguments, infected_option
 from .reward import Reward, make_reward
@@ -34,7 +33,7 @@ OBSERVED = ("num_nodes", "nodes", "globals")
 _MADE_ANEW = ("generator", "_observer", "observation_space", "_reward", "_viewer", "_session")
 
 
-class BackdoorPruneEnv(Legacy, gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
+class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     """Prune the backdoor out of an infected network, one neuron a step, without losing clean accuracy.
 
     ## Description
@@ -337,7 +336,7 @@ class BackdoorPruneEnv(Legacy, gym.Env[dict[str, np.ndarray], np.int64], EzPickl
         check_callable("function", function)
         if not self.session.is_open:
             raise gym.error.ResetNeeded(_RESET)
-        return function(self.session.defender)
+        return function(self.session)
 
     def observe(self) -> dict[str, np.ndarray]:
         """The observation of the network as it is now."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..attacks.targets import target_labels
 from ..data.datasets import LabelledImages
 from ..metrics import predict_logits
-from ..policies import is_onp
+from ..policies.registry import is_onp
 from ..wording import printable
 from ..writing import write_text
 from . import pictures

@@ -11,7 +11,8 @@ from backdoor_gym.agents.validation import run
 from backdoor_gym.baselines import CLP
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.models.infected import InfectedModel
-from backdoor_gym.policies import finish
+from backdoor_gym.policies.contract import finish
+from backdoor_gym.rendering.drawing import Snapshot
 
 from .conftest import PLANTED, Planted
 
@@ -27,19 +28,19 @@ def env(planted):
 def test_what_carries_the_backdoor_stays_pruned_and_the_rest_comes_back(env, planted):
     env.reset(seed=0)
     rewards = [env.step(unit)[1] + env.step_cost for unit in (0, PLANTED, 6)]
-    earned = restore(env, LOOK)
-    assert np.flatnonzero(env.pruned).tolist() == [PLANTED]
-    assert env.figures.asr == 0
-    whole = env.figures
-    drawn = env.snapshot()
+    earned = restore(env.session, LOOK, env.worth)
+    assert np.flatnonzero(env.session.state.pruned).tolist() == [PLANTED]
+    assert env.session.figures.asr == 0
+    whole = env.session.figures
+    drawn = Snapshot.of(env.session)
     assert drawn.given_back == 2
     assert (drawn.acc[-1], drawn.asr[-1]) == (whole.acc, whole.asr)
     assert len(drawn.acc) == 1 + 3 + 2
     env.reset(seed=0)
     env.step(PLANTED)
-    assert env.figures == whole
-    assert env.snapshot().given_back == 0
-    before = env.masked_victim.figures(np.zeros(8, dtype=bool))
+    assert env.session.figures == whole
+    assert Snapshot.of(env.session).given_back == 0
+    before = env.session.masked.figures(np.zeros(8, dtype=bool))
     # all in all, what the prunes earned together with what giving them back did is what the one earns
     dangers = before.suspected_danger - whole.suspected_danger
     assert sum(rewards) + earned == pytest.approx(dangers - 2 * (before.acc - whole.acc), abs=1e-6)
@@ -50,47 +51,34 @@ def test_a_neuron_that_costs_nothing_stays_where_it_has_no_price(env):
         env.reset(seed=0)
         env.step(PLANTED)
         env.step(6)
-        restore(env, LookAhead(8, 0.0, 10.0, restore=price))
-        assert np.flatnonzero(env.pruned).tolist() == left
-
-
-class Watched(BackdoorPruneEnv):
-    """Remembers what giving back cost, and may refuse what takes the accuracy below where it was."""
-
-    def begin(self, guarded):
-        self.floor, self.guarded, self.seen = self.figures.acc, guarded, []
-
-    def give_back(self, unit):
-        reward = super().give_back(unit)
-        self.seen.append(self.figures.acc)
-        return reward
-
-    @property
-    def least_acc(self):
-        return self.floor if hasattr(self, "floor") and self.guarded else 0.0
+        restore(env.session, LookAhead(8, 0.0, 10.0, restore=price))
+        assert np.flatnonzero(env.session.state.pruned).tolist() == left
 
 
 def restored(infected, prunes, guarded):
-    """An environment in which so many neurons were pruned and those given back whose return costs the most clean accuracy."""
-    env = Watched(infected, accuracy_budget=None, score_samples=0, max_steps=100)
+    """Accuracy after so many prunes, and after each unit given back: those whose return costs the most clean accuracy."""
+    env = BackdoorPruneEnv(infected, accuracy_budget=None, score_samples=0, max_steps=100)
     env.reset(seed=0)
-    for unit in np.argsort(-env.victim.first_slopes.pull)[:prunes]:
+    session = env.session
+    for unit in np.argsort(-session.victim.first_slopes.pull)[:prunes]:
         env.step(int(unit))
-    env.begin(guarded)
-    restore(env, LookAhead(20, -50.0, 0.0, restore=1.0))
-    return env
+    floor = session.figures.acc
+    if guarded:  # nothing more may be lost
+        env.accuracy_budget = session.initial_figures.acc - floor
+    restore(session, LookAhead(20, -50.0, 0.0, done=0.0, patience=0, restore=1.0))
+    return floor, [figures.acc for figures in session.state.history[1 + prunes :]]
 
 
 def test_the_budget_holds_while_neurons_come_back(infected_file):
     for prunes in range(4, 40, 4):
-        free = restored(str(infected_file), prunes, guarded=False)
-        if free.seen and min(free.seen) < free.floor:
+        floor, accuracies = restored(str(infected_file), prunes, guarded=False)
+        if accuracies and min(accuracies) < floor:
             break
     else:
         pytest.fail("nothing that came back cost accuracy: the test shows nothing")
-    kept = restored(str(infected_file), prunes, guarded=True)
-    assert kept.floor == free.floor
-    assert all(acc >= kept.floor for acc in kept.seen)
+    same_floor, accuracies = restored(str(infected_file), prunes, guarded=True)
+    assert same_floor == floor
+    assert all(acc >= floor - 1e-6 for acc in accuracies)
 
 
 def test_without_a_sign_of_the_trigger_nothing_comes_back(planted):
@@ -103,8 +91,8 @@ def test_without_a_sign_of_the_trigger_nothing_comes_back(planted):
     env.reset(seed=0)
     for unit in (PLANTED, 6):
         env.step(unit)
-    assert restore(env, LOOK) == 0
-    assert env.pruned.sum() == 2
+    assert restore(env.session, LOOK) == 0
+    assert env.session.state.pruned.sum() == 2
 
 
 def test_repairs_and_validation_end_with_it(infected, tmp_path):
@@ -129,10 +117,10 @@ def test_without_a_price_nothing_comes_back(env):
     env.reset(seed=0)
     env.step(6)
     assert onp.finish(env) == 0
-    assert env.pruned.sum() == 1
+    assert env.session.state.pruned.sum() == 1
     onp.look_ahead = None
     assert onp.finish(env) == finish(onp, env) == finish(CLP(), env) == 0
-    assert env.pruned.sum() == 1
+    assert env.session.state.pruned.sum() == 1
 
 
 def test_only_what_is_pruned_can_be_given_back(env):
@@ -140,4 +128,4 @@ def test_only_what_is_pruned_can_be_given_back(env):
     env.step(PLANTED)
     for unit in (3, -3, 8):
         with pytest.raises(backdoor_gym.errors.DataError, match="not pruned"):
-            env.give_back(unit)
+            env.session.restore(unit, env.worth)

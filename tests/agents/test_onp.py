@@ -214,15 +214,15 @@ def test_look_ahead_weighs_the_clean_loss_and_the_suspected_danger(infected):
     env = make(infected, accuracy_budget=None, clean_samples=None)
     observation, _ = env.reset(seed=0)
     logits = np.zeros(113, dtype=np.float32)
-    figures = [env.unwrapped.evaluate_also([unit]) for unit in range(112)]
-    base = env.unwrapped.evaluate_also([])
+    figures = [env.unwrapped.session.peek([unit]) for unit in range(112)]
+    base = env.unwrapped.session.peek([])
     losses = np.array([max(0.0, one.loss - base.loss) for one in figures])
     falls = np.array([base.suspected_danger - one.suspected_danger for one in figures])
     for look, quantity in (
         (replace(PLAIN, candidates=112, loss_weight=1.0), -losses),
         (LookAhead(112, 0.5, 2.0), 2 * falls - 0.5 * losses),
     ):
-        corrected = look.correct(logits, observation, env, 0)[:-1]
+        corrected = look.correct(logits, observation, env.unwrapped.session)[:-1]
         looked_at = np.isfinite(corrected)
         np.testing.assert_allclose(corrected[looked_at], quantity[looked_at], atol=1e-6)
         assert corrected.max() == pytest.approx(quantity.max(), abs=1e-6)  # what was passed over is no better
@@ -235,8 +235,8 @@ def test_the_repair_ends_where_the_suspected_trigger_fails(infected):
     observation, _ = env.reset(seed=0)
     onp = ONP(env, seed=0, look_ahead=replace(PLAIN, candidates=2, loss_weight=0.0, done=0.5))
     onp.network.stop[-1].bias.data.fill_(-10.0)
-    for unit in np.argsort(-env.unwrapped.victim.slopes(env.unwrapped.pruned).pull):
-        fails = env.unwrapped.figures.suspected_danger < 0.5
+    for unit in np.argsort(-env.unwrapped.session.victim.slopes(env.unwrapped.session.state.pruned).pull):
+        fails = env.unwrapped.session.figures.suspected_danger < 0.5
         assert (onp.predict(observation, deterministic=True)[0] == 112) == fails
         if fails:
             break
@@ -253,15 +253,15 @@ def test_the_repair_ends_where_the_suspected_danger_levels_off(infected, monkeyp
     observation, _ = env.reset(seed=0)
     onp = ONP(env, seed=0, look_ahead=replace(PLAIN, candidates=2, loss_weight=0.0, patience=4))
     onp.network.stop[-1].bias.data.fill_(-10.0)
-    dangers = [env.unwrapped.figures.suspected_danger]
+    dangers = [env.unwrapped.session.figures.suspected_danger]
     monkeypatch.setattr("backdoor_gym.agents.look_ahead.LOW", 0.8 * dangers[0])
-    for unit in np.argsort(-env.unwrapped.victim.slopes(env.unwrapped.pruned).pull)[:30]:
+    for unit in np.argsort(-env.unwrapped.session.victim.slopes(env.unwrapped.session.state.pruned).pull)[:30]:
         level = len(dangers) > 4 and dangers[-1] < 0.8 * dangers[0] and dangers[-5] - dangers[-1] < 0.02
         assert (onp.predict(observation, deterministic=True)[0] == 112) == level
         if level:
             break
         observation, *_ = env.step(int(unit))
-        dangers.append(env.unwrapped.figures.suspected_danger)
+        dangers.append(env.unwrapped.session.figures.suspected_danger)
     assert level
 
 
@@ -280,22 +280,23 @@ def test_where_nothing_is_suspected_the_suspected_danger_ends_no_repair(infected
 def test_what_breaks_the_budget_is_out(infected, monkeypatch):
     env = make(infected, accuracy_budget=0.0, clean_samples=None)
     observation, before = env.reset(seed=0)
-    breaks = np.array([env.unwrapped.evaluate_also([unit]).acc < before["acc"] for unit in range(112)])
+    breaks = np.array([env.unwrapped.session.peek([unit]).acc < before["acc"] for unit in range(112)])
     assert breaks.any()
     logits = np.append(breaks.astype(np.float32), 0)  # those that break it are liked best
-    corrected = replace(PLAIN, candidates=112).correct(logits, observation, env, 0)
+    corrected = replace(PLAIN, candidates=112).correct(logits, observation, env.unwrapped.session)
     assert not breaks[np.isfinite(corrected[:-1])].any()
     assert np.isfinite(corrected[:-1]).any()
     onp = ONP(env, seed=0, look_ahead=replace(PLAIN, candidates=1))
     onp.logits = lambda observation: logits[None]
     observation, _ = env.reset(seed=0)
     assert not breaks[onp.predict(observation, deterministic=True)[0]]  # they gave their place to the next
-    assert breaks[env.unwrapped.too_dear()].all()
-    assert env.unwrapped.too_dear().sum() == breaks.sum()
+    assert breaks[env.unwrapped.session.state.over_budget].all()
+    assert env.unwrapped.session.state.over_budget.sum() == breaks.sum()
     looked_at = []
-    clean_also = env.unwrapped.clean_also
-    monkeypatch.setattr(env.unwrapped, "clean_also", lambda units: looked_at.extend(units) or clean_also(units))
-    replace(PLAIN, candidates=112).correct(logits, observation, env, 0)
+    session = env.unwrapped.session
+    peek_clean = session.peek_clean
+    monkeypatch.setattr(session, "peek_clean", lambda units: looked_at.extend(units) or peek_clean(units))
+    replace(PLAIN, candidates=112).correct(logits, observation, env.unwrapped.session)
     assert looked_at
     assert not breaks[looked_at].any()  # and are not looked at again
     observation, _ = env.reset(seed=0)

@@ -11,10 +11,10 @@ from torch import nn
 
 from backdoor_gym.analysis.uclc import spectral_norms
 from backdoor_gym.baselines import CLP, clp
-from backdoor_gym.baselines.thresholds import choose_threshold
 from backdoor_gym.errors import DataError, WeightsError
 from backdoor_gym.metrics import evaluate
 from backdoor_gym.networks import build
+from backdoor_gym.policies.thresholds import choose_threshold
 
 from ..conftest import settle
 
@@ -117,7 +117,7 @@ def test_the_policy_prunes_what_the_function_prunes(infected):
         pruned += [info["neuron"]] if info["neuron"] else []
         done = terminated or truncated
     repaired = clp.prune(infected.network, 1.5)
-    victim = env.unwrapped.victim
+    victim = env.unwrapped.session.victim
     expected = {
         f"{layer.name}[{channel}]"
         for layer in victim.neurons.layers

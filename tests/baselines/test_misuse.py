@@ -4,9 +4,9 @@ from torch import nn
 
 from backdoor_gym.agents import ONP
 from backdoor_gym.baselines import CLP, Magnitude, RandomPolicy, bnp, clp
-from backdoor_gym.baselines.thresholds import check_threshold
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.errors import BackdoorGymError, DataError
+from backdoor_gym.policies.thresholds import check_threshold
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,14 @@ from backdoor_gym import InfectedModel
 from backdoor_gym.baselines import ANP, BNP, CLP, EP, RNP, FinePruning, GreedyACC, Magnitude
 from backdoor_gym.baselines.ep import bin_width, entropy
 from backdoor_gym.baselines.fine_pruning import last_convolution
-from backdoor_gym.baselines.policy import run_episode
 from backdoor_gym.baselines.rnp import UNLEARNED, unlearn
 from backdoor_gym.baselines.soft_masks import SoftMasks, training_copy
-from backdoor_gym.baselines.thresholds import choose_threshold
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.errors import DataError
 from backdoor_gym.metrics import evaluate
 from backdoor_gym.neurons.finding import find_neurons
+from backdoor_gym.policies.contract import run_episode
+from backdoor_gym.policies.thresholds import choose_threshold
 from backdoor_gym.session.defender import Defender
 from backdoor_gym.session.prepared_model import Victim, VictimOptions
 
@@ -250,16 +250,16 @@ def test_greedy_prunes_what_costs_least_of_all(infected):
     env = gym.make("BackdoorPrune-v0", infected=infected, score_samples=0)
     observation, _ = env.reset(seed=0)
     alone, costs = env.unwrapped, []
-    for unit in range(len(alone.victim)):
-        after = alone.evaluate_also([unit])
+    for unit in range(len(alone.session.victim)):
+        after = alone.session.peek([unit])
         costs.append((-after.acc, after.loss, unit))
     action, _ = GreedyACC(env, candidates=len(costs)).predict(observation)
     assert action == min(costs)[2]
     observation, _, _, _, info = env.step(action)
-    assert info["acc"] >= alone.initial_figures.acc - 1e-9
+    assert info["acc"] >= alone.session.initial_figures.acc - 1e-9
     costs = []
     for unit in np.flatnonzero(alone.action_masks()[:-1]):
-        after = alone.evaluate_also([unit])
+        after = alone.session.peek([unit])
         costs.append((-after.acc, after.loss, unit))
     again, _ = GreedyACC(env, candidates=len(costs)).predict(observation)
     assert again == min(costs)[2]
@@ -279,7 +279,7 @@ def test_the_policy_prunes_what_the_function_prunes(infected, name):
     assert all(torch.equal(value, before[key]) for key, value in infected.network.state_dict().items())
     env = gym.make("BackdoorPrune-v0", infected=infected, accuracy_budget=None, score_samples=0)
     alone = run(kind(env, **options), env)
-    victim, kept = alone.victim, alone.victim.neuron_mask(alone.pruned)
+    victim, kept = alone.session.victim, alone.session.victim.neuron_mask(alone.session.state.pruned)
     for layer in victim.neurons.layers:
         module = repaired.get_submodule(layer.module)
         assert (((module.weight == 0) & (module.bias == 0)).numpy() == ~kept[layer.neurons]).all()
@@ -297,8 +297,8 @@ def test_auto_keeps_its_budget_and_budget_that_of_the_environment(infected, name
     env = gym.make("BackdoorPrune-v0", infected=infected, accuracy_budget=0.03, score_samples=0)
     policy = kind(env, **{**options, "threshold": "budget"})
     alone = run(policy, env)
-    assert alone.pruned.sum() > 0
-    assert alone.initial_figures.acc - alone.figures.acc <= 0.03 + 1e-9
+    assert alone.session.state.pruned.sum() > 0
+    assert alone.session.initial_figures.acc - alone.session.figures.acc <= 0.03 + 1e-9
 
 
 def test_a_rule_looks_anew_at_each_model(infected, plain_infected):
@@ -315,7 +315,7 @@ def test_a_rule_looks_anew_at_each_model(infected, plain_infected):
         zeros = sum(
             int(((m.weight == 0) & (m.bias == 0)).sum()) for m in expected.modules() if isinstance(m, nn.BatchNorm2d)
         )
-        assert env.unwrapped.pruned.sum() == zeros > 0
+        assert env.unwrapped.session.state.pruned.sum() == zeros > 0
 
 
 def test_rules_work_where_the_environment_is_in_another_process(infected_file):

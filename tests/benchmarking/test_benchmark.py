@@ -14,12 +14,12 @@ import pytest
 
 import backdoor_gym
 from backdoor_gym.baselines import BNP, RandomPolicy
-from backdoor_gym.baselines.policy import run_episode
 from backdoor_gym.benchmarking import OWN, Result, figures
 from backdoor_gym.benchmarking.cells import CellFile, Conditions, all_cells, make, named, own_budget
 from backdoor_gym.benchmarking.figures import der_by_attack
 from backdoor_gym.benchmarking.tables import infected_table, markdown, points, write_csv
 from backdoor_gym.errors import DataError, UnknownNameError
+from backdoor_gym.policies.contract import run_episode
 from backdoor_gym.session.masked_model import MaskedVictim
 
 
@@ -67,7 +67,7 @@ def test_models_of_ones_own_are_run_under_their_names(infected, files, tmp_path,
     done = backdoor_gym.benchmark([own, files[0]], ["clp:1.5"], [OWN], out=tmp_path / "out", jobs=jobs)
     mine, saved = done.results
     assert (mine.model, saved.model) == ("mine", files[0])
-    assert (mine.acc, mine.asr, mine.pruned) == (saved.acc, saved.asr, saved.pruned)
+    assert (mine.acc, mine.asr, mine.session.state.pruned) == (saved.acc, saved.asr, saved.pruned)
     with pytest.raises(DataError, match="names that differ"):
         backdoor_gym.benchmark([own, own], ["clp"], [OWN], out=tmp_path / "out", jobs=1)
 
@@ -167,7 +167,7 @@ def test_policies_that_read_no_derivatives_are_spared_them(infected, monkeypatch
         policy = BNP(env, -100.0)
         policy.reads_derivatives = reads
         run_episode(policy, env, env.reset(seed=0)[0])
-        pruned.append(env.changes)
+        pruned.append(env.session.state.changes)
         assert len(taken) == 2
     assert pruned[0] == pruned[1]
     assert env.slopes_every == 4
@@ -212,7 +212,7 @@ def test_a_cell_is_run_again_when_its_model_or_its_policy_is_another(files, infe
 
     first = run(mine="clp")
     other = run(mine="bnp")
-    assert (other.pruned, other.asr) != (first.pruned, first.asr)
+    assert (other.session.state.pruned, other.asr) != (first.session.state.pruned, first.asr)
     plain_infected.save(files[0])
     again = run(mine="bnp")
     assert again.attack == "blended"

@@ -44,7 +44,7 @@ def test_whole_episodes_are_the_same_for_the_same_seed(infected):
 def test_the_agents_are_the_layers_and_own_every_neuron_once(infected):
     layers = backdoor_gym.parallel_env(infected=infected)
     layers.reset(seed=0)
-    victim = layers.single.victim
+    victim = layers.single.session.victim
     assert layers.possible_agents == [layer.name for layer in victim.neurons.layers]
     owned = np.concatenate([layers.units[agent] for agent in layers.possible_agents])
     assert sorted(owned) == list(range(len(victim)))
@@ -56,7 +56,7 @@ def test_the_agents_are_the_layers_and_own_every_neuron_once(infected):
 def test_a_coupled_group_belongs_to_the_first_of_its_layers(infected):
     layers = parallel_env(infected=infected, residual="group")
     layers.reset(seed=0)
-    victim = layers.single.victim
+    victim = layers.single.session.victim
     assert max(len(unit) for unit in victim.units) > 1
     first = victim.neurons.layer_index[[unit.min() for unit in victim.units]]
     for agent, units in layers.units.items():
@@ -96,9 +96,9 @@ def test_an_agent_that_stopped_stays_stopped_and_all_end_together(infected):
     assert observations[first]["action_mask"].tolist() == [0] * len(layers.units[first]) + [1]
     assert not any(terminations.values())
     assert layers.agents == layers.possible_agents
-    before = layers.single.pruned.sum()
+    before = layers.single.session.state.pruned.sum()
     _, rewards, terminations, truncations, infos = layers.step({**stop, first: 0})  # it is not heard any more
-    assert layers.single.pruned.sum() == before
+    assert layers.single.session.state.pruned.sum() == before
     assert infos[first]["neuron"] == ""
     assert set(rewards.values()) == {0.0}
     assert all(terminations.values())
@@ -114,7 +114,7 @@ def test_the_guard_holds_in_a_round(infected):
         actions = {agent: int(random.integers(len(layers.units[agent]))) for agent in layers.agents}
         _, _, terminations, truncations, infos = layers.step(actions)
     single = layers.single
-    assert single.figures.acc >= single.initial_figures.acc - 1e-9
+    assert single.session.figures.acc >= single.session.initial_figures.acc - 1e-9
     assert all(terminations.values()) or all(truncations.values())
     assert sum(info["undone"] for info in infos.values()) <= 3
 
@@ -134,7 +134,7 @@ def test_rounds_are_counted(infected):
 def test_links_are_those_inside_the_layer(infected):
     layers = parallel_env(infected=infected)
     observations, _ = layers.reset(seed=0)
-    graph, total = layers.single.victim.graph, 0
+    graph, total = layers.single.session.victim.graph, 0
     for agent, units in layers.units.items():
         inner = observations[agent]["observation"]
         count = int(inner["num_edges"][0])

@@ -35,18 +35,13 @@ def misused(infected):
     return BackdoorPruneEnv(infected, accuracy_budget=None)
 
 
-@pytest.mark.parametrize("call", ["observe", "info", "too_dear", "action_masks", "snapshot"])
+@pytest.mark.parametrize("call", ["observe", "info", "action_masks"])
 def test_methods_before_reset(misused, call):
     with pytest.raises(gym.error.ResetNeeded):
         getattr(misused, call)()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "figures", "initial_figures", "pruned", "changes", "exhausted", "least_acc", "victim", "masked_victim", "step_limit",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name", ["session", "step_limit"])
 def test_attributes_before_reset(misused, name):
     with pytest.raises(gym.error.ResetNeeded):
         getattr(misused, name)
@@ -54,7 +49,7 @@ def test_attributes_before_reset(misused, name):
 
 @pytest.mark.parametrize(
     ("call", "arguments"),
-    [("prune_unit", (0,)), ("evaluate_also", ([0],)), ("suspected_fall", (1,)), ("give_back", (0,)), ("render", ())],
+    [("prune_unit", (0,)), ("consult", (len,)), ("render", ())],
 )
 def test_calls_before_reset(infected, call, arguments):
     env = BackdoorPruneEnv(infected, render_mode="ansi")
@@ -74,9 +69,9 @@ def test_wrong_calls_leave_the_episode_as_it_was(infected):
     calls = [
         *((env.step, (odd,)) for odd in (*ODD, True, np.array([1]), np.float32(1))),
         *((env.prune_unit, (odd,)) for odd in ODD if not isinstance(odd, int) or odd < 0),
-        *((env.give_back, (odd,)) for odd in (*ODD, 1)),
-        *((env.evaluate_also, (odd,)) for odd in (*ODD[:7], [-1], [10**6], [0.5], [[0], [0, 1]], [10**30])),
-        *((env.suspected_fall, (odd,)) for odd in (*ODD[:3], 2.5)),
+        *((env.session.restore, (odd,)) for odd in (*ODD, 1)),
+        *((env.session.peek, (odd,)) for odd in (*ODD[:7], [-1], [10**6], [0.5], [[0], [0, 1]], [10**30])),
+        *((env.session.suspected_fall, (odd,)) for odd in (*ODD[:3], 2.5)),
         (env.consult, (5,)),
     ]
     for call, arguments in calls:
@@ -132,7 +127,7 @@ def test_an_episode_that_is_over_takes_no_step(infected):
         with pytest.raises(gym.error.ResetNeeded, match="over"):
             env.step(0)
         env.observe()
-    assert env.give_back(0) is not None
+    assert env.session.restore(0, env.worth) is not None
 
 
 @pytest.mark.parametrize("gives", ["much", None, float("nan"), float("inf"), [1]])
@@ -141,7 +136,7 @@ def test_rewards_are_finite_numbers(infected, gives):
     before, _ = env.reset(seed=0)
     with pytest.raises(DataError, match="finite number"):
         env.step(0)
-    assert not env.pruned.any()
+    assert not env.session.state.pruned.any()
     assert all(np.array_equal(value, before[key]) for key, value in env.observe().items())
 
 

@@ -23,7 +23,7 @@ def env(infected):
 def harmful_unit(env: BackdoorPruneEnv) -> int:
     """A unit whose prune costs more accuracy than any budget used here."""
     env.reset(seed=0)
-    accuracies = [env.evaluate_also([unit]).acc for unit in range(len(env.victim))]
+    accuracies = [env.session.peek([unit]).acc for unit in range(len(env.session.victim))]
     assert min(accuracies) < max(accuracies)
     return int(np.argmin(accuracies))
 
@@ -33,7 +33,7 @@ def test_figures_are_those_of_the_edited_network(env, infected):
     units = [3, 40, 41, 90]
     for unit in units:
         _, _, _, _, info = env.step(unit)
-    neurons = env.victim.neurons
+    neurons = env.session.victim.neurons
     mask = np.ones(len(neurons), dtype=bool)
     mask[units] = False
     edited = write_mask(infected.network, neurons, mask)
@@ -55,13 +55,13 @@ def test_the_observation_tells_what_was_pruned(env):
     observation, *_ = env.step(20)
     assert env.observation_space.contains(observation)
     assert np.flatnonzero(observation["nodes"][:, NODE_FEATURES.index("pruned")]).tolist() == [20]
-    layer = env.victim.layer == env.victim.layer[20]
+    layer = env.session.victim.layer == env.session.victim.layer[20]
     shares = observation["nodes"][:, NODE_FEATURES.index("layer_pruned")]
     np.testing.assert_allclose(shares, np.where(layer, 1 / layer.sum(), 0), rtol=1e-6)
     assert observation["action_mask"][20] == 0
-    assert observation["action_mask"].sum() == len(env.victim)
-    assert observation["globals"][GLOBAL_FEATURES.index("pruned")] == pytest.approx(1 / len(env.victim))
-    assert observation["globals"][GLOBAL_FEATURES.index("steps_left")] == pytest.approx(1 - 1 / len(env.victim))
+    assert observation["action_mask"].sum() == len(env.session.victim)
+    assert observation["globals"][GLOBAL_FEATURES.index("pruned")] == pytest.approx(1 / len(env.session.victim))
+    assert observation["globals"][GLOBAL_FEATURES.index("steps_left")] == pytest.approx(1 - 1 / len(env.session.victim))
     assert np.array_equal(env.action_masks(), observation["action_mask"].astype(bool))
 
 
@@ -143,13 +143,13 @@ def test_max_steps_truncates(infected):
 
 def test_the_default_number_of_steps_is_the_number_of_neurons(env):
     env.reset(seed=0)
-    assert env.step_limit == len(env.victim) == len(env.victim.neurons)
+    assert env.step_limit == len(env.session.victim) == len(env.session.victim.neurons)
 
 
 def test_pruning_everything_terminates(plain_infected):
     env = BackdoorPruneEnv(plain_infected, accuracy_budget=None, score_samples=0)
     env.reset(seed=0)
-    results = [env.step(unit) for unit in range(len(env.victim))]
+    results = [env.step(unit) for unit in range(len(env.session.victim))]
     assert [result[2] for result in results] == [False] * (len(results) - 1) + [True]
 
 
@@ -157,14 +157,14 @@ def test_groups_are_pruned_together(infected):
     env = BackdoorPruneEnv(infected, accuracy_budget=None, residual="group")
     observation, _ = env.reset(seed=0)
     assert env.observation_space.contains(observation)
-    assert len(env.victim) < len(env.victim.neurons)
-    coupled = next(index for index, unit in enumerate(env.victim.units) if len(unit) > 1)
+    assert len(env.session.victim) < len(env.session.victim.neurons)
+    coupled = next(index for index, unit in enumerate(env.session.victim.units) if len(unit) > 1)
     _, _, _, _, info = env.step(coupled)
-    names = [env.victim.neurons.names[neuron] for neuron in env.victim.units[coupled]]
+    names = [env.session.victim.neurons.names[neuron] for neuron in env.session.victim.units[coupled]]
     assert info["neuron"].split("+") == names
     links = observation["edge_links"][: int(observation["num_edges"][0])]
     assert (links[:, 0] != links[:, 1]).all()
-    assert links.max() < len(env.victim)
+    assert links.max() < len(env.session.victim)
 
 
 def test_several_models_share_padded_spaces(infected, plain_infected):
@@ -211,10 +211,10 @@ def test_looking_ahead_does_not_change_the_episode(env):
     env.reset(seed=0)
     expected, *_ = env.step(3)
     env.reset(seed=0)
-    ahead = env.evaluate_also([3])
+    ahead = env.session.peek([3])
     assert ahead.asr is None  # a defender who looks ahead sees no trigger
-    env.evaluate_also([70, 71])
-    assert env.suspect_also([3]) == ahead.suspected_danger
+    env.session.peek([70, 71])
+    assert env.session.peek_danger([3]) == ahead.suspected_danger
     observation, _, _, _, info = env.step(3)
     assert info["acc"] == ahead.acc
     assert all(np.array_equal(expected[key], observation[key]) for key in expected)
@@ -223,7 +223,7 @@ def test_looking_ahead_does_not_change_the_episode(env):
 def test_what_breaks_the_budget_is_found_out_before_the_rest_is_looked_at(infected):
     env = BackdoorPruneEnv(infected, accuracy_budget=0.0, max_failures=200)
     _, before = env.reset(seed=0)
-    order = [part.network for part in env.masked_victim._clean]
+    order = [part.network for part in env.session.masked._clean]
     whole = [0, 0]
     for index, network in enumerate(order):
         evaluate = network.logits
@@ -231,20 +231,20 @@ def test_what_breaks_the_budget_is_found_out_before_the_rest_is_looked_at(infect
             whole.__setitem__(index, whole[index] + 1) or evaluate(mask)
         )
     broken = 0
-    for unit in range(len(env.victim)):
-        figures, clean = env.evaluate_also([unit]), env.clean_also([unit])
+    for unit in range(len(env.session.victim)):
+        figures, clean = env.session.peek([unit]), env.session.peek_clean([unit])
         assert (clean is None) == (figures.acc < before["acc"])
         if clean is not None:
             assert clean == (figures.acc, figures.loss)
         broken += clean is None
-    assert 0 < broken < len(env.victim)
-    assert env.too_dear().sum() == broken
+    assert 0 < broken < len(env.session.victim)
+    assert env.session.state.over_budget.sum() == broken
     assert whole[1] < whole[0]  # some were broken by the fragile images alone
-    dear = int(np.flatnonzero(env.too_dear())[0])
+    dear = int(np.flatnonzero(env.session.state.over_budget)[0])
     *_, info = env.step(dear)
     assert info["undone"]
     env.reset(seed=0)
-    assert not env.too_dear().any()
+    assert not env.session.state.over_budget.any()
 
 
 @pytest.mark.parametrize("images", [200, 60])  # all are clean images; some that the trigger was sought in are no longer
@@ -253,15 +253,18 @@ def test_derivatives_from_kept_activations_are_those_of_whole_passes(infected, m
     monkeypatch.setattr("backdoor_gym.session.prepared_model.SLOPE_IMAGES", images)
     env = BackdoorPruneEnv(infected, accuracy_budget=None, residual="group", slopes_every=3)
     env.reset(seed=0)
-    assert (env.masked_victim._corrected is not None) == (images == 60)
+    assert (env.session.masked._corrected is not None) == (images == 60)
     for unit in (3, 40, 17):
         env.step(unit)
-    found, expected = env.masked_victim.slopes(env.pruned), env.victim.slopes(env.pruned)
+    found, expected = (
+        env.session.masked.slopes(env.session.state.pruned),
+        env.session.victim.slopes(env.session.state.pruned),
+    )
     for name in ("pull", "harm", "clean_pull"):
         one, other = getattr(found, name), getattr(expected, name)
         assert np.abs(other).max() > 0
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5 * np.abs(other).max())
-    shown = env.observe()["nodes"][: len(env.victim), NODE_FEATURES.index("harm_now")]
+    shown = env.observe()["nodes"][: len(env.session.victim), NODE_FEATURES.index("harm_now")]
     np.testing.assert_allclose(shown, np.clip(found.harm / found.harm.std(), -6, 6), rtol=1e-5)
 
 
@@ -320,12 +323,12 @@ def test_slopes_are_the_derivatives_where_the_episode_stands(infected):
     assert (slope(observation, "harm_now") != slope(first, "harm_now")).any()
     assert (slope(observation, "pull_now") != slope(first, "pull_now")).any()
     unit, step = 60, 1e-4
-    neurons = env.victim.neurons
+    neurons = env.session.victim.neurons
     exact = copy.deepcopy(neurons.graph).double()  # differences this small are lost in float32
-    clean = env.victim.clean.first(SLOPE_IMAGES)
+    clean = env.session.victim.clean.first(SLOPE_IMAGES)
 
     def logits(value, images):
-        mask = torch.from_numpy(env.victim.neuron_mask(env.pruned)).double()
+        mask = torch.from_numpy(env.session.victim.neuron_mask(env.session.state.pruned)).double()
         mask[unit] = value
         with torch.no_grad():
             return exact(images.double(), *(mask[layer.neurons] for layer in neurons.layers))
@@ -333,12 +336,12 @@ def test_slopes_are_the_derivatives_where_the_episode_stands(infected):
     def loss(value):
         return torch.nn.functional.cross_entropy(logits(value, clean.images), clean.labels).item()
 
-    inverted = env.victim.inverted
+    inverted = env.session.victim.inverted
 
     def margin(value, images):
         return target_margin(logits(value, images), inverted.target).mean().item()
 
-    slopes = env.masked_victim.slopes(env.pruned)
+    slopes = env.session.masked.slopes(env.session.state.pruned)
     harm = slopes.harm
     assert harm[unit] == pytest.approx(-(loss(1 + step) - loss(1 - step)) / (2 * step), rel=0.05, abs=1e-4)
     for slope_of, images in ((slopes.pull, inverted.images), (slopes.clean_pull, inverted.clean)):
@@ -355,7 +358,7 @@ def test_slopes_of_groups_are_sums_over_their_neurons(infected):
     )
     for env in (alone, together):
         env.reset(seed=0)
-    sums = [alone.victim.first_slopes.pull[unit].sum() for unit in together.victim.units]
+    sums = [alone.session.victim.first_slopes.pull[unit].sum() for unit in together.victim.units]
     np.testing.assert_allclose(together.victim.first_slopes.pull, sums, rtol=1e-5, atol=1e-6)
 
 
@@ -377,9 +380,9 @@ def test_the_accuracy_on_test_images_is_that_of_the_pruned_network(infected):
     *_, after = env.step(unit)
     first = infected.test.first(80)
     for info, pruned in ((before, []), (after, [unit])):
-        mask = np.ones(len(env.victim), dtype=bool)
+        mask = np.ones(len(env.session.victim), dtype=bool)
         mask[pruned] = False
-        logits = write_mask(infected.network, env.victim.neurons, mask)(first.images)
+        logits = write_mask(infected.network, env.session.victim.neurons, mask)(first.images)
         assert info["test_acc"] == pytest.approx((logits.argmax(1) == first.labels).double().mean().item())
     unscored = BackdoorPruneEnv(infected, score_samples=0)
     assert "test_acc" not in unscored.reset(seed=0)[1]
@@ -388,13 +391,13 @@ def test_the_accuracy_on_test_images_is_that_of_the_pruned_network(infected):
 def test_how_far_the_suspected_danger_fell_lately(infected):
     env = BackdoorPruneEnv(infected, accuracy_budget=None, score_samples=0)
     env.reset(seed=0)
-    dangers = [env.figures.suspected_danger]
+    dangers = [env.session.figures.suspected_danger]
     for unit in (3, 40, 7):
         env.step(unit)
-        dangers.append(env.figures.suspected_danger)
-    assert env.suspected_fall(3) == dangers[0] - dangers[3]
-    assert env.suspected_fall(1) == dangers[2] - dangers[3]
-    assert env.suspected_fall(4) is None
+        dangers.append(env.session.figures.suspected_danger)
+    assert env.session.suspected_fall(3) == dangers[0] - dangers[3]
+    assert env.session.suspected_fall(1) == dangers[2] - dangers[3]
+    assert env.session.suspected_fall(4) is None
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
@@ -409,8 +412,8 @@ def test_a_copy_in_mid_episode_goes_on_where_it_was(infected, plain_infected, in
         env.step(unit)
     twin = twin_of(env)
     assert twin.unwrapped.accuracy_budget == 0.05
-    assert twin.unwrapped.changes == env.unwrapped.changes
-    assert twin.unwrapped.least_acc == env.unwrapped.least_acc
+    assert twin.unwrapped.session.state.changes == env.unwrapped.session.state.changes
+    assert twin.unwrapped.session.least_acc == env.unwrapped.session.least_acc
     for _ in range(15):
         action = env.action_space.sample()
         assert action == twin.action_space.sample()

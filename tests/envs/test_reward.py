@@ -15,7 +15,7 @@ from backdoor_gym.session.masked_model import Figures
 def victim(infected):
     env = BackdoorPruneEnv(infected)
     env.reset(seed=0)
-    return env.victim
+    return env.session.victim
 
 
 def test_accuracy_reward_is_the_fall_of_the_suspected_danger_minus_accuracy_lost(victim):
@@ -85,12 +85,12 @@ def test_a_callable_is_a_reward(infected):
 def test_danger_falls_with_the_attack(infected):
     env = BackdoorPruneEnv(infected, accuracy_budget=None)
     env.reset(seed=0)
-    whole = env.masked_victim.figures(np.zeros(len(env.victim), dtype=bool))
+    whole = env.session.masked.figures(np.zeros(len(env.session.victim), dtype=bool))
     assert whole.asr > 0.9
     assert whole.danger > 0.8
     assert whole.asr / 2 <= whole.danger <= (whole.asr + 1) / 2
-    pulling = np.zeros(len(env.victim), dtype=bool)
-    pulling[np.argsort(-env.victim.features[:, STATIC_FEATURES.index("pull")])[:12]] = True
-    without = env.masked_victim.figures(pulling)
+    pulling = np.zeros(len(env.session.victim), dtype=bool)
+    pulling[np.argsort(-env.session.victim.features[:, STATIC_FEATURES.index("pull")])[:12]] = True
+    without = env.session.masked.figures(pulling)
     assert without.danger < whole.danger
     assert without.suspected_danger < whole.suspected_danger

@@ -110,7 +110,7 @@ def test_a_model_is_made_ready_once(infected, monkeypatch):
     env = BackdoorPruneVectorEnv(3, infected=infected)
     env.reset(seed=0)
     assert len(made) == 1
-    wholes = {id(one.masked_victim._clean[0].network._parts[0]._whole) for one in env.get_attr("unwrapped")}
+    wholes = {id(one.session.masked._clean[0].network._parts[0]._whole) for one in env.get_attr("unwrapped")}
     assert len(wholes) == 1
     env.close()
 

@@ -14,7 +14,7 @@ from backdoor_gym.agents.encoder import EncoderOptions
 from backdoor_gym.agents.graph_policy import as_tensors
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.on_ray.rllib import GraphRLModule, train_on_cluster
-from backdoor_gym.policies import make_policy
+from backdoor_gym.policies.registry import make_policy
 
 SMALL = {"runners": 1, "envs": 2, "epochs": 1, "n_steps": 8, "minibatch_size": 16, "num_epochs": 1}
 

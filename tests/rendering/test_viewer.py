@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import backdoor_gym
-from backdoor_gym.rendering.drawing import HEIGHT, WIDTH
+from backdoor_gym.rendering.drawing import HEIGHT, WIDTH, Snapshot
 
 
 def make(infected, mode):
@@ -70,9 +70,9 @@ def test_what_is_drawn_is_what_happened(infected):
     env.reset(seed=0)
     while not env.step(int(np.flatnonzero(env.action_masks())[0]))[2]:
         pass
-    drawn = env.snapshot()
+    drawn = Snapshot.of(env.session)
     assert drawn.undone.sum() == env.max_failures
-    assert np.array_equal(drawn.pruned, env.pruned)
+    assert np.array_equal(drawn.pruned, env.session.state.pruned)
     assert not drawn.pruned[drawn.undone].any()
     assert np.flatnonzero(drawn.latest).tolist() == np.flatnonzero(drawn.pruned)[-1:].tolist()
     assert len(drawn.acc) == len(drawn.danger) == len(drawn.asr) == 1 + drawn.pruned.sum()
@@ -82,7 +82,7 @@ def test_what_is_drawn_is_what_happened(infected):
 def test_suspicion_is_the_most_that_a_neuron_stands_out_by(infected):
     env = gym.make("BackdoorPrune-v0", infected=infected, residual="group").unwrapped
     env.reset(seed=0)
-    drawn, victim = env.snapshot(), env.victim
+    drawn, victim = Snapshot.of(env.session), env.session.victim
     for unit, features in zip(victim.units, victim.features, strict=True):
         assert set(drawn.suspicion[unit]) == {max(features[0], features[1], features[8])}
     assert drawn.strengths.max() == 1

@@ -4,19 +4,27 @@ import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import gymnasium as gym
 import numpy as np
 
-from backdoor_gym.envs.observation import GLOBAL_FEATURES, NODE_FEATURES
-from backdoor_gym.envs.prune import OBSERVED, BackdoorPruneEnv
-from backdoor_gym.errors import DataError
-from backdoor_gym.policies import finish
-from backdoor_gym.wording import shown
+from ..envs.observation import GLOBAL_FEATURES, NODE_FEATURES
+from ..envs.prune import OBSERVED, BackdoorPruneEnv
+from ..errors import DataError
+from ..wording import shown
 
 Observation = Mapping[str, np.ndarray]
 KEYS = ("nodes", "edges", "edge_links", "num_nodes", "num_edges", "action_mask", "globals")
+
+
+class PredictingPolicy(Protocol):
+    """Anything with the ``predict`` of Stable-Baselines3."""
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """Action and state."""
 
 
 class Policy(ABC):
@@ -85,10 +93,10 @@ def run_episode(
     """
     core = env.unwrapped
     assert isinstance(core, BackdoorPruneEnv)
+    session = core.session
     takes_masks = "action_masks" in inspect.signature(policy.predict).parameters  # MaskablePPO's does
-    slopes_every = core.slopes_every
     if not getattr(policy, "reads_derivatives", True):
-        core.slopes_every = sys.maxsize
+        session.slopes_every = sys.maxsize
     state, first, done, steps, total = None, np.array([True]), False, 0, 0.0
     try:
         while not done:
@@ -99,9 +107,18 @@ def run_episode(
             first, done = np.array([False]), terminated or truncated
             if on_step is not None:
                 on_step(steps)
-        return total + finish(policy, env)
+        return total + finish(policy, core)
     finally:
-        core.slopes_every = slopes_every
+        session.slopes_every = core.slopes_every
+
+
+def finish(policy: Any, env: BackdoorPruneEnv) -> float:
+    """Let a policy with a method ``finish(env)`` do what it does when an episode is over; the reward of it.
+
+    ONP gives back there what need not have been pruned; other policies end with the episode.
+    """
+    method = getattr(policy, "finish", None)
+    return 0.0 if method is None else float(method(env))
 
 
 def checked_observation(observation: Any, episode_start: Any = None, action_masks: Any = None) -> dict[str, np.ndarray]:

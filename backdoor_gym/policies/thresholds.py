@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from backdoor_gym.arguments import is_finite
-from backdoor_gym.errors import DataError
-from backdoor_gym.wording import shown
+from ..arguments import is_finite
+from ..errors import DataError
+from ..wording import shown
 
 AUTO = "auto"
 #: All that the accuracy budget of the environment allows.

@@ -1,0 +1,1 @@
+"""The contract of a policy, and the registry of those that ship."""
