@@ -5,5 +5,14 @@ from .graph_policy import GraphPolicy
 from .look_ahead import LookAhead
 from .onp import ONP
 from .rollout_buffer import GraphRolloutBuffer
+from .scoring import ScoringPolicy
 
-__all__ = ["ONP", "EncoderOptions", "GraphActorCritic", "GraphPolicy", "GraphRolloutBuffer", "LookAhead"]
+__all__ = [
+    "ONP",
+    "EncoderOptions",
+    "GraphActorCritic",
+    "GraphPolicy",
+    "GraphRolloutBuffer",
+    "LookAhead",
+    "ScoringPolicy",
+]

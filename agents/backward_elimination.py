@@ -1,7 +1,7 @@
-"""Giving back what a repair need not have pruned: what one prune was made for, later ones may have done as well.
+"""Giving back what a repair need not have pruned.
 
 Backward elimination after forward selection (Marill and Green, "On the effectiveness of receptors in recognition systems",
-1963), with the figures and weights of the look-ahead; but a fall of the clean loss counts here, for that is what it is for.
+1963), with the figures and weights of the look-ahead; but here a fall of the clean loss counts too.
 """
 
 import numpy as np
@@ -10,17 +10,15 @@ from backdoor_gym.envs.prune import BackdoorPruneEnv
 
 from .look_ahead import LookAhead
 
-#: Fall of the suspected danger over a repair below which it says nothing of what each prune was good for.
+#: Fall of the suspected danger over a repair below which it does not tell which prunes were good.
 LEAST_FALL = 0.1
 
 
 def restore(env: BackdoorPruneEnv, look: LookAhead) -> float:
-    """Give back the pruned neurons of a finished repair that are not worth it any more.
+    """Give back the pruned units of a finished repair that are not worth it any more; the reward of it.
 
-    One after the other, those that the suspected danger needs least first: one is given back where
-    loss_weight * (fall of the clean cross-entropy) - danger_weight * (rise of the suspected danger) + restore is above 0 and
-    the accuracy budget holds. Where the suspected danger did not fall, nothing is: by these figures the whole repair was
-    for nothing, and they may be wrong. The reward is returned.
+    The units that the suspected danger needs least come first. A unit is given back where the accuracy budget holds and
+    loss_weight * (fall of the clean cross-entropy) - danger_weight * (rise of the suspected danger) + restore > 0.
     """
     masked, reward = env.masked_victim, 0.0
     if env.initial_figures.suspected_danger - env.figures.suspected_danger < LEAST_FALL:

@@ -1,9 +1,10 @@
-"""The network of ONP: embeds the neurons of any network, and gives one logit a neuron, one for stopping, and a value."""
+"""The network of ONP: embeds the neurons of any network, and gives a logit for each, one for stopping, and a value."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import GATv2Conv, global_mean_pool
@@ -13,29 +14,31 @@ from backdoor_gym.analysis.neuron_graph import EDGE_FEATURES
 from backdoor_gym.envs.observation import GLOBAL_FEATURES, NODE_FEATURES
 from backdoor_gym.errors import DataError, UnknownNameError
 
+#: What the network reads of an observation.
+OBSERVED = ("nodes", "edges", "edge_links", "num_nodes", "num_edges", "globals")
+#: Logit of padding; as low as sb3-contrib's own masks.
+PADDING = -1e8
 _STATIC = len(STATIC_FEATURES)
 _PRUNED, _TRIED = NODE_FEATURES.index("pruned"), NODE_FEATURES.index("tried")
-#: Logit of what is no neuron; as low as sb3-contrib's own masks.
-PADDING = -1e8
 
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """Shape of the network.
+    """Shape of the network; the defaults are those of the policy that comes with the package.
 
     Attributes:
         hidden: size of an embedding.
-        hops: rounds of message passing.
+        hops: rounds.
         heads: attention heads.
-        message_passing: False leaves out the edges: the same network on each neuron alone.
-        ignore: node or global features that it is not to see. The accuracy as such says which data set it is, not whether there
-            is a backdoor.
+        message_passing: whether a round sees the edges; False treats each neuron alone.
+        ignore: node or global features that are hidden. The accuracy says which data set it is, not whether there is a
+            backdoor.
     """
 
     hidden: int = 32
     hops: int = 2
     heads: int = 2
-    message_passing: bool = True
+    message_passing: bool = False
     ignore: tuple[str, ...] = ("accuracy",)
 
     def __post_init__(self) -> None:
@@ -48,12 +51,14 @@ class EncoderOptions:
 
 
 class GraphActorCritic(nn.Module):
-    """Graph attention over the neuron graph, with heads for the policy and the value.
+    """Embeds what an episode does not change, then decides from the embeddings and what it does change.
 
-    What an episode does not change is embedded once a graph: ``hops`` rounds of h <- h + GATv2(norm(h), edges) and
-    h <- h + MLP(norm(h)) (GATv2: Brody et al., ICLR 2022, arXiv:2105.14491). Every edge is also passed backwards, marked
-    as such. What changes (flags of the neurons, global figures) then joins the embeddings, and one more MLP decides.
-    The weights do not depend on the number of neurons, layers or classes; padding and the order of the neurons change
+        static node features -> Linear -> hops x [h + GATv2(norm(h), edges); h + MLP(norm(h))] -> embeddings
+        embeddings + Linear(flags, globals) -> h + MLP(norm(h)) -> a logit of each neuron
+                                                           mean -> a logit of stopping, a value
+
+    GATv2 is that of Brody et al. (ICLR 2022, arXiv:2105.14491); every edge is also passed backwards, marked as such. The
+    weights do not depend on the number of neurons, layers or classes; padding and the order of the neurons change
     nothing but the order of the logits.
     """
 
@@ -80,18 +85,23 @@ class GraphActorCritic(nn.Module):
             nn.init.zeros_(last.bias)
             last.weight.data.mul_(0.1)
 
+    @torch.no_grad()
+    def scores(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Logits of one observation or a batch of arrays, float32 (n, N + 1), for ``ScoringPolicy``."""
+        self.eval()
+        return self(as_tensors(observation, self.node_columns.device))[0].cpu().numpy()
+
     def forward(self, observation: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits and values of a batch of observations.
 
         Args:
             observation: tensors of the environment's observation with a leading batch dimension. Where several are of
-                one graph, ``edges``, ``edge_links`` and ``num_edges`` may have one row a graph instead, and ``graph``,
-                int64 (batch,), say which row is whose. Edges may be cut at the largest ``num_edges``.
+                one graph, ``edges``, ``edge_links`` and ``num_edges`` may have one row a graph, and ``graph``, int64
+                (batch,), says which row is whose. Edges may be cut at the largest ``num_edges``.
 
         Returns:
-            Logits float32 (batch, N + 1), ``PADDING`` where there is no neuron, and values float32 (batch, 1). The
-            probabilities of the legal neurons sum to 1, so that the stop logit alone is the log odds of stopping,
-            whatever the number of neurons.
+            Logits float32 (batch, N + 1), ``PADDING`` for padding, and values float32 (batch, 1). The probabilities of
+            the legal neurons sum to 1, so the stop logit alone is the log odds of stopping, for any number of neurons.
         """
         graph = observation.get("graph")
         if graph is None:
@@ -104,16 +114,13 @@ class GraphActorCritic(nn.Module):
         return self.decide_from(observation, self.embed_graphs(graphs), (torch.cumsum(counts, 0) - counts)[graph])
 
     def embed_graphs(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """What an episode does not change: embeddings of the neurons of each graph after the other, float32 (neurons, hidden).
-
-        Args:
-            observation: of each graph one.
-        """
+        """Embeddings of the neurons of one observation of each graph, one graph after the other, (neurons, hidden)."""
         nodes, counts = observation["nodes"], observation["num_nodes"].long().view(-1)
         static = nodes[_real(nodes, counts)][:, :_STATIC].float() * self.node_columns[:_STATIC]
         h = self.embed(static)
-        first = torch.cumsum(counts, 0) - counts
-        links, edges = _edges(observation, first) if self.options.message_passing else (None, None)
+        links, edges = None, None
+        if self.options.message_passing:
+            links, edges = _edges(observation, torch.cumsum(counts, 0) - counts)
         for step in self.rounds:
             h = step(h, links, edges)
         return h
@@ -124,9 +131,9 @@ class GraphActorCritic(nn.Module):
         """Logits and values, as ``forward`` gives them, from embeddings.
 
         Args:
-            observation: as there.
+            observation: of ``forward``.
             embedded: of ``embed_graphs``.
-            first: where those of each observation's neurons begin, int64 (batch,); None where they follow each other.
+            first: where the embeddings of each observation begin, int64 (batch,); None where they follow each other.
         """
         flags = observation["nodes"].float()
         batch, most, _ = flags.shape
@@ -145,18 +152,9 @@ class GraphActorCritic(nn.Module):
         # No maximum: it grows with the number of neurons, and larger networks would look infected.
         pooled = torch.cat([global_mean_pool(h, row, batch), figures], dim=1)
         logits = torch.full((batch, most + 1), PADDING, device=device)
-        logits[:, :most][real] = self._among_legal(self.neuron(h).squeeze(1), flags, row, batch)
+        logits[:, :most][real] = _among_legal(self.neuron(h).squeeze(1), flags, row, batch)
         logits[:, most] = self.stop(pooled).squeeze(1)
         return logits, self.value(pooled)
-
-    @staticmethod
-    def _among_legal(scores: Tensor, nodes: Tensor, row: Tensor, batch: int) -> Tensor:
-        """Log probability of each neuron among those of its network that are neither pruned nor tried."""
-        illegal = (nodes[:, _PRUNED] + nodes[:, _TRIED]) > 0
-        scores = scores.masked_fill(illegal, PADDING)
-        top = torch.full((batch,), PADDING, device=scores.device).scatter_reduce(0, row, scores.detach(), "amax")
-        total = torch.zeros(batch, device=scores.device).index_add(0, row, (scores - top[row]).exp())
-        return scores - top[row] - total.clamp(min=1e-30).log()[row]
 
 
 class _Round(nn.Module):
@@ -177,28 +175,41 @@ class _Round(nn.Module):
         return h + self.update(h)
 
 
+def _update(hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, hidden))
+
+
 def _real(nodes: Tensor, counts: Tensor) -> Tensor:
     """Which rows are no padding, bool (batch, N)."""
     return torch.arange(nodes.shape[1], device=nodes.device) < counts[:, None]
 
 
-def _update(hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, 2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, hidden))
+def _among_legal(scores: Tensor, nodes: Tensor, row: Tensor, batch: int) -> Tensor:
+    """Log probability of each neuron among those of its network that are neither pruned nor tried."""
+    scores = scores.masked_fill((nodes[:, _PRUNED] + nodes[:, _TRIED]) > 0, PADDING)
+    top = torch.full((batch,), PADDING, device=scores.device).scatter_reduce(0, row, scores.detach(), "amax")
+    total = torch.zeros(batch, device=scores.device).index_add(0, row, (scores - top[row]).exp())
+    return scores - top[row] - total.clamp(min=1e-30).log()[row]
 
 
 def _edges(observation: Mapping[str, Tensor], first: Tensor) -> tuple[Tensor, Tensor]:
-    """All edges of a batch as torch-geometric takes them, forwards and backwards: links (2, 2e) and features (2e, D + 1)."""
+    """All edges of a batch, forwards and backwards, for torch-geometric: links (2, 2e) and features (2e, D + 1)."""
     edges, links = observation["edges"].float(), observation["edge_links"].long()
     real = torch.arange(edges.shape[1], device=edges.device) < observation["num_edges"].long().view(-1, 1)
-    link = (links + first[:, None, None])[real].T
-    edge = edges[real]
-    forwards, backwards = (torch.full((len(edge), 1), float(way), device=edges.device) for way in (0, 1))
-    both = torch.cat([torch.cat([edge, forwards], 1), torch.cat([edge, backwards], 1)])
-    return torch.cat([link, link.flip(0)], dim=1), both
+    link, edge = (links + first[:, None, None])[real].T, edges[real]
+    both = [torch.cat([edge, torch.full((len(edge), 1), way, device=edges.device)], 1) for way in (0.0, 1.0)]
+    return torch.cat([link, link.flip(0)], dim=1), torch.cat(both)
 
 
 def _kept(names: Sequence[str], ignored: Sequence[str]) -> Tensor:
     return torch.tensor([float(name not in ignored) for name in names])
+
+
+def as_tensors(observation: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """What the network reads of an observation or a batch of them, with a batch dimension."""
+    single = np.ndim(observation["nodes"]) == 2
+    arrays = {key: np.asarray(observation[key])[None] if single else np.asarray(observation[key]) for key in OBSERVED}
+    return {key: torch.as_tensor(array, device=device) for key, array in arrays.items()}
 
 
 def encoder_facts(options: EncoderOptions) -> dict[str, Any]:

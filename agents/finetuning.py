@@ -31,7 +31,7 @@ def learn_alone(onp: ONP, env: BackdoorPruneEnv, steps: int, warm: bool = False)
         warm_start(onp.network, examples([env.victim.model], oracle=False, **shown), EPOCHS)
 
     def make() -> gym.Env:
-        return Monitor(gym.make(f"backdoor_gym:{ENVIRONMENT}", reward="acc", disable_env_checker=True, **options))
+        return Monitor(gym.make(ENVIRONMENT, reward="acc", disable_env_checker=True, **options))
 
     vector = ThreadedVecEnv([make] * ENVS)
     onp.set_env(vector)

@@ -14,24 +14,22 @@ from torch.distributions import Categorical
 
 from backdoor_gym.errors import DataError
 
-from .embedding_cache import Remembering
-from .encoder import EncoderOptions, GraphActorCritic
-
-OBSERVED = ("nodes", "edges", "edge_links", "num_nodes", "num_edges", "globals")
+from .embedding_cache import EmbeddingCache
+from .encoder import OBSERVED, EncoderOptions, GraphActorCritic
 
 
 class GraphPolicy(MaskableActorCriticPolicy):
-    """One logit a neuron from a graph network, in place of a fixed linear layer over all actions.
+    """A logit of each neuron from ``GraphActorCritic``, in place of a fixed linear layer over all actions.
 
     Args:
         observation_space: of ``BackdoorPrune-v0``.
-        action_space: of it.
+        action_space: of ``BackdoorPrune-v0``.
         lr_schedule: step size from the share of training that is left.
-        hidden: as in ``EncoderOptions``, and so are the next four.
-        hops: rounds of message passing.
+        hidden: this and the next four are those of ``EncoderOptions``.
+        hops: rounds.
         heads: attention heads.
-        message_passing: whether edges are used.
-        ignore: features that it is not to see.
+        message_passing: whether a round sees the edges.
+        ignore: features that are hidden.
         kwargs: other arguments of ``MaskableActorCriticPolicy``, such as ``optimizer_kwargs``.
 
     Raises:
@@ -57,7 +55,7 @@ class GraphPolicy(MaskableActorCriticPolicy):
 
     def _build(self, lr_schedule: Any) -> None:
         self.network = GraphActorCritic(self.options)
-        self._remembering = Remembering(self.network)
+        self._cached = EmbeddingCache(self.network)
         options = {"lr": lr_schedule(1), **self.optimizer_kwargs}
         self.optimizer = self.optimizer_class(self.parameters(), **options)
 
@@ -85,7 +83,7 @@ class GraphPolicy(MaskableActorCriticPolicy):
 
     def _evaluate(self, obs: Any) -> tuple[Tensor, Tensor]:
         alone = torch.is_grad_enabled() or "graph" in obs  # learning, or what shares its embeddings already
-        return self.network(obs) if alone else self._remembering(obs)
+        return self.network(obs) if alone else self._cached(obs)
 
     def _decide(self, obs: Any, action_masks: Any) -> tuple[MaskableDistribution, Tensor]:
         logits, values = self._evaluate(obs)
@@ -105,12 +103,4 @@ def _choose(distribution: MaskableDistribution, deterministic: bool) -> Tensor:
     categorical = distribution.distribution
     assert isinstance(categorical, Categorical)
     chances = categorical.probs
-    last = chances.shape[1] - 1
-    return torch.where(chances[:, -1] > 0.5, last, chances[:, :-1].argmax(1))
-
-
-def as_tensors(observation: Any, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """What the network reads of an observation or a batch of them, with a batch dimension."""
-    single = np.ndim(observation["nodes"]) == 2
-    arrays = {key: np.asarray(observation[key])[None] if single else np.asarray(observation[key]) for key in OBSERVED}
-    return {key: torch.as_tensor(array, device=device) for key, array in arrays.items()}
+    return torch.where(chances[:, -1] > 0.5, chances.shape[1] - 1, chances[:, :-1].argmax(1))

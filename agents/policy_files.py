@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import torch
 from msgspec import UNSET, Meta, UnsetType
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from backdoor_gym.models.infected import check_shapes
 from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
 from .look_ahead import LookAhead
 
+FORMAT = "onp-policy"
+CHECKPOINT = "onp-checkpoint"
 #: What Adam remembers of a parameter.
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 Names = Annotated[list[str], Meta(max_length=1000)]
@@ -54,34 +57,15 @@ class KnownFacts(Fields, forbid_unknown_fields=False):
 
 @dataclass(frozen=True)
 class SavedPolicy:
-    """What was read.
-
-    Attributes:
-        encoder: shape of the network.
-        look_ahead: the saved one.
-        threshold: of stopping.
-        verdict_threshold: of the verdict.
-        facts: of the training.
-        timesteps: of a checkpoint.
-        progress: where its training was (``resuming.progress_of``).
-    """
+    """What was read: the shape of the network, the look-ahead, and the other fields."""
 
     encoder: EncoderOptions
     look_ahead: LookAhead | None
-    threshold: float
-    verdict_threshold: float | None
-    facts: dict[str, Any]
-    timesteps: int
-    progress: dict[str, Any] | None
+    fields: PolicyFields
 
 
 def read_policy(metadata: Mapping[str, Any], kind: str, path: Any) -> SavedPolicy:
-    """The metadata of a policy's file.
-
-    Args:
-        metadata: as ``read_tensors`` gives them.
-        kind: the format that the file must have.
-        path: of the file, for messages.
+    """The metadata of the file ``path``, whose format must be ``kind``.
 
     Raises:
         ModelFileError: another format, a field of another type or out of its range, or a policy for other features.
@@ -92,28 +76,15 @@ def read_policy(metadata: Mapping[str, Any], kind: str, path: Any) -> SavedPolic
     if checked(fields.facts, KnownFacts, str(path)).per_layer:
         raise ModelFileError(f"{path} was trained for agents that see one layer each; policies see the whole network")
     options = checked(fields.encoder.options, EncoderOptions, str(path))
-    made_for = fields.encoder.node_features, fields.encoder.global_features, fields.encoder.edge_features
-    expected = encoder_facts(options)
-    if made_for != (expected["node_features"], expected["global_features"], expected["edge_features"]):
+    made_for = {**msgspec.structs.asdict(fields.encoder), "options": None}
+    if made_for != {**encoder_facts(options), "options": None}:
         raise ModelFileError(f"{path} was made for other features than those of this version of backdoor-gym")
     look_ahead = None if fields.look_ahead is None else checked(fields.look_ahead, LookAhead, str(path))
-    return SavedPolicy(
-        options,
-        look_ahead,
-        fields.threshold,
-        fields.verdict_threshold,
-        fields.facts,
-        fields.timesteps,
-        None if fields.progress is UNSET else fields.progress,
-    )
+    return SavedPolicy(options, look_ahead, fields)
 
 
 def check_weights(options: EncoderOptions, tensors: Mapping[str, Tensor], path: Any) -> None:
-    """Find out before anything is allocated whether a file holds the weights of its network.
-
-    Raises:
-        ModelFileError: it does not, or some are not finite numbers.
-    """
+    """Raise ``ModelFileError`` unless a file holds finite weights of its network; nothing is allocated before."""
     try:
         network = within(lambda: GraphActorCritic(options), tensors)
         check_shapes(network, tensors)

@@ -10,8 +10,9 @@ from backdoor_gym.analysis.features import STATIC_FEATURES
 from backdoor_gym.envs.observation import NODE_FEATURES
 
 EDGES = ("edges", "edge_links")
+STATIC = len(STATIC_FEATURES)
 #: Columns of ``nodes`` that an episode changes; flags take a byte.
-CHANGING = NODE_FEATURES[len(STATIC_FEATURES) : NODE_FEATURES.index("real")]
+CHANGING = {name: index for index, name in enumerate(NODE_FEATURES) if STATIC <= index < NODE_FEATURES.index("real")}
 FLAGS = ("pruned", "tried")
 #: Keys that are not stored: they are put together again from the others, or stored by sb3-contrib already.
 _LEFT_OUT = ("nodes", "action_mask", *EDGES)
@@ -21,18 +22,20 @@ _GRAPH = "graph"
 class GraphRolloutBuffer(MaskableDictRolloutBuffer):
     """sb3-contrib's buffer of dictionaries, in which steps of one graph share its edges and the static features of its nodes.
 
-    In a sample ``nodes`` are whole again, the keys of the edges have one row a graph, cut at the largest one, and ``graph``
-    says which is whose, as ``GraphActorCritic`` takes them; ``action_mask`` is not among the observations.
+    A sample is what ``GraphActorCritic`` takes: whole ``nodes``, edges with one row a graph, cut at the largest one, and
+    ``graph``; ``action_mask`` is not among the observations.
 
     Args:
         buffer_size: steps of each environment.
         observation_space: of ``BackdoorPrune-v0``.
-        args: further arguments of ``MaskableDictRolloutBuffer``.
-        kwargs: the same, by name.
+        args: of ``MaskableDictRolloutBuffer``, and so are ``kwargs``.
+        kwargs: by name.
+
+    Attributes:
+        graphs: the edges, their ends, and the static columns of the nodes of each graph.
     """
 
     def __init__(self, buffer_size: int, observation_space: spaces.Dict, *args: Any, **kwargs: Any) -> None:
-        #: Of each graph the edges, their ends, and the static columns of its nodes.
         self.graphs: list[tuple[np.ndarray, ...]] = []
         nodes = observation_space["nodes"]
         assert isinstance(nodes, spaces.Box)
@@ -41,8 +44,8 @@ class GraphRolloutBuffer(MaskableDictRolloutBuffer):
             key: space for key, space in observation_space.spaces.items() if key not in _LEFT_OUT
         }
         for name in CHANGING:
-            flag = name in FLAGS
-            stored[name] = spaces.Box(0, 1, (self._most,), np.int8 if flag else np.float32)  # its bounds are not read
+            # the bounds are not read
+            stored[name] = spaces.Box(0, 1, (self._most,), np.int8 if name in FLAGS else np.float32)
         stored[_GRAPH] = spaces.Box(0, np.iinfo(np.int64).max, (1,), np.int64)
         super().__init__(buffer_size, spaces.Dict(stored), *args, **kwargs)
 
@@ -52,23 +55,21 @@ class GraphRolloutBuffer(MaskableDictRolloutBuffer):
         super().reset()
 
     def add(self, obs: dict[str, np.ndarray], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        static = len(STATIC_FEATURES)
         for index in range(self.n_envs):
             edges, nodes = int(obs["num_edges"][index, 0]), int(obs["num_nodes"][index, 0])
-            graph = (*(obs[key][index, :edges] for key in EDGES), obs["nodes"][index, :nodes, :static])
+            graph = (*(obs[key][index, :edges] for key in EDGES), obs["nodes"][index, :nodes, :STATIC])
             known = self._current[index]
             if known < 0 or not all(map(np.array_equal, graph, self.graphs[known])):
                 self._current[index] = len(self.graphs)
                 self.graphs.append(tuple(array.copy() for array in graph))
         stored = {key: value for key, value in obs.items() if key not in _LEFT_OUT}
-        stored |= {name: obs["nodes"][:, :, NODE_FEATURES.index(name)] for name in CHANGING}
+        stored |= {name: obs["nodes"][:, :, column] for name, column in CHANGING.items()}
         super().add({**stored, _GRAPH: np.array(self._current)[:, None]}, *args, **kwargs)
 
     def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> MaskableDictRolloutBufferSamples:  # type: ignore[override]
         samples = super()._get_samples(batch_inds, env)
         observations = dict(samples.observations)
-        used, which = np.unique(observations[_GRAPH].cpu().numpy(), return_inverse=True)
-        which = which.reshape(-1)
+        used, which = np.unique(observations[_GRAPH].cpu().numpy().reshape(-1), return_inverse=True)
         graphs = [self.graphs[index] for index in used.astype(int)]
         counts = np.array([[len(edges)] for edges, *_ in graphs])
         for position, key in enumerate(EDGES):
@@ -76,9 +77,9 @@ class GraphRolloutBuffer(MaskableDictRolloutBuffer):
         observations["num_edges"] = self.to_torch(counts)
         observations[_GRAPH] = self.to_torch(which)
         nodes = np.zeros((len(which), self._most, len(NODE_FEATURES)), dtype=np.float32)
-        nodes[:, :, : len(STATIC_FEATURES)] = _padded([graph[-1] for graph in graphs], self._most)[which]
-        for name in CHANGING:
-            nodes[:, :, NODE_FEATURES.index(name)] = observations.pop(name).cpu().numpy()
+        nodes[:, :, :STATIC] = _padded([graph[-1] for graph in graphs], self._most)[which]
+        for name, column in CHANGING.items():
+            nodes[:, :, column] = observations.pop(name).cpu().numpy()
         nodes[:, :, -1] = np.arange(self._most) < observations["num_nodes"].cpu().numpy()
         observations["nodes"] = self.to_torch(nodes)
         return samples._replace(observations=observations)

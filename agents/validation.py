@@ -7,15 +7,13 @@ from statistics import fmean
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
+from backdoor_gym.baselines.policy import run_episode
 from backdoor_gym.metrics import der
-from backdoor_gym.policies import finish
 from backdoor_gym.progress import bar
 
-from .look_ahead import LookAhead
 from .onp import ONP
 from .school import ENVIRONMENT
 
@@ -38,41 +36,30 @@ def run(policy: Any, env: gym.Env[Any, Any], infected: Sequence[Any]) -> list[Ou
     outcomes = []
     for name in infected:
         observation, before = env.reset(seed=0, options={"infected": name})
-        after, total, done, state = before, 0.0, False, None
-        start = np.ones(1, dtype=bool)
-        while not done:
-            action, state = policy.predict(observation, state, start, deterministic=True)
-            start = np.zeros(1, dtype=bool)
-            observation, reward, terminated, truncated, after = env.step(int(action))
-            total, done = total + float(reward), terminated or truncated
-        total += finish(policy, env)
+        reward = run_episode(policy, env, observation)
         after = env.unwrapped.info()  # type: ignore[attr-defined]
         acc = "test_acc" if "test_acc" in after else "acc"
         asr = after.get("asr")
         rating = None if asr is None else der(before[acc], before["asr"], after[acc], asr)
-        outcomes.append(Outcome(str(name), after[acc], before[acc] - after[acc], asr, rating, after["pruned"], total))
+        outcomes.append(Outcome(str(name), after[acc], before[acc] - after[acc], asr, rating, after["pruned"], reward))
     return outcomes
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Means over the models.
-
-    Of ACC, neurons pruned and return over all, of ASR and DER over the infected ones, and the share of clean ones that
-    were left untouched.
-    """
-    infected = [one for one in outcomes if one.asr is not None]
-    clean = [one for one in outcomes if one.asr is None]
+    """Means over the models: of ASR and DER over infected ones, and the share of clean ones that were left untouched."""
+    infected = [outcome for outcome in outcomes if outcome.asr is not None]
+    clean = [outcome for outcome in outcomes if outcome.asr is None]
     figures = {
-        "acc": fmean(one.acc for one in outcomes),
-        "acc_drop": fmean(one.acc_drop for one in outcomes),
-        "pruned": fmean(one.pruned for one in outcomes),
-        "return": fmean(one.reward for one in outcomes),
+        "acc": fmean(outcome.acc for outcome in outcomes),
+        "acc_drop": fmean(outcome.acc_drop for outcome in outcomes),
+        "pruned": fmean(outcome.pruned for outcome in outcomes),
+        "return": fmean(outcome.reward for outcome in outcomes),
     }
     if infected:
-        figures["asr"] = fmean(one.asr for one in infected if one.asr is not None)
-        figures["der"] = fmean(one.der for one in infected if one.der is not None)
+        figures["asr"] = fmean(outcome.asr for outcome in infected if outcome.asr is not None)
+        figures["der"] = fmean(outcome.der for outcome in infected if outcome.der is not None)
     if clean:
-        figures["untouched"] = fmean(one.pruned == 0 for one in clean)
+        figures["untouched"] = fmean(outcome.pruned == 0 for outcome in clean)
     return figures
 
 
@@ -82,12 +69,11 @@ class Validation(BaseCallback):
     Best is the largest mean return, which pays for what was repaired, for accuracy, and for leaving clean models alone.
 
     Args:
-        onp: what is being trained.
+        onp: what is trained.
         infected: names of models that are not trained on.
-        path: file of the best policy; where it exists it is beaten only by a better one.
+        path: file of the best policy; where it exists, only a better one replaces it.
         every: rollouts between two validations.
         report: called with the figures of each validation.
-        acting: what acts in an environment, where it is not ``onp`` itself: agents of layers that share it.
         options: of the environment.
     """
 
@@ -98,16 +84,12 @@ class Validation(BaseCallback):
         path: str | Path,
         every: int = 5,
         report: Callable[[dict[str, float]], None] | None = None,
-        acting: Callable[[gym.Env[Any, Any]], Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.onp, self.names, self.path, self.every = onp, list(infected), Path(path), every
         self.report = report
-        self.env = gym.make(
-            f"backdoor_gym:{ENVIRONMENT}", infected=self.names, reward="oracle", disable_env_checker=True, **options
-        )
-        self.acting = onp if acting is None else acting(self.env)
+        self.env = gym.make(ENVIRONMENT, infected=self.names, reward="oracle", disable_env_checker=True, **options)
         self.best: dict[str, float] | None = None
         self._rollouts = 0
 
@@ -128,7 +110,6 @@ class Validation(BaseCallback):
         self._rollouts = int(progress["rollouts"])
 
     def _on_step(self) -> bool:
-        vector = self.training_env
         for index, (done, after) in enumerate(zip(self.locals["dones"], self.locals["infos"], strict=True)):
             if done:
                 before = self._before[index]
@@ -137,7 +118,7 @@ class Validation(BaseCallback):
                     figures["der"] = der(before["test_acc"], before["asr"], after["test_acc"], after["asr"])
                 for key, value in figures.items():
                     self.logger.record_mean(f"train/{key}", value)
-                self._before[index] = vector.reset_infos[index]
+                self._before[index] = self.training_env.reset_infos[index]
         return True
 
     def _on_rollout_end(self) -> None:
@@ -149,12 +130,12 @@ class Validation(BaseCallback):
         if self._rollouts % self.every:
             self.validate()
 
-    def validate(self, timesteps: int | None = None) -> dict[str, float]:
-        """Validate now; the means, as ``summary`` gives them. ``timesteps`` is for use without a learner that counts them."""
+    def validate(self, timesteps: int | None = None) -> None:
+        """Validate now; ``timesteps`` is for use without a learner that counts them."""
         timesteps = self.num_timesteps if timesteps is None else timesteps
         env, self.onp.env = self.onp.env, self.env
         try:
-            figures = summary(run(self.acting, self.env, self.names))
+            figures = summary(run(self.onp, self.env, self.names))
         finally:
             self.onp.env = env
         if hasattr(self, "model"):
@@ -166,26 +147,6 @@ class Validation(BaseCallback):
             self.onp.save(self.path)
         if self.report is not None:
             self.report({**figures, "timesteps": timesteps})
-        return figures
-
-
-def choose_look_ahead(
-    onp: ONP,
-    env: gym.Env[Any, Any],
-    infected: Sequence[str],
-    choices: Sequence[LookAhead | None],
-    progress: bool = False,
-) -> dict[LookAhead | None, float]:
-    """Give a policy the look-ahead of the largest mean return on these models; the mean return of each choice.
-
-    ``progress`` draws a bar.
-    """
-    ratings: dict[LookAhead | None, float] = {}
-    for choice in bar(choices, "look-aheads", len(choices), progress):
-        onp.look_ahead = choice
-        ratings[choice] = summary(run(onp, env, infected))["return"]
-    onp.look_ahead = max(ratings, key=ratings.__getitem__)
-    return ratings
 
 
 def choose_threshold(
@@ -193,28 +154,21 @@ def choose_threshold(
 ) -> dict[float, tuple[int, int]]:
     """Give a policy the threshold of the verdict that misses the fewest of these models' backdoors.
 
-    Of several the one that leaves the most clean models alone, for a missed backdoor costs far more than a needless
-    repair; and of those the largest, for clean networks of other kinds than these come out higher.
-
-    Args:
-        onp: the policy.
-        env: an environment of these models that scores them: an ASR in its info is how it says that there is a backdoor.
-        infected: names of the models.
-        choices: thresholds.
-        progress: whether to draw a bar.
+    Of several it takes the one that leaves the most clean models alone, for a missed backdoor costs far more than a
+    needless repair; of those the largest, for clean networks of other kinds than these come out higher. The info of
+    ``env`` must have an ASR where there is a backdoor.
 
     Returns:
         Of each choice how many infected models have a verdict below it, and how many clean ones have not.
     """
-    verdicts, backdoors = [], []
+    verdicts: dict[bool, list[float]] = {True: [], False: []}
     for name in bar(infected, "verdicts", len(infected), progress):
         observation, info = env.reset(seed=0, options={"infected": name})
-        verdicts.append(onp.verdict(observation))
-        backdoors.append("asr" in info)
+        verdicts["asr" in info].append(onp.verdict(observation))
     wrong = {
         choice: (
-            sum(verdict < choice for verdict, there in zip(verdicts, backdoors, strict=True) if there),
-            sum(verdict >= choice for verdict, there in zip(verdicts, backdoors, strict=True) if not there),
+            sum(verdict < choice for verdict in verdicts[True]),
+            sum(verdict >= choice for verdict in verdicts[False]),
         )
         for choice in choices
     }

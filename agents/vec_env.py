@@ -11,10 +11,11 @@ from backdoor_gym.envs.prefetch import Ahead, core_threads, maker, side_by_side
 
 
 class Recorded(gym.Wrapper[Any, Any, Any, Any]):
-    """An environment whose episode can be played again: it remembers how it began, and what was done in it.
+    """An environment whose episode can be played again.
 
     Attributes:
         episode: "seed" it was reset with or None, "random" numbers that it was drawn with else, and "actions"; JSON-able.
+            None for an episode that was begun with options, which may be no plain data.
     """
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
@@ -23,7 +24,6 @@ class Recorded(gym.Wrapper[Any, Any, Any, Any]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         random = None if seed is not None else self.unwrapped.np_random.bit_generator.state
-        # With options it is what the caller asked for, which may be no plain data.
         self.episode = None if options else {"seed": seed, "random": random, "actions": []}
         return self.env.reset(seed=seed, options=options)
 
@@ -33,7 +33,7 @@ class Recorded(gym.Wrapper[Any, Any, Any, Any]):
         return self.env.step(action)
 
     def play(self, episode: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Play an episode again, as far as it was played: the last observation, and what was said at the beginning."""
+        """Play an episode again: the last observation, and the info of the reset."""
         if episode["random"] is not None:
             self.unwrapped.np_random.bit_generator.state = episode["random"]
         observation, info = self.reset(seed=episode["seed"])
@@ -56,7 +56,7 @@ class ThreadedVecEnv(DummyVecEnv):
         super().__init__([maker(env) for env in self._ahead])
 
     def episodes(self) -> list[dict[str, Any] | None]:
-        """The episodes of all sub-environments so far, for ``play``; None for one that was begun with options."""
+        """The episodes of all sub-environments so far, for ``play``."""
         episodes = [env.episode for env in self._recorded]
         return [episode and {**episode, "actions": list(episode["actions"])} for episode in episodes]
 
@@ -74,9 +74,9 @@ class ThreadedVecEnv(DummyVecEnv):
     def step_async(self, actions: np.ndarray) -> None:
         """Begin the step of each sub-environment, and the reset of those that it ends."""
         super().step_async(actions)
-        begun = zip(self._ahead, self.actions, strict=True) if side_by_side(self._ahead) else ()
-        for env, action in begun:
-            env.begin_step(action, reset_after=True)
+        if side_by_side(self._ahead):
+            for env, action in zip(self._ahead, self.actions, strict=True):
+                env.begin_step(action, reset_after=True)
 
     def step_wait(self) -> Any:
         """What came of it."""

@@ -8,15 +8,16 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from torch.nn import functional as F
 
-from .graph_policy import OBSERVED, GraphPolicy, as_tensors
+from .encoder import OBSERVED, as_tensors
+from .graph_policy import GraphPolicy
 
 
 class VerdictReplay(BaseCallback):
-    """Remembers each training model as it came, and before each rollout fits on some whether to stop at once.
+    """Keeps the first observation of each training model, and before each rollout fits on a few whether to stop at once.
 
-    A clean network makes an episode of one step where an infected one makes forty, and in almost all of these it is
-    better to go on: without this, reinforcement forgets what tells a clean network. Models are drawn as they come, clean
-    or not: what is rarer needs more evidence. For the oracle reward, with models that are known to be clean or not.
+    A clean network makes an episode of one step where an infected one makes forty: without this, reinforcement forgets
+    what tells a clean network. Models are drawn as they come, clean or not. It is for the oracle reward, with models
+    that are known to be clean or not.
 
     Args:
         steps: gradient steps before each rollout.
@@ -32,7 +33,7 @@ class VerdictReplay(BaseCallback):
         self._random = np.random.default_rng(seed)
         #: Name of a model -> its first observation, and whether it is clean.
         self._seen: dict[str, tuple[dict[str, np.ndarray], bool]] = {}
-        #: The same -> the sub-environment that met it, and how its episode began there, if that is known.
+        #: Name of a model -> the sub-environment that met it, and how its episode began there, if that is known.
         self._met: dict[str, tuple[int, Any]] = {}
 
     def _on_training_start(self) -> None:
@@ -51,9 +52,9 @@ class VerdictReplay(BaseCallback):
 
     def _remember(self, observations: Any, index: int) -> None:
         before = self.training_env.reset_infos[index]
-        clean = "asr" not in before  # there is no attack that could succeed
         name = before["infected"]
         if name not in self._seen:
+            clean = "asr" not in before  # there is no attack that could succeed
             self._seen[name] = {key: observations[key][index].copy() for key in OBSERVED}, clean
             episodes = self.training_env.episodes() if hasattr(self.training_env, "episodes") else None
             self._met[name] = index, None if episodes is None else episodes[index]
@@ -63,7 +64,7 @@ class VerdictReplay(BaseCallback):
         return {"met": list(self._met.values()), "random": self._random.bit_generator.state}
 
     def go_on(self, progress: Mapping[str, Any]) -> None:
-        """Remember what was seen."""
+        """See again what was seen."""
         for index, episode in progress["met"]:
             if episode is not None:
                 self._remember(self.training_env.play({index: episode}), index)  # type: ignore[attr-defined]
@@ -71,13 +72,12 @@ class VerdictReplay(BaseCallback):
 
     def _fit(self) -> float:
         names = self._random.choice(sorted(self._seen), self.batch_size)
-        batch, clean = zip(*(self._seen[str(name)] for name in names), strict=True)
+        observations, clean = zip(*(self._seen[str(name)] for name in names), strict=True)
         policy = self.model.policy
         assert isinstance(policy, GraphPolicy)
         policy.set_training_mode(True)
-        logits, _ = policy.network(
-            as_tensors({key: np.stack([one[key] for one in batch]) for key in OBSERVED}, policy.device)
-        )
+        batch = {key: np.stack([observation[key] for observation in observations]) for key in OBSERVED}
+        logits, _ = policy.network(as_tensors(batch, policy.device))
         odds = logits[:, -1] - logits[:, :-1].logsumexp(1)
         loss = F.binary_cross_entropy_with_logits(odds, torch.tensor(clean).to(odds))
         policy.optimizer.zero_grad()

@@ -1,13 +1,12 @@
-"""A first guess for the policy, before it learns from episodes: what each neuron's prune would do, to first order.
+"""A first guess for the policy: supervised learning from the derivatives of many infected networks.
 
-On models of ours the trigger is known, so the derivatives of the true target's margin and of the clean loss by every
-neuron's mask are. The policy is fitted to prefer neurons whose loss hurts the trigger and not the clean images, to stop
-once the trigger fails, and to stop at once in clean models. It meets states along one repair of each model, of half the
-models by these derivatives and of the others by what the environment shows of them, as its own repairs will be: a policy
-that only saw the best repairs does not know when a worse one is done. Exploring hundreds of actions from nothing would
-take far more episodes. The value is fitted to what those repairs earned, or reinforcement would begin with noise.
+1. ``benefits``: on models of ours the trigger is known, so to first order the worth of every prune is.
+2. ``examples``: a repair of each model gives states, the preferred actions in them, and what is earned from them.
+3. ``warm_start``: the network is fitted to these.
 
-On a network whose trigger is not known the same is done with what the environment shows alone: ``oracle=False``.
+Half of the repairs follow the true benefits, the others what the environment shows, as the policy's own repairs will: a
+policy that saw the best repairs alone does not know when a worse one is done. With ``oracle=False`` all is by what the
+environment shows, for a network whose trigger is not known.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,32 +28,32 @@ from backdoor_gym.progress import bar
 from backdoor_gym.session.prepared_model import Victim
 
 from .encoder import GraphActorCritic
-from .graph_policy import OBSERVED
 from .school import BUDGETS
 
 #: Images that derivatives are taken on, at most.
 IMAGES = 300
-#: Danger below which a repair is done: about one triggered image in a hundred still gets the target there, and margins
-#: keep the danger of many networks from ever falling to 0.1.
+#: Danger below which a repair is done: about one triggered image in a hundred still gets the target there. Margins keep the
+#: danger of many networks from ever falling to 0.1.
 DONE = 0.16
-#: Steps of a repair after which its state becomes an example, and those after it was done: where to stop is to be learned
-#: too, and without these only clean models would show it.
+#: Steps of a repair whose states become examples, and steps after it was done: without these only clean models would
+#: show where to stop.
 STATES = (0, 4, 10, 20, 35, 55)
 STATES_AFTER_DONE = (0, 5, 10)
-#: Discount of rewards, here and in the reinforcement after it.
+#: Discount of rewards, here and in the reinforcement that follows.
 GAMMA = 0.97
-_GRAPH = ("edges", "edge_links", "num_edges")
+_EDGES = ("edges", "edge_links")
 _PULL, _HARM = (NODE_FEATURES.index(name) for name in ("pull_now", "harm_now"))
 
 
 @dataclass(frozen=True)
 class Example:
-    """States along a repair of one network, and how much each action is to be preferred in them.
+    """States along a repair of one network.
 
     Attributes:
-        observation: arrays of the environment's observation without padding, (states, ...); those of the edges once.
-        preference: float32 (states, n + 1), of sum 1.
-        value: float32 (states,), what is earned from there if the repair goes on and stops where that is best.
+        observation: arrays of the environment's observation without padding, (states, ...); ``edges`` and ``edge_links``
+            once.
+        preference: how much each action is preferred, float32 (states, n + 1), of sum 1.
+        value: discounted reward from there on if the repair stops where that is best, float32 (states,).
     """
 
     observation: dict[str, np.ndarray]
@@ -65,13 +64,9 @@ class Example:
 def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
     """First-order benefit of pruning each unit, float64 (units,); zeros for a clean model.
 
-    It is what the prune takes from the margin of the true target on triggered test images, less what it adds to the loss
-    on the defender's clean images, each in standard deviations over the network. The loss is not that on test images:
-    those would tell more of the accuracy that a prune costs, but the budget is kept on the defender's.
-
-    Args:
-        victim: the model.
-        pruned: units that are pruned already, bool (units,).
+    It is the fall of the true target's margin on triggered test images, less the rise of the loss on the defender's clean
+    images (which the accuracy budget is kept on), each in standard deviations over the network. ``pruned``, bool (units,),
+    are pruned already.
 
     Raises:
         DataError: the trigger, the target or test images are not known.
@@ -81,14 +76,14 @@ def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
     trigger, target, test = victim.model.trigger, victim.model.target, victim.model.test
     if trigger is None or target is None or test is None:
         raise DataError(f"the trigger, the target or test images of {victim.name} are not known")
-    some = test.first(IMAGES)
-    wanted = target_labels(some.labels, target, victim.model.num_classes)
-    others = some.labels != wanted
-    triggered, wanted = trigger(some.images[others]), wanted[others].to(victim.options.device)
+    images = test.first(IMAGES)
+    targets = target_labels(images.labels, target, victim.model.num_classes)
+    others = images.labels != targets
+    triggered, targets = trigger(images.images[others]), targets[others].to(victim.options.device)
     clean = victim.clean.first(IMAGES)
-    mask = victim.neuron_mask(np.zeros(len(victim), dtype=bool) if pruned is None else pruned)
-    pull = victim.by_mask(victim.neurons, triggered, lambda logits: target_margin(logits, wanted).mean(), mask)
     labels = clean.labels.to(victim.options.device)
+    mask = victim.neuron_mask(np.zeros(len(victim), dtype=bool) if pruned is None else pruned)
+    pull = victim.by_mask(victim.neurons, triggered, lambda logits: target_margin(logits, targets).mean(), mask)
     harm = -victim.by_mask(victim.neurons, clean.images, lambda logits: F.cross_entropy(logits, labels), mask)
     return pull / max(pull.std(), 1e-12) - np.maximum(harm, 0) / max(harm.std(), 1e-12)
 
@@ -103,76 +98,84 @@ def examples(
     progress: bool = False,
     **options: Any,
 ) -> list[Example]:
-    """An example of each model: what a repair by first-order benefit meets, true in half the cases, else as it is seen.
+    """An example of each model.
 
     Args:
         infected: names or models.
         seed: of the noise that makes repairs differ from the best.
-        oracle: whether the triggers are known. If not, repairs, preferences and values are by what the environment shows.
-        jobs: number of processes, each of which computes on one core; with one it is this process. The examples are the
-            same.
-        ray: address of a Ray cluster that makes them instead.
+        oracle: whether the triggers are known.
+        jobs: processes of one core each; they change nothing but the time.
+        ray: address of a Ray cluster that makes the examples instead.
         progress: whether to draw a bar.
         options: of the environment; ``accuracy_budget`` replaces the ``BUDGETS`` that the models take in turn.
     """
-    wanted = [
+    tasks = [
         (name, {"accuracy_budget": BUDGETS[index % len(BUDGETS)], **options}, [seed, index], oracle)
         for index, name in enumerate(infected)
     ]
     if jobs == 1 and ray is None:
-        return [_example(*one) for one in bar(wanted, "examples", len(wanted), progress)]
+        return [_example(*task) for task in bar(tasks, "examples", len(tasks), progress)]
     with workers(jobs, ray) as pool:
-        made = pool.map(_example, *zip(*wanted, strict=True))
-        return list(bar(made, "examples", len(wanted), progress))
+        return list(bar(pool.map(_example, *zip(*tasks, strict=True)), "examples", len(tasks), progress))
 
 
 def _example(name: Any, options: dict[str, Any], seed: list[int], oracle: bool) -> Example:
+    """The example of one repair, which goes on for a while after it is done."""
     env = BackdoorPruneEnv([name], reward="oracle" if oracle else "acc", **options)
-    random = np.random.default_rng(seed)
     observation, _ = env.reset(seed=0)
-    victim = env.victim
-    noise = random.gumbel(size=len(victim))
+    victim, count = env.victim, len(env.victim)
+    random = np.random.default_rng(seed)
+    noise = random.gumbel(size=count)
     order = benefits(victim) + noise if oracle and random.random() < 0.5 else None
     edges = int(observation["num_edges"][0])
-    seen: list[dict[str, np.ndarray]] = []
+    states: list[dict[str, np.ndarray]] = []
     preferences: list[np.ndarray] = []
-    rewards: list[float] = []
     steps: list[int] = []
-    done = None
+    rewards: list[float] = []
+    done_at = None
     for step in range(max(STATES) + 1):
-        legal = env.action_masks()[:-1][: len(victim)]
+        legal = env.action_masks()[:count]
         if not legal.any():
             break
-        if done is None and _is_done(env, oracle):
-            done = step
-        if step in STATES or (done is not None and step - done in STATES_AFTER_DONE):
+        if done_at is None and _is_done(env, oracle):
+            done_at = step
+        if step in STATES or (done_at is not None and step - done_at in STATES_AFTER_DONE):
             steps.append(step)
-            seen.append({key: observation[key] for key in OBSERVED if key not in _GRAPH})
-            seen[-1]["nodes"] = observation["nodes"][: len(victim)]
-            preferences.append(_preference(env, legal, None if oracle else _seen_benefits(observation)[: len(victim)]))
-        if done is not None and step - done == max(STATES_AFTER_DONE):
+            states.append({key: observation[key] for key in ("num_nodes", "globals")})
+            states[-1]["nodes"] = observation["nodes"][:count]
+            preferences.append(_preference(env, observation, legal, oracle))
+        if done_at is not None and step - done_at == max(STATES_AFTER_DONE):
             break
-        worth = _seen_benefits(observation)[: len(victim)] + noise if order is None else order
+        worth = _seen_benefits(observation)[:count] + noise if order is None else order
         observation, reward, terminated, truncated, _ = env.step(int(np.where(legal, worth, -np.inf).argmax()))
         rewards.append(float(reward))
         if terminated or truncated:
             break
-    stacked = {key: np.stack([one[key] for one in seen]) for key in seen[0]}
-    graph = {"edges": observation["edges"][:edges], "edge_links": observation["edge_links"][:edges]}
+    stacked = {key: np.stack([state[key] for state in states]) for key in states[0]}
     return Example(
-        stacked | graph, np.stack(preferences).astype(np.float32), _values(rewards)[steps].astype(np.float32)
+        stacked | {key: observation[key][:edges] for key in _EDGES},
+        np.stack(preferences).astype(np.float32),
+        _values(rewards)[steps].astype(np.float32),
     )
 
 
-def _values(rewards: Sequence[float]) -> np.ndarray:
-    """What is earned from each step on if the repair stops where that is best, discounted, (steps + 1,)."""
-    values = np.zeros(len(rewards) + 1)
-    for step in reversed(range(len(rewards))):
-        values[step] = max(0.0, rewards[step] + GAMMA * values[step + 1])
-    return values
+def _preference(
+    env: BackdoorPruneEnv, observation: Mapping[str, np.ndarray], legal: np.ndarray, oracle: bool
+) -> np.ndarray:
+    """To stop where the repair is done, else softmax of the benefits of the legal units, float64 (units + 1,)."""
+    preference = np.zeros(len(legal) + 1)
+    if _is_done(env, oracle):
+        preference[-1] = 1
+    else:
+        worth = benefits(env.victim, env.pruned) if oracle else _seen_benefits(observation)[: len(legal)]
+        worth = np.where(legal, worth, -np.inf)
+        preference[:-1] = np.exp(worth - worth.max())
+        preference /= preference.sum()
+    return preference
 
 
 def _seen_benefits(observation: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The benefits by the inverted trigger instead of the true one: what the environment shows."""
     nodes = observation["nodes"]
     return nodes[:, _PULL] - np.maximum(nodes[:, _HARM], 0)
 
@@ -183,17 +186,16 @@ def _is_done(env: BackdoorPruneEnv, oracle: bool) -> bool:
     return (oracle and _is_clean(env.victim)) or (danger is not None and danger < DONE)
 
 
-def _preference(env: BackdoorPruneEnv, legal: np.ndarray, seen: np.ndarray | None) -> np.ndarray:
-    """By the true benefits and danger, or by benefits as they are ``seen`` and the suspected danger."""
-    victim = env.victim
-    preference = np.zeros(len(victim) + 1)
-    if _is_done(env, oracle=seen is None):
-        preference[-1] = 1
-    else:
-        benefit = np.where(legal, benefits(victim, env.pruned) if seen is None else seen, -np.inf)
-        preference[:-1] = np.exp(benefit - benefit.max())
-        preference /= preference.sum()
-    return preference
+def _is_clean(victim: Victim) -> bool:
+    return victim.model.facts.get("attack") == "clean"
+
+
+def _values(rewards: Sequence[float]) -> np.ndarray:
+    """``Example.value`` before each step and after the last, float64 (steps + 1,)."""
+    values = np.zeros(len(rewards) + 1)
+    for step in reversed(range(len(rewards))):
+        values[step] = max(0.0, rewards[step] + GAMMA * values[step + 1])
+    return values
 
 
 def warm_start(
@@ -205,24 +207,23 @@ def warm_start(
     seed: int = 0,
     progress: bool = False,
 ) -> list[float]:
-    """Fit the policy to the examples by cross-entropy, and the value by squares; the mean cross-entropy of each epoch.
+    """Fit the policy to the preferences by cross-entropy, and the value by squares; the mean cross-entropy of each epoch.
 
-    ``progress`` draws a bar.
+    Without the value, reinforcement would begin with noise. ``progress`` draws a bar.
     """
     network.train()
     random = np.random.default_rng(seed)
+    batches = -(-len(school) // batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
-    steps = epochs * -(-len(school) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * batches)
     losses = []
     for _ in bar(range(epochs), "warm start", epochs, progress):
         total = 0.0
-        for chosen in np.array_split(random.permutation(len(school)), -(-len(school) // batch_size)):
+        for chosen in np.array_split(random.permutation(len(school)), batches):
             batch = [school[index] for index in chosen]
             observation, preference = padded(batch)
             logits, values = network(observation)
-            likelihood = torch.log_softmax(logits, 1)
-            loss = -(preference * likelihood.clamp(min=-30)).sum(1).mean()
+            loss = -(preference * torch.log_softmax(logits, 1).clamp(min=-30)).sum(1).mean()
             earned = torch.from_numpy(np.concatenate([example.value for example in batch]))
             optimizer.zero_grad()
             (loss + F.mse_loss(values.squeeze(1), earned)).backward()
@@ -233,36 +234,25 @@ def warm_start(
     return losses
 
 
-def _is_clean(victim: Victim) -> bool:
-    return victim.model.facts.get("attack") == "clean"
-
-
 def padded(batch: Sequence[Example]) -> tuple[dict[str, Tensor], Tensor]:
-    """Some examples as one batch of observations that share graphs, and their preferences."""
-    states = [len(example.preference) for example in batch]
+    """Examples as one batch of observations that share graphs, for ``GraphActorCritic``, and their preferences."""
     most = max(example.observation["nodes"].shape[1] for example in batch)
-    rows = sum(states)
-    nodes = np.zeros((rows, most, batch[0].observation["nodes"].shape[2]), dtype=np.float32)
-    preference = np.zeros((rows, most + 1), dtype=np.float32)
     edges = max(len(example.observation["edges"]) for example in batch)
-    observation: dict[str, np.ndarray] = {}
-    for key in ("edges", "edge_links"):
-        first = batch[0].observation[key]
-        observation[key] = np.zeros((len(batch), edges, first.shape[1]), dtype=first.dtype)
-    start = 0
-    for index, (example, count) in enumerate(zip(batch, states, strict=True)):
-        own, end = example.observation, start + count
-        nodes[start:end, : own["nodes"].shape[1]] = own["nodes"]
-        preference[start:end, : own["nodes"].shape[1]] = example.preference[:, :-1]
-        preference[start:end, -1] = example.preference[:, -1]
-        for key in ("edges", "edge_links"):
-            observation[key][index, : len(own[key])] = own[key]
-        start = end
-    observation |= {
-        "nodes": nodes,
-        "num_nodes": np.concatenate([example.observation["num_nodes"] for example in batch]),
-        "globals": np.concatenate([example.observation["globals"] for example in batch]),
+    observation = {
+        "nodes": np.concatenate([_grown(example.observation["nodes"], 1, most) for example in batch]),
         "num_edges": np.array([[len(example.observation["edges"])] for example in batch]),
-        "graph": np.repeat(np.arange(len(batch)), states),
+        "graph": np.repeat(np.arange(len(batch)), [len(example.preference) for example in batch]),
     }
-    return {key: torch.from_numpy(value) for key, value in observation.items()}, torch.from_numpy(preference)
+    for key in _EDGES:
+        observation[key] = np.stack([_grown(example.observation[key], 0, edges) for example in batch])
+    for key in ("num_nodes", "globals"):
+        observation[key] = np.concatenate([example.observation[key] for example in batch])
+    units = np.concatenate([_grown(example.preference[:, :-1], 1, most) for example in batch])
+    stop = np.concatenate([example.preference[:, -1:] for example in batch])
+    preference = torch.from_numpy(np.hstack([units, stop]))
+    return {key: torch.from_numpy(value) for key, value in observation.items()}, preference
+
+
+def _grown(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """The array with zeros after it, up to a size along an axis."""
+    return np.pad(array, [(0, size - array.shape[axis] if index == axis else 0) for index in range(array.ndim)])

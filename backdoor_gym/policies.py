@@ -12,6 +12,7 @@ from .errors import check_name
 #: The options of each policy.
 POLICIES: dict[str, tuple[str, ...]] = {
     "onp": ("look_ahead", "finetune", "seed"),
+    "ridge": ("look_ahead",),
     "clp": ("u",),
     "bnp": ("threshold",),
     "ep": ("threshold",),
@@ -95,6 +96,11 @@ def make_policy(name: str, env: BackdoorPruneEnv, options: dict[str, Any]) -> Pr
     check_policy(name, options)
     if name == "random":
         return RandomPolicy(**options)
+    if name == "ridge":
+        from .agents import LookAhead, ScoringPolicy
+        from .baselines import Ridge
+
+        return ScoringPolicy(Ridge.load(), env, look_ahead=LookAhead() if options.get("look_ahead", True) else None)
     if name == "greedy":
         return GreedyACC(env, **options)
     budget = ACCURACY_BUDGET if env.accuracy_budget is None else env.accuracy_budget

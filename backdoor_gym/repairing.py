@@ -1,10 +1,7 @@
 """repair(): run a pruning policy on one network, and say what it did."""
 
-import inspect
-import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 
 from .arguments import check_callable
+from .baselines.policy import run_episode
 from .devices import find_device
 from .envs.prune import BackdoorPruneEnv
 from .errors import DataError, UnknownNameError
@@ -20,7 +18,7 @@ from .metrics import Metrics, der
 from .models.catalogue import load_infected
 from .models.infected import InfectedModel
 from .networks.adapting import deep_copy
-from .policies import BUDGETS, PredictingPolicy, check_policy, finish, kind_of_policy, make_policy
+from .policies import BUDGETS, PredictingPolicy, check_policy, kind_of_policy, make_policy
 from .progress import Watch
 from .rendering.drawing import Snapshot
 from .reporting.result import Change, RepairResult
@@ -154,31 +152,6 @@ def repair(
         verdict,
         None if suspected is None else suspected.target,
     )
-
-
-def run_episode(
-    policy: PredictingPolicy,
-    env: BackdoorPruneEnv,
-    observation: dict[str, np.ndarray],
-    on_step: Callable[[int], None] | None = None,
-) -> None:
-    """Let a policy act until the episode that has just begun is over, and finish; ``on_step`` is told how many steps it took."""
-    takes_masks = "action_masks" in inspect.signature(policy.predict).parameters  # MaskablePPO's does
-    session = env.session
-    if not getattr(policy, "reads_derivatives", True):
-        session.slopes_every = sys.maxsize
-    state, first, done, steps = None, np.array([True]), False, 0
-    try:
-        while not done:
-            masks = {"action_masks": env.action_masks()} if takes_masks else {}
-            action, state = policy.predict(observation, state=state, episode_start=first, deterministic=True, **masks)
-            observation, _, terminated, truncated, _ = env.step(int(np.asarray(action).item()))
-            first, done, steps = np.array([False]), terminated or truncated, steps + 1
-            if on_step is not None:
-                on_step(steps)
-        finish(policy, env)
-    finally:
-        session.slopes_every = env.slopes_every
 
 
 def _course(env: BackdoorPruneEnv, snapshot: Snapshot) -> tuple[Change, ...]:

@@ -1,7 +1,4 @@
-"""Published pruning rules as policies for ``BackdoorPrune-v0``, each with Stable-Baselines3's ``predict``.
-
-Each module of a rule has a function ``prune`` that does without an environment.
-"""
+"""Published pruning rules as policies for ``BackdoorPrune-v0``, each with a function ``prune`` that needs no environment."""
 
 from . import anp, bnp, clp, ep, fine_pruning, magnitude, rnp
 from .anp import ANP
@@ -13,6 +10,7 @@ from .greedy import GreedyACC
 from .magnitude import Magnitude
 from .policy import Policy
 from .random_policy import RandomPolicy
+from .ridge import Ridge
 from .rnp import RNP
 from .rule import Rule
 
@@ -27,6 +25,7 @@ __all__ = [
     "Magnitude",
     "Policy",
     "RandomPolicy",
+    "Ridge",
     "Rule",
     "anp",
     "bnp",

@@ -1,15 +1,14 @@
 """ANP, adversarial neuron pruning (Wu and Wang, NeurIPS 2021, arXiv:2110.14430).
 
-Backdoor neurons are sensitive: small relative changes of neurons make an infected network answer the target. So a mask
-m in [0, 1] of each neuron is learned that keeps the loss low under the worst of such changes (equations 3 and 4):
+Small relative changes of neurons make an infected network answer the target. ANP learns a mask m in [0, 1] of each
+neuron that keeps the loss low under the worst of such changes (equations 3 and 4):
 
     min over m of  alpha * L(m * w, b) + (1 - alpha) * max over |d|, |x| <= eps of L((m + d) * w, (1 + x) * b)
 
 with w and b the weight and bias of the neuron, of its batch normalisation where there is one. Neurons with a mask below
 0.2 are pruned. Defaults are those of the published code: alpha 0.2, eps 0.4, one step of ascent from a random start,
-SGD of rate 0.2 and momentum 0.9, 2,000 steps of 128 images, batch statistics in the normalisations. That code also crops
-and flips the images at random, which not every data set bears and which is left out here, and lets a perturbation that
-began at random leave the bound of the equation by its step, which is clipped here.
+SGD of rate 0.2 and momentum 0.9, 2,000 steps of 128 images, batch statistics in the normalisations. Unlike that code, this
+one does not crop and flip the images, which not every data set bears, and clips a perturbation to the bound of the equation.
 """
 
 from typing import Any
@@ -33,9 +32,9 @@ class ANP(Rule):
     """One minus the learned mask.
 
     Args:
-        env: as for ``Rule``.
-        threshold: the same; 0.8 is the published threshold of 0.2 on the mask.
-        accuracy_budget: the same.
+        env: of ``Rule``.
+        threshold: of ``Rule``; 0.8 is the published threshold of 0.2 on the mask.
+        accuracy_budget: of ``Rule``.
         seed: of the images drawn and of the starts of the ascents.
         steps: of the learning.
         alpha: weight of the loss without perturbation.
@@ -62,8 +61,8 @@ class ANP(Rule):
 
     def scores(self, defender: Defender) -> np.ndarray:
         settings = (type(self), self.seed, self.steps, self.alpha, self.eps)
-        found: np.ndarray = defender.memory.recall(settings, lambda: self.learn(defender))
-        return found
+        scores: np.ndarray = defender.memory.recall(settings, lambda: self.learn(defender))
+        return scores
 
     def learn(self, defender: Defender) -> np.ndarray:
         """The scores, learned anew."""
@@ -82,10 +81,7 @@ class ANP(Rule):
         return 1 - masks.mask.detach().double().cpu().numpy()
 
     def worst(self, masks: SoftMasks, images: Tensor, labels: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Relative changes of all weights and biases after one step of ascent of size eps from a random start.
-
-        They are clipped to eps, as the inner maximisation is bounded by it.
-        """
+        """Relative changes of all weights and biases after one step of ascent from a random start, at most eps."""
         size = 2 * len(masks.mask)
         start = ((2 * torch.rand(size, generator=random) - 1) * self.eps).to(masks.mask.device).requires_grad_()
         loss = masks.loss(images, labels, *start.chunk(2))

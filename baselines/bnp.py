@@ -1,7 +1,7 @@
 """BNP, pruning by BN statistics (Zheng et al., NeurIPS 2022, "Pre-activation Distributions Expose Backdoor Neurons").
 
-The running statistics of a batch normalisation come from poisoned training, so where triggered images move a neuron its
-pre-activations on clean images have another distribution. With both taken as normal, the divergence of channel k is
+The running statistics of a batch normalisation come from poisoned training: where triggered images move a neuron, its
+pre-activations on clean images have another distribution. With both taken as normal, the divergence of a channel is
 
     KL = log(s / c) + (c^2 + (m_c - m)^2) / (2 s^2) - 1/2
 
@@ -28,7 +28,7 @@ class BNP(Rule):
 
     def scores(self, defender: Defender) -> np.ndarray:
         scores = np.full(len(defender.neurons), -np.inf)
-        found = moments(defender)
+        clean = moments(defender)
         for layer in defender.neurons.layers:
             if not layer.normalised:
                 continue
@@ -36,9 +36,8 @@ class BNP(Rule):
             assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
             assert norm.running_mean is not None
             assert norm.running_var is not None
-            mean, variance = found[layer.node]
             running = norm.running_mean.double().cpu(), norm.running_var.double().cpu()
-            scores[layer.neurons] = standardise(kl_divergence(mean, variance, *running)).numpy()
+            scores[layer.neurons] = standardise(kl_divergence(*clean[layer.node], *running)).numpy()
         return scores
 
 

@@ -1,8 +1,8 @@
 """CLP, channel Lipschitzness based pruning (Zheng et al., ECCV 2022, arXiv:2208.03111).
 
-Prune, in each layer, the channels whose UCLC lies above mean + u * standard deviation of the layer (section 4.2; the
-published default is u = 3 on ResNet-18). No data and no training. ``backdoor_gym.analysis.uclc`` defines the bound, also
-where the paper is silent: residual sums, linear layers, layers without batch normalisation.
+CLP prunes, in each layer, the channels whose UCLC lies above mean + u * standard deviation of the layer (section 4.2;
+u = 3 on ResNet-18). It needs no data and no training. ``backdoor_gym.analysis.uclc`` defines the bound, also where the
+paper is silent: residual sums, linear layers, layers without batch normalisation.
 """
 
 from typing import Any
@@ -25,15 +25,11 @@ _UCLC = STATIC_FEATURES.index("uclc")
 
 
 class CLP(Rule):
-    """CLP in the environment: prune what stands out, the worst first, then stop.
-
-    It acts on the observation alone, whose first node feature is (UCLC - layer mean) / unbiased standard deviation. With
-    ``u="auto"`` it is built for its environment, which tells the clean accuracy at each threshold. To run the published
-    rule as published, make the environment with ``accuracy_budget=None``.
+    """(UCLC - layer mean) / unbiased standard deviation: a node feature, so CLP acts on the observation alone.
 
     Args:
         u: threshold in standard deviations, "auto" or "budget", see ``Rule``.
-        env: the environment, needed for "auto".
+        env: the environment, needed for "auto", which asks it for the clean accuracy at each threshold.
         accuracy_budget: clean accuracy that "auto" may lose.
 
     Raises:
@@ -53,7 +49,7 @@ class CLP(Rule):
         bounds = uclc(defender.neurons.graph, defender.neurons)
         return np.concatenate([standardise(layer).cpu().numpy() for layer in bounds])
 
-    def _unit_scores(self, observation: Observation, environment: int) -> np.ndarray:
+    def scores_in(self, observation: Observation, environment: int) -> np.ndarray:
         return observation["nodes"][: int(observation["num_nodes"][0]), _UCLC].astype(np.float64)
 
     @classmethod
@@ -65,19 +61,7 @@ class CLP(Rule):
         clean: tuple[Tensor, Tensor] | None = None,
         accuracy_budget: float = ACCURACY_BUDGET,
     ) -> nn.Module:
-        """The network with the channels that CLP finds set to zero.
-
-        Args:
-            network: any classifier that torch.fx can trace.
-            u: threshold in standard deviations, or "auto".
-            inplace: whether to change the network itself instead of a copy.
-            clean: images float32 (n, C, H, W) in [0, 1] and labels int64 (n,), needed for "auto".
-            accuracy_budget: clean accuracy that "auto" may lose.
-
-        Raises:
-            UntraceableError: the network's neurons cannot be found.
-            DataError: an unusable threshold, or "auto" without clean images.
-        """
+        """``Rule.prune`` with ``u`` for the threshold; ``clean`` is needed for "auto" alone."""
         check_threshold(u)
         rule = cls(accuracy_budget=accuracy_budget)
         rule.threshold = u

@@ -1,13 +1,12 @@
 """EP, entropy-based pruning (Zheng et al., NeurIPS 2022, "Pre-activation Distributions Expose Backdoor Neurons").
 
-A backdoor neuron answers clean and triggered images by two separate modes, so that the standardised distribution of its
+A backdoor neuron answers clean and triggered images by two modes, so the standardised distribution of its
 pre-activations has less entropy than that of others (section 4.2). Of each image the largest pre-activation of the
 channel counts. Neurons below mean - u * standard deviation of their layer are pruned; the published code has u = 3.
 
-The paper takes the distribution over the poisoned training set, which is granted to it there. A defender who holds clean
-images alone sees one of the two modes; that is the setting here, and what makes this rule weak in it. The published
-histogram has bins of 0.01 for the 50,000 images of CIFAR-10; for n images they are (50,000 / n)^(1/3) times as wide, as the
-width that suits a histogram best grows (Freedman and Diaconis, 1981).
+The paper takes the distribution over the poisoned training set. A defender holds clean images alone and sees one of the
+two modes, which makes the rule weak here. The published histogram has bins of 0.01 for 50,000 images; for n images they
+are (50,000 / n)^(1/3) times as wide (Freedman and Diaconis, 1981).
 """
 
 import numpy as np
@@ -30,10 +29,10 @@ class EP(Rule):
 
     def scores(self, defender: Defender) -> np.ndarray:
         scores = np.full(len(defender.neurons), -np.inf)
-        found = largest(defender)
+        read = largest(defender)
         for layer in defender.neurons.layers:
             if layer.normalised:
-                scores[layer.neurons] = standardise(-torch.from_numpy(entropy(found[layer.node].double().numpy())))
+                scores[layer.neurons] = standardise(-torch.from_numpy(entropy(read[layer.node].double().numpy())))
         return scores
 
 

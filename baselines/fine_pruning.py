@@ -1,8 +1,8 @@
 """Fine-Pruning, its pruning part (Liu, Dolan-Gavitt and Garg, RAID 2018, arXiv:1805.12185, section 3.1).
 
-Neurons of the last convolutional layer that clean images leave dormant are pruned first, in increasing order of their
-average activation, until the accuracy on clean images falls below what the defender tolerates: the paper leaves that
-threshold to the defender, so it is "auto" here. The fine-tuning that follows in the paper is no pruning and is left out.
+Neurons of the last convolutional layer are pruned in increasing order of their mean activation on clean images, until
+the accuracy falls below what the defender tolerates. The paper leaves that threshold to the defender, so it is "auto"
+here. The fine-tuning that follows in the paper is left out.
 """
 
 import numpy as np
@@ -27,10 +27,7 @@ class FinePruning(Rule):
 
 
 def last_convolution(defender: Defender) -> int:
-    """Index of the last layer that a convolution wider than one pixel feeds: shortcuts of residual networks are none.
-
-    Of a network without any it is that of the last layer.
-    """
+    """Index of the last layer that a convolution wider than one pixel feeds, so of no shortcut; else of the last layer."""
 
     def is_wide(layer: NeuronLayer) -> bool:
         convs = [defender.neurons.graph.get_submodule(feeder.module) for feeder in layer.feeders]

@@ -1,8 +1,8 @@
 """Magnitude pruning: the filters of the least weight first (Li et al., ICLR 2017, arXiv:1608.08710, section 3.1).
 
-A rule of network compression, which knows nothing of backdoors: what pruning by habit does to one. The paper ranks the
-L1 norms of the filters within a layer and chooses how many by hand; here a norm is taken relative to the mean of its
-layer, so that all layers can be ranked together, and the threshold is "auto".
+A rule of network compression, which knows nothing of backdoors. The paper ranks the L1 norms of the filters within a
+layer and chooses how many by hand; here a norm is divided by the mean of its layer, so that all layers are ranked
+together, and the threshold is "auto".
 """
 
 import numpy as np
@@ -23,8 +23,7 @@ class Magnitude(Rule):
             for feeder in layer.feeders:
                 weight = defender.neurons.graph.get_submodule(feeder.module).weight
                 assert isinstance(weight, torch.Tensor)
-                rows, found = feeder.of_rows(weight.detach().double().cpu().abs().flatten(1).sum(1))
-                norms.index_add_(0, rows, found)
+                norms.index_add_(0, *feeder.of_rows(weight.detach().double().cpu().abs().flatten(1).sum(1)))
             scores[layer.neurons] = -(norms / norms.mean().clamp(min=1e-12)).numpy()
         return scores
 

@@ -1,41 +1,46 @@
-"""What all policies share: the ``predict`` of Stable-Baselines3, for one observation or a batch of them."""
+"""What all policies share: the ``predict`` of Stable-Baselines3, checked observations, and an episode."""
 
+import inspect
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 
 from backdoor_gym.envs.observation import GLOBAL_FEATURES, NODE_FEATURES
-from backdoor_gym.envs.prune import OBSERVED
+from backdoor_gym.envs.prune import OBSERVED, BackdoorPruneEnv
 from backdoor_gym.errors import DataError
+from backdoor_gym.policies import finish
 from backdoor_gym.wording import shown
 
 Observation = Mapping[str, np.ndarray]
-#: Axes of each array of an observation; in a batch there is one more.
-AXES = {"nodes": 2, "edges": 2, "edge_links": 2, "num_nodes": 1, "num_edges": 1, "action_mask": 1, "globals": 1}
+KEYS = ("nodes", "edges", "edge_links", "num_nodes", "num_edges", "action_mask", "globals")
 
 
 class Policy(ABC):
-    """A pruning policy without learning.
+    """A pruning policy; Stable-Baselines3's and sb3-contrib's ``evaluate_policy`` take it like a trained model.
 
-    ``stable_baselines3.common.evaluation.evaluate_policy`` takes it where it takes a trained model.
+    Attributes:
+        reads_derivatives: whether it reads the derivatives among the node features; if not, they are not taken anew.
+        env: the environment that it asks for what no observation tells, or None.
     """
 
-    #: Whether it looks at the derivatives among the node features; for one that does not, ``repair`` and ``benchmark``
-    #: do not take them anew after each few prunes.
     reads_derivatives: ClassVar[bool] = True
-    #: The environment that it asks for what no observation tells.
-    _env: Any = None
+    env: Any = None
 
     def set_env(self, env: Any) -> None:
         """Act in this environment from now on."""
-        self._env = env
+        self.env = env
 
     @abstractmethod
     def act(self, observation: Observation, environment: int) -> int:
         """The action for one observation; ``environment`` is its place in the batch."""
+
+    def act_on(self, observations: Sequence[Observation], deterministic: bool) -> list[int]:
+        """The actions for the observations of a batch."""
+        return [self.act(observation, environment) for environment, observation in enumerate(observations)]
 
     def begin(self, environment: int) -> None:
         """An episode begins there; a policy that remembers something forgets it here."""
@@ -51,24 +56,52 @@ class Policy(ABC):
     ) -> tuple[np.ndarray, Any]:
         """Actions for one observation, int64 (), or for a batch, int64 (n,), and the state as it was given.
 
-        ``action_masks``, bool (N + 1,) or (n, N + 1), are the legal actions in place of those in the observation, as
-        sb3_contrib's ``evaluate_policy`` hands them over.
+        Networks may be of any size. ``action_masks``, bool (N + 1,) or (n, N + 1), replace the legal actions in the
+        observation, as sb3-contrib's ``evaluate_policy`` hands them over.
 
         Raises:
-            DataError: no observation of ``BackdoorPrune-v0``, or arguments that do not fit it; or the policy needs the environment,
-                and the observation is not the last one of it (``set_env``).
+            DataError: no observation of ``BackdoorPrune-v0``, or arguments that do not fit it; or the policy asks its
+                environment, and the observation is not the last one of it (``set_env``).
         """
         observation = checked_observation(observation, episode_start, action_masks)
-        if observation["nodes"].ndim == 2:
-            if episode_start is not None and np.any(episode_start):
-                self.begin(0)
-            return np.array(self.act(observation, 0), dtype=np.int64), state
-        actions = []
-        for index in range(len(observation["nodes"])):
-            if episode_start is not None and episode_start[index]:
-                self.begin(index)
-            actions.append(self.act({key: value[index] for key, value in observation.items()}, index))
-        return np.array(actions, dtype=np.int64), state
+        single = observation["nodes"].ndim == 2
+        count = 1 if single else len(observation["nodes"])
+        rows = [
+            observation if single else {key: value[row] for key, value in observation.items()} for row in range(count)
+        ]
+        if episode_start is not None:
+            for environment in np.flatnonzero(np.broadcast_to(episode_start, count)):
+                self.begin(int(environment))
+        actions = np.array(self.act_on(rows, deterministic), dtype=np.int64)
+        return actions[0] if single else actions, state
+
+
+def run_episode(
+    policy: Any, env: gym.Env[Any, Any], observation: Observation, on_step: Callable[[int], None] | None = None
+) -> float:
+    """Let anything with ``predict`` act until the episode that has just begun is over, and finish; the sum of the rewards.
+
+    ``on_step`` is called with the number of steps after each.
+    """
+    core = env.unwrapped
+    assert isinstance(core, BackdoorPruneEnv)
+    takes_masks = "action_masks" in inspect.signature(policy.predict).parameters  # MaskablePPO's does
+    slopes_every = core.slopes_every
+    if not getattr(policy, "reads_derivatives", True):
+        core.slopes_every = sys.maxsize
+    state, first, done, steps, total = None, np.array([True]), False, 0, 0.0
+    try:
+        while not done:
+            masks = {"action_masks": core.action_masks()} if takes_masks else {}
+            action, state = policy.predict(observation, state=state, episode_start=first, deterministic=True, **masks)
+            observation, reward, terminated, truncated, _ = env.step(int(np.asarray(action).item()))
+            total, steps = total + float(reward), steps + 1
+            first, done = np.array([False]), terminated or truncated
+            if on_step is not None:
+                on_step(steps)
+        return total + finish(policy, env)
+    finally:
+        core.slopes_every = slopes_every
 
 
 def checked_observation(observation: Any, episode_start: Any = None, action_masks: Any = None) -> dict[str, np.ndarray]:
@@ -77,50 +110,45 @@ def checked_observation(observation: Any, episode_start: Any = None, action_mask
     Raises:
         DataError: it is none of ``BackdoorPrune-v0``, or what comes with it does not fit it.
     """
-    if not isinstance(observation, Mapping) or not observation.keys() >= AXES.keys():
-        raise DataError(f"an observation must be a dict with {', '.join(AXES)}, not {shown(observation)}")
-    found = {key: observation[key] for key in AXES}
-    for key, value in found.items():
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
-            raise DataError(f"{key} of an observation must be an array of numbers, not {shown(value)}")
-    batch = found["nodes"].shape[: found["nodes"].ndim - AXES["nodes"]]
-    for key, value in found.items():
-        if len(batch) > 1 or value.ndim != AXES[key] + len(batch) or value.shape[: len(batch)] != batch:
-            raise DataError(
-                f"{key} of an observation must have {AXES[key]} axes, or one more in a batch, not {value.shape}"
-            )
-        if not np.isfinite(value).all():
-            raise DataError(f"{key} of an observation must be finite")
+    if not isinstance(observation, Mapping) or not observation.keys() >= set(KEYS):
+        raise DataError(f"an observation must be a dict with {', '.join(KEYS)}, not {shown(observation)}")
+    arrays = {key: observation[key] for key in KEYS}
+    for key, value in arrays.items():
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf" or not np.isfinite(value).all():
+            raise DataError(f"{key} of an observation must be an array of finite numbers, not {shown(value)}")
+    batch, rows = arrays["nodes"].shape[:-2], arrays["nodes"].shape[-2:-1]
+    if arrays["nodes"].ndim not in (2, 3) or arrays["edges"].ndim != arrays["nodes"].ndim:
+        raise DataError("nodes and edges of an observation must have two axes, or three in a batch")
+    most = {"num_nodes": rows[0], "num_edges": arrays["edges"].shape[-2]}
+    shapes: dict[str, tuple[int, ...]] = {
+        "nodes": (*rows, len(NODE_FEATURES)),
+        "edges": (most["num_edges"], 2),
+        "edge_links": (most["num_edges"], 2),
+        "num_nodes": (1,),
+        "num_edges": (1,),
+        "action_mask": (rows[0] + 1,),
+        "globals": (len(GLOBAL_FEATURES),),
+    }
+    for key, shape in shapes.items():
+        if arrays[key].shape != batch + shape:
+            raise DataError(f"{key} of an observation must have the shape {batch + shape}, not {arrays[key].shape}")
     if action_masks is not None:
+        shape = arrays["action_mask"].shape
         try:
-            found["action_mask"] = np.asarray(action_masks).astype(np.int8).reshape(found["action_mask"].shape)
+            arrays["action_mask"] = np.asarray(action_masks).astype(np.int8).reshape(shape)
         except (TypeError, ValueError):
-            raise DataError(
-                f"action_masks must be bool {found['action_mask'].shape}, not {shown(action_masks)}"
-            ) from None
-    _check_sizes(found)
+            raise DataError(f"action_masks must be bool {shape}, not {shown(action_masks)}") from None
+    if not arrays["action_mask"].any(-1).all():
+        raise DataError("an observation in which no action is legal: stopping always is")
+    for key, count in most.items():
+        if not ((arrays[key] >= 0) & (arrays[key] <= count)).all():
+            raise DataError(f"{key} of an observation must be 0 to {count}")
+    links = arrays["edge_links"]
+    if links.size and not 0 <= links.min() <= links.max() < max(1, rows[0]):
+        raise DataError(f"edge_links of an observation must be 0 to {rows[0] - 1}, two an edge")
     if episode_start is not None and np.shape(episode_start) not in ((), (1,), batch):
         raise DataError(f"episode_start must be bool {batch}, not {shown(episode_start)}")
-    return {**observation, **found}
-
-
-def _check_sizes(observation: Observation) -> None:
-    """Raise ``DataError`` where the arrays of an observation do not fit each other."""
-    rows, columns = observation["nodes"].shape[-2:]
-    sizes = (columns, observation["globals"].shape[-1], observation["action_mask"].shape[-1])
-    if sizes != (len(NODE_FEATURES), len(GLOBAL_FEATURES), rows + 1):
-        raise DataError(
-            f"an observation has {len(NODE_FEATURES)} features of each neuron, {len(GLOBAL_FEATURES)} globals, and one action more "
-            f"than neurons, not {sizes}"
-        )
-    if not observation["action_mask"].any(-1).all():
-        raise DataError("an observation in which no action is legal: stopping always is")
-    for key, most in (("num_nodes", rows), ("num_edges", observation["edges"].shape[-2])):
-        if not ((observation[key] >= 0) & (observation[key] <= most)).all():
-            raise DataError(f"{key} of an observation must be 0 to {most}")
-    links = observation["edge_links"]
-    if links.shape != observation["edges"].shape or (links.size and not 0 <= links.min() <= links.max() < max(1, rows)):
-        raise DataError(f"edge_links of an observation must be 0 to {rows - 1}, two an edge")
+    return {**observation, **arrays}
 
 
 def stop_action(observation: Observation) -> int:
@@ -129,7 +157,7 @@ def stop_action(observation: Observation) -> int:
 
 
 def check_env(policy: Any, env: Any, environment: int, observation: Observation) -> None:
-    """Raise ``DataError`` unless the observation is the last one of that environment, which the policy is about to ask."""
+    """Raise ``DataError`` unless that environment, which the policy is about to ask, gave the observation last."""
     several = getattr(env, "num_envs", environment + 1)
     if environment >= several or not ask(env, environment, "gave", {key: observation[key] for key in OBSERVED}):
         raise DataError(

@@ -16,11 +16,11 @@ class _Reader(fx.Interpreter):
 
     def __init__(self, defender: Defender) -> None:
         super().__init__(defender.neurons.graph)
-        self.wanted = {layer.node for layer in defender.neurons.layers if layer.normalised}
+        self.nodes = {layer.node for layer in defender.neurons.layers if layer.normalised}
         self.read: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Tensor:
-        if n.name in self.wanted:
+        if n.name in self.nodes:
             inputs = self.env[n.all_input_nodes[0]]
             self.read[n.name] = inputs.flatten(2) if inputs.ndim > 2 else inputs.unsqueeze(2)
         return super().run_node(n)
@@ -48,11 +48,8 @@ def moments(defender: Defender) -> dict[str, tuple[Tensor, Tensor]]:
 @torch.no_grad()
 def largest(defender: Defender) -> dict[str, Tensor]:
     """The largest over the positions of each image, float32 (images, channels), by the layer's node, on the CPU."""
-    found: dict[str, list[Tensor]] = {}
-    for read in _passes(defender):
-        for node, values in read.items():
-            found.setdefault(node, []).append(values.amax(2))
-    return {node: torch.cat(values).cpu() for node, values in found.items()}
+    passes = [{node: values.amax(2) for node, values in read.items()} for read in _passes(defender)]
+    return {node: torch.cat([read[node] for read in passes]).cpu() for node in passes[0]}
 
 
 def _passes(defender: Defender) -> Iterator[dict[str, Tensor]]:

@@ -1,14 +1,13 @@
 """RNP, reconstructive neuron pruning (Li et al., ICML 2023, arXiv:2305.14876, algorithm 1).
 
-First the network unlearns: its weights climb the loss on clean images until the accuracy on them is at most 0.2, which
-backdoor neurons survive, since clean images do not move them. Then a mask in [0, 1] of each neuron is learned that lets
-the unlearned network answer clean images again: it falls where a neuron is in the way of that. Neurons with a small mask
-are pruned from the network as it was. The paper calls its threshold on the mask dynamic, and the published code goes
-through all of them: so it is "auto" here. Other defaults are those of the published code: unlearning by SGD of rate
-0.01, momentum 0.9, weight decay 5e-4, at most 21 epochs, a tenth of the rate after 10 and again after 20; recovering by
-20 epochs of rate 0.2 and momentum 0.9 on 0.2 times the loss; batches of 128, of which 500 images make four an epoch, so
-that fewer images come in four smaller ones. That code also crops and flips the images at random, which not every data set
-bears and which is left out here, and means to clip the gradient of the unlearning at a norm of 20, which is done here.
+First the network unlearns: its weights climb the loss on clean images until the accuracy on them is at most 0.2. Backdoor
+neurons survive, since clean images do not move them. Then a mask in [0, 1] of each neuron is learned that lets the
+unlearned network answer clean images again. Neurons with a small mask are pruned from the network as it was. The
+published code goes through all thresholds, so the threshold is "auto" here. Other defaults are those of that code:
+unlearning by SGD of rate 0.01, momentum 0.9, weight decay 5e-4, at most 21 epochs, a tenth of the rate after 10 and again
+after 20; recovering by 20 epochs of rate 0.2 and momentum 0.9 on 0.2 times the loss; batches of 128 (of 500 images: four
+an epoch, so fewer images make four smaller ones). Unlike that code, this one does not crop and flip the images, which not
+every data set bears, and clips the gradient of the unlearning at a norm of 20, as that code means to.
 """
 
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ BATCH, LEAST_BATCHES = 128, 4
 MOMENTUM = 0.9
 UNLEARNING_RATE, WEIGHT_DECAY, UNLEARNING_EPOCHS, MILESTONES, UNLEARNED = 0.01, 5e-4, 21, (10, 20), 0.2
 RECOVERING_RATE, RECOVERING_EPOCHS, LOSS_WEIGHT = 0.2, 20, 0.2
-#: Bound of the gradient's norm, without which climbing would leave all numbers behind.
+#: Bound of the gradient's norm; without it the climb overflows.
 LARGEST_GRADIENT = 20.0
 
 
@@ -37,8 +36,8 @@ class RNP(Rule):
     """One minus the learned mask."""
 
     def scores(self, defender: Defender) -> np.ndarray:
-        found: np.ndarray = defender.memory.recall((type(self), self.seed), lambda: self.learn(defender))
-        return found
+        scores: np.ndarray = defender.memory.recall((type(self), self.seed), lambda: self.learn(defender))
+        return scores
 
     def learn(self, defender: Defender) -> np.ndarray:
         """The scores, learned anew."""

@@ -30,29 +30,29 @@ _STEPS_LEFT, _BUDGET = (GLOBAL_FEATURES.index(name) for name in ("steps_left", "
 class Rule(Policy):
     """Prunes what scores above the threshold, the largest first (of equals the one nearer to the images), then stops.
 
-    What a rule adds is ``scores``, and the threshold that its paper gives. To run it as published, make the environment
-    with ``accuracy_budget=None``; with a budget each prune that breaks it is undone, and the rule goes on with the next until
-    the environment ends the episode. A pruned neuron gives zero: its weight and its bias go, also where published code (of
-    BNP, EP, ANP, RNP) leaves the bias of the batch normalisation.
+    A rule adds ``scores``, and the threshold of its paper. It runs as published with ``accuracy_budget=None``; with a budget
+    each prune that breaks it is undone, and the rule goes on with the next. A pruned neuron gives zero: its weight and
+    its bias go, also where published code (of BNP, EP, ANP, RNP) leaves the bias of the batch normalisation.
 
     Args:
-        env: the environment it acts in; scores come from the network and the clean images there, not the observation.
-        threshold: a number; "auto" for the lowest with which accuracy on the clean images stays within
-            ``accuracy_budget`` (``thresholds.choose_threshold``); "budget" for none, where the environment has an accuracy
-            budget that ends the repair; None for the published one, or "auto" where none was published.
+        env: the environment that gives network and clean images.
+        threshold: a number; "auto" for the lowest within ``accuracy_budget`` (``thresholds.choose_threshold``); "budget"
+            for none, where an accuracy budget of the environment ends the repair; None for the published one, or "auto".
         accuracy_budget: clean accuracy that "auto" may lose.
-        seed: of what is random in it.
+        seed: of what is random in the rule.
+
+    Attributes:
+        published: the published threshold, or None.
+        symbol: what the paper calls the threshold.
+        scored: which neurons have a score.
 
     Raises:
         DataError: an unusable threshold, or "budget" in an environment without one.
     """
 
     reads_derivatives = False
-    #: The published threshold, None where there is none.
     published: ClassVar[float | None] = None
-    #: What the paper calls the threshold.
     symbol: ClassVar[str] = "threshold"
-    #: The neurons that have a score.
     scored: ClassVar[str] = "neurons"
 
     def __init__(
@@ -64,10 +64,13 @@ class Rule(Policy):
     ) -> None:
         check_real("accuracy_budget", accuracy_budget, 0, 1)
         check_whole("seed", seed)
-        self.threshold: Threshold = self._or_published(threshold)
+        if threshold is None:
+            threshold = "auto" if self.published is None else self.published
+        check_threshold(threshold)
+        self.threshold: Threshold = threshold
         self.accuracy_budget = accuracy_budget
         self.seed = seed
-        self._env = env
+        self.env = env
         self._scores: dict[int, np.ndarray] = {}
         self._chosen: dict[int, float] = {}
 
@@ -92,34 +95,33 @@ class Rule(Policy):
 
     def act(self, observation: Observation, environment: int) -> int:
         if environment not in self._scores or observation["globals"][_STEPS_LEFT] == 1:
-            scores = self._unit_scores(observation, environment)
+            scores = self.scores_in(observation, environment)
             self._chosen[environment] = self._choose(scores, observation, environment)
             self._scores[environment] = scores
         scores = self._scores[environment]
-        legal = observation["action_mask"][: len(scores)] == 1
-        open_scores = np.where(legal, scores, -np.inf)
+        open_scores = np.where(observation["action_mask"][: len(scores)] == 1, scores, -np.inf)
         best = int(open_scores.argmax())
         return best if open_scores[best] > self._chosen[environment] else stop_action(observation)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the environment: it may be in another process, where the scores are then computed."""
-        return {**self.__dict__, "_env": None}
+        return {**self.__dict__, "env": None}
 
     def unit_scores(self, defender: Defender) -> np.ndarray:
         """Of each unit the largest score of its neurons, float64 (units,)."""
         scores = self.scores(defender)
         return np.array([scores[unit].max() for unit in defender.units])
 
-    def _unit_scores(self, observation: Observation, environment: int) -> np.ndarray:
-        if self._env is None:
+    def scores_in(self, observation: Observation, environment: int) -> np.ndarray:
+        """Score of each unit of the network of that environment, float64 (units,)."""
+        if self.env is None:
             name = type(self).__name__
             raise DataError(f"{name} needs the environment that it acts in: {name}(env)")
-        check_env(self, self._env, environment, observation)
-        scores: np.ndarray = ask(self._env, environment, "consult", self.unit_scores)
-        return self.checked(scores)
+        check_env(self, self.env, environment, observation)
+        return self.checked(ask(self.env, environment, "consult", self.unit_scores))
 
     def checked(self, scores: np.ndarray) -> np.ndarray:
-        """The scores; a network in which the rule can prune nothing is told.
+        """The scores; warns where the rule can prune nothing.
 
         Raises:
             WeightsError: a score is NaN or infinite.
@@ -141,10 +143,10 @@ class Rule(Policy):
             return -np.inf
         if self.threshold != AUTO:
             return float(self.threshold)
-        check_env(self, self._env, environment, observation)
+        check_env(self, self.env, environment, observation)
         return choose_threshold(
             scores,
-            lambda pruned: ask(self._env, environment, "evaluate_also", np.flatnonzero(pruned)).acc,
+            lambda pruned: ask(self.env, environment, "evaluate_also", np.flatnonzero(pruned)).acc,
             self.accuracy_budget,
         )
 
@@ -158,14 +160,14 @@ class Rule(Policy):
         inplace: bool = False,
         **options: Any,
     ) -> nn.Module:
-        """The network with the neurons that the rule finds set to zero, outside any environment.
+        """A copy of the network, or itself, with the neurons that the rule finds set to zero.
 
         Args:
             network: any classifier that torch.fx can trace.
             clean: images float32 (n, C, H, W) in [0, 1] and labels int64 (n,).
-            threshold: as for the policy, without "budget".
+            threshold: of the rule, without "budget".
             accuracy_budget: clean accuracy that "auto" may lose.
-            inplace: whether to change the network itself instead of a copy.
+            inplace: whether to change the network itself.
             **options: of the rule.
 
         Raises:
@@ -175,22 +177,9 @@ class Rule(Policy):
         images = checked_pair(clean)[0]
         return prune_by(cls(None, threshold, accuracy_budget, **options), network, clean, inplace, images)
 
-    @classmethod
-    def _or_published(cls, threshold: Threshold | None) -> Threshold:
-        if threshold is not None:
-            check_threshold(threshold)
-            return threshold
-        if cls.published is None:
-            return "auto"
-        return cls.published
-
 
 def checked_pair(clean: Any) -> tuple[Tensor, Tensor]:
-    """Images and labels.
-
-    Raises:
-        DataError: it is something else.
-    """
+    """Images and labels; raises ``DataError`` of anything else."""
     if not isinstance(clean, tuple | list) or len(clean) != 2:
         raise DataError(f"clean images must be a pair (images, labels), not {shown(clean)}")
     check_images(*clean)
@@ -207,13 +196,13 @@ def prune_by(
     check_finite(network)
     clean = checked_pair(clean)
     neurons = find_neurons(network, traced_with)
-    defender = Defender(network, neurons, neurons.units(), *clean)
-    scores, threshold = rule.checked(rule.scores(defender)), rule.threshold
+    scores = rule.checked(rule.scores(Defender(network, neurons, neurons.units(), *clean)))
+    threshold = rule.threshold
     if threshold == AUTO:
         masked = MaskedNetwork(neurons, clean[0], next(neurons.graph.parameters()).device)
-
-        def clean_accuracy(pruned: np.ndarray) -> float:
-            return accuracy(masked.logits(~pruned).cpu(), clean[1].cpu())
-
-        threshold = choose_threshold(scores, clean_accuracy, rule.accuracy_budget)
+        threshold = choose_threshold(
+            scores,
+            lambda pruned: accuracy(masked.logits(~pruned).cpu(), clean[1].cpu()),
+            rule.accuracy_budget,
+        )
     return write_mask(network, neurons, ~(scores > float(threshold)), inplace)

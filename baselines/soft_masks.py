@@ -13,14 +13,10 @@ from backdoor_gym.session.defender import Defender
 
 
 class SoftMasks:
-    """The loss of a network whose neurons' weights are multiplied by masks, and perturbed if asked to.
+    """The loss of a network, from ``training_copy``, whose neurons' weights are multiplied by masks.
 
-    The weight and the bias of a neuron are those of its batch normalisation, or of its convolution or linear layer where
-    there is none. The bias is not masked: ANP and RNP leave it.
-
-    Args:
-        network: traced, from ``training_copy``.
-        neurons: of the network.
+    Weight and bias of a neuron are those of its batch normalisation, or of its convolution or linear layer where there
+    is none. The bias is not masked: ANP and RNP leave it.
 
     Attributes:
         mask: of each neuron, float32 (neurons,), ones at first.
@@ -32,14 +28,7 @@ class SoftMasks:
         self.mask = torch.ones(len(neurons), device=device, requires_grad=True)
 
     def loss(self, images: Tensor, labels: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """Cross-entropy with weights times (mask + scale) and biases times (1 + shift).
-
-        Args:
-            images: float32 (n, C, H, W).
-            labels: int64 (n,).
-            scale: relative change of each neuron's weight, float32 (neurons,), None for none.
-            shift: of its bias, likewise.
-        """
+        """Cross-entropy with weights times (mask + scale) and biases times (1 + shift), both float32 (neurons,) or None."""
         changed = {}
         for layer in self.layers:
             factor = self.mask[layer.neurons]
@@ -72,7 +61,7 @@ def training_copy(defender: Defender) -> fx.GraphModule:
 
 
 def draw_batch(defender: Defender, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Some clean images and labels, drawn with replacement, on the network's device."""
+    """So many clean images and labels, drawn with replacement, on the network's device."""
     device = next(defender.neurons.graph.parameters()).device
     chosen = torch.randint(len(defender.images), (size,), generator=random)
     images = defender.images[chosen].to(device, memory_format=torch.channels_last)

@@ -29,14 +29,12 @@ def parse_threshold(text: str) -> Threshold:
     Raises:
         DataError: it is none.
     """
-    if text == AUTO:
-        return "auto"
-    if text == BUDGET:
-        return "budget"
-    try:
-        threshold = float(text)
-    except ValueError:
-        raise DataError(f'a threshold must be a number, "{AUTO}" or "{BUDGET}", not {text!r}') from None
+    threshold: Any = text
+    if text not in (AUTO, BUDGET):
+        try:
+            threshold = float(text)
+        except ValueError:
+            raise DataError(f'a threshold must be a number, "{AUTO}" or "{BUDGET}", not {text!r}') from None
     check_threshold(threshold)
     return threshold
 
@@ -44,14 +42,13 @@ def parse_threshold(text: str) -> Threshold:
 def choose_threshold(
     scores: np.ndarray, clean_accuracy: Callable[[np.ndarray], float], accuracy_budget: float
 ) -> float:
-    """The lowest threshold down to which pruning all above it keeps the accuracy within the budget.
+    """The lowest threshold above which all may be pruned within the budget: a score, or minus infinity for no limit.
 
-    It is lowered from one score to the next, and the first that breaks the budget ends the search. What it may be is a
-    score: those above it are pruned, and where all may be the threshold is minus infinity.
+    It falls from score to score until the budget is broken.
 
     Args:
-        scores: float (units,); the larger, the sooner pruned. Those of minus infinity never are.
-        clean_accuracy: of the network without some units, bool (units,).
+        scores: float (units,); the larger, the sooner pruned, minus infinity for never.
+        clean_accuracy: accuracy without the given units, bool (units,).
         accuracy_budget: tolerated loss.
     """
     initial = clean_accuracy(np.zeros(len(scores), dtype=bool))

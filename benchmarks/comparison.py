@@ -10,28 +10,26 @@ pruned is given back. The ridge regressions are kept in
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
-from rivals import Column, RidgePolicy, fit_ridge, greedy_reference
-from sklearn.linear_model import Ridge
+from rivals import Column, fit_ridge, greedy_reference
 from sklearn.metrics import roc_auc_score
 from train_policies import ATTACKS, LOOK, POLICIES, TRAINING, guide
 
 import backdoor_gym
-from backdoor_gym.agents import ONP
+from backdoor_gym.agents import ONP, ScoringPolicy
 from backdoor_gym.agents.training import checkpoint_of
 from backdoor_gym.analysis.features import STATIC_FEATURES
-from backdoor_gym.baselines import CLP, RandomPolicy
+from backdoor_gym.baselines import CLP, RandomPolicy, Ridge
+from backdoor_gym.baselines.policy import run_episode
 from backdoor_gym.masking.export import write_mask
 from backdoor_gym.metrics import der
 from backdoor_gym.processes import one_core_each
-from backdoor_gym.repairing import run_episode
 
 RESULTS = Path(__file__).parent / "results"
 FITS = RESULTS / "onp_ridge.json"
@@ -79,17 +77,13 @@ def fits() -> dict[str, Any]:
     attack_of = {name: backdoor_gym.load_infected(name).facts["attack"] for name in TRAINING}
     found = {}
     for left_out in (None, *ATTACKS):
-        model = fit_ridge([one for name, one in school.items() if attack_of[name] != left_out])
-        found[str(left_out)] = {"coefficients": model.coef_.tolist(), "intercept": float(model.intercept_)}
+        found[str(left_out)] = asdict(fit_ridge([one for name, one in school.items() if attack_of[name] != left_out]))
     FITS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 
 def ridge(left_out: str | None = None) -> Ridge:
-    model = Ridge()
-    fitted = fits()[str(left_out)]
-    model.coef_, model.intercept_ = np.array(fitted["coefficients"]), fitted["intercept"]
-    return model
+    return Ridge(**fits()[str(left_out)])
 
 
 def makers(attack: str) -> dict[str, Callable[[Any, float], Any]]:
@@ -98,14 +92,14 @@ def makers(attack: str) -> dict[str, Callable[[Any, float], Any]]:
         "random": lambda env, budget: RandomPolicy(0),
         "CLP u=3": lambda env, budget: CLP(3.0),
         "CLP auto": lambda env, budget: CLP("auto", env, budget),
-        "rank by KL": lambda env, budget: Column(env, "kl"),
-        "rank by pull": lambda env, budget: Column(env, "pull_now"),
-        "ridge": lambda env, budget: RidgePolicy(env, ridge()),
-        "ridge, look-ahead": lambda env, budget: RidgePolicy(env, ridge(), look_ahead=LOOK),
+        "rank by KL": lambda env, budget: ScoringPolicy(Column("kl"), env),
+        "rank by pull": lambda env, budget: ScoringPolicy(Column("pull_now"), env),
+        "ridge": lambda env, budget: ScoringPolicy(ridge(), env),
+        "ridge, look-ahead": lambda env, budget: ScoringPolicy(ridge(), env, look_ahead=LOOK),
     }
     if attack in ATTACKS:
-        found["ridge, look-ahead, attack left out"] = lambda env, budget: RidgePolicy(
-            env, ridge(attack), look_ahead=LOOK
+        found["ridge, look-ahead, attack left out"] = lambda env, budget: ScoringPolicy(
+            ridge(attack), env, look_ahead=LOOK
         )
     for file in sorted(POLICIES.glob("*.safetensors")):
         if checkpoint_of(file).is_file():

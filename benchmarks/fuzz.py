@@ -42,8 +42,7 @@ from backdoor_gym import InfectedModel
 from backdoor_gym.agents import ONP
 from backdoor_gym.agents.encoder import EncoderOptions
 from backdoor_gym.agents.look_ahead import LookAhead
-from backdoor_gym.agents.onp import CHECKPOINT
-from backdoor_gym.agents.policy_files import check_weights, optimizer_state, read_policy
+from backdoor_gym.agents.policy_files import CHECKPOINT, check_weights, optimizer_state, read_policy
 from backdoor_gym.analysis.features import standardise
 from backdoor_gym.analysis.uclc import uclc
 from backdoor_gym.attacks import BadNets
@@ -109,7 +108,7 @@ def write_policy_checkpoint(path: Path) -> None:
         zeros = torch.zeros_like(parameter)
         moments = {"step": torch.tensor(3.0), "exp_avg": zeros, "exp_avg_sq": zeros}
         tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
-    write_tensors(path, tensors, {**onp._description(), "format": CHECKPOINT, "timesteps": 64})
+    write_tensors(path, tensors, {**onp.description(), "format": CHECKPOINT, "timesteps": 64})
 
 
 def train_on(path: Path) -> None:

@@ -1,74 +1,40 @@
 """What ONP is compared with beside the published rules: a ridge regression on the same models, and two references."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 
-from backdoor_gym.agents import ONP, LookAhead
 from backdoor_gym.agents.warm_start import Example, benefits
-from backdoor_gym.analysis.features import STATIC_FEATURES
 from backdoor_gym.attacks.targets import target_labels
+from backdoor_gym.baselines import Ridge
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.masking.masked import MaskedNetwork
 from backdoor_gym.metrics import accuracy, danger, der
 from backdoor_gym.session.masked_model import MaskedVictim
 from backdoor_gym.session.prepared_model import Victim
 
-#: What the ridge sees of a neuron: all that changes with the neuron but the flags.
-COLUMNS = [NODE_FEATURES.index(name) for name in (*STATIC_FEATURES, "pull_now", "harm_now", "clean_pull_now")]
 
+@dataclass(frozen=True)
+class Column:
+    """Scores each unit by one node feature alone, and never stops of its own."""
 
-class Ranking(ONP):
-    """Prunes by a score of each neuron's features, and never stops of its own; looks ahead as ONP does."""
+    name: str
 
-    def __init__(self, env: Any, look_ahead: LookAhead | None = None) -> None:
-        super().__init__(look_ahead=look_ahead, seed=0)
-        self.env = env
-
-    def score(self, features: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
-
-    def logits(self, observation: Any) -> np.ndarray:
-        scores = self.score(observation["nodes"])
-        return np.append(scores, -1e6)[None].astype(np.float32)
-
-
-class Column(Ranking):
-    """By one feature alone."""
-
-    def __init__(self, env: Any, name: str, **options: Any) -> None:
-        super().__init__(env, **options)
-        self.column, self.sign = NODE_FEATURES.index(name), -1 if name == "log_variance_ratio" else 1
-
-    def score(self, features: np.ndarray) -> np.ndarray:
-        return self.sign * features[:, self.column]
-
-
-class RidgePolicy(Ranking):
-    """By a ridge regression of the first-order benefit of each prune on the features of its neuron."""
-
-    def __init__(self, env: Any, model: Ridge, **options: Any) -> None:
-        super().__init__(env, **options)
-        self.model = model
-
-    def score(self, features: np.ndarray) -> np.ndarray:
-        return self.model.predict(features[:, COLUMNS].astype(np.float64))
+    def scores(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """As of ``agents.scoring.Scorer``."""
+        nodes = observation["nodes"]
+        sign = -1 if self.name == "log_variance_ratio" else 1
+        scores = sign * nodes[..., NODE_FEATURES.index(self.name)].reshape(-1, nodes.shape[-2])
+        return np.pad(scores, ((0, 0), (0, 1)), constant_values=-np.inf)
 
 
 def fit_ridge(school: Sequence[Example]) -> Ridge:
-    """Fitted on what ONP's warm start is fitted on: the same states of the same models, with the same labels."""
-    features, labels = [], []
-    for example in school:
-        for nodes, preference in zip(example.observation["nodes"], example.preference, strict=True):
-            legal = np.flatnonzero(preference[:-1])
-            if len(legal):  # else it is a state to stop in
-                benefit = np.log(preference[legal].astype(np.float64))
-                features.append(nodes[legal][:, COLUMNS].astype(np.float64))
-                labels.append(benefit - benefit.mean())
-    return Ridge(10.0).fit(np.concatenate(features), np.concatenate(labels))
+    """Fitted on what ONP's warm start is fitted on: the same states of the same models, with the same preferences."""
+    return Ridge.fit(
+        state for example in school for state in zip(example.observation["nodes"], example.preference, strict=True)
+    )
 
 
 def greedy_reference(

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..arguments import check_kind, check_path, check_whole, is_finite
+from ..baselines.policy import run_episode
 from ..devices import find_device
 from ..envs.prune import BackdoorPruneEnv
 from ..errors import DataError, WriteError, check_name
@@ -27,7 +28,7 @@ from ..networks.adapting import deep_copy
 from ..neurons.finding import RESIDUAL_MODES
 from ..on_ray.cluster import ClusterPool, Kept
 from ..processes import died, workers
-from ..repairing import rating, run_episode
+from ..repairing import rating
 from ..session.generator import MODEL, check_model
 from ..wording import shown
 from ..writing import beside, check_place, write_text

@@ -35,7 +35,7 @@ def train(
     ] = None,
     message_passing: Annotated[
         bool, typer.Option(help="Let the policy see the connections, or each neuron alone.")
-    ] = True,
+    ] = False,
     calibration_models: Annotated[
         int,
         typer.Option(min=0, help="The same for the threshold of the verdict alone, which is quicker; 0 to keep 0.1."),
@@ -52,16 +52,19 @@ def train(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a policy on many infected models. Killed and called again, it goes on after the last rollout."""
+    """Train a policy on many infected models. Killed and called again, it goes on after the last rollout.
+
+    Without options it trains the policy that comes with the package.
+    """
+    from ..agents import training
     from ..agents.encoder import EncoderOptions
-    from ..agents.training import best_of, checkpoint_of
-    from ..agents.training import train as train_policy
     from ..models.catalogue import resolve
 
     output = Output(as_json, quiet)
-    check_writable(out, checkpoint_of(out), best_of(out))
-    if out.exists() and not checkpoint_of(out).exists() and not force:
-        best_of(out).unlink(missing_ok=True)
+    checkpoint, best = training.checkpoint_of(out), training.best_of(out)
+    check_writable(out, checkpoint, best)
+    if out.exists() and not checkpoint.exists() and not force:
+        best.unlink(missing_ok=True)
         raise DataError(f"{out} exists already; choose another --out, or --force to replace it")
     names = [name for pattern in infected or ["digits-train/*"] for name in resolve(pattern)[:most]]
     known = [resolve(pattern) for pattern in validate or ["digits-val/*"]]
@@ -79,7 +82,7 @@ def train(
         make = partial(train_on_cluster, address=ray, runners=processes, envs=max(1, envs // processes))
     else:
         make = partial(
-            train_policy,
+            training.train,
             envs=envs,
             jobs=processes,
             calibration=[name for pattern in known for name in pattern[:calibration_models]],

@@ -11,6 +11,14 @@ PLANTED = 5
 TARGET = 3
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Planted(nn.Module):
     """Neuron c of the first four answers quadrant c of the image; neuron 5 answers a bright corner with the target.
 

@@ -16,7 +16,7 @@ from backdoor_gym.policies import finish
 from .conftest import PLANTED, Planted
 
 gym.register_envs(backdoor_gym)
-LOOK = LookAhead(8, 3.0, 10.0, restore=0.02)
+LOOK = LookAhead(8, 3.0, 10.0, 0.0, 0, restore=0.02)
 
 
 @pytest.fixture
@@ -111,9 +111,9 @@ def test_repairs_and_validation_end_with_it(infected, tmp_path):
     env = gym.make("BackdoorPrune-v0", infected=infected, max_steps=40, score_samples=64, accuracy_budget=0.05)
     onp = ONP.load("pretrained", env)
     onp.threshold = 1e-6  # on to the end, so that there is something to give back
-    onp.look_ahead = LookAhead(20, 3.0, 10.0)
+    onp.look_ahead = LookAhead(20, 3.0, 10.0, 0.0, 0, 0.0)
     all_of_them = run(onp, env, [infected])[0]
-    onp.look_ahead = LookAhead(20, 3.0, 10.0, restore=0.02)
+    onp.look_ahead = LookAhead(20, 3.0, 10.0, 0.0, 0, 0.02)
     rest = run(onp, env, [infected])[0]
     assert 0 < rest.pruned < all_of_them.pruned
     file = onp.save(tmp_path / "policy.safetensors")
@@ -125,7 +125,7 @@ def test_repairs_and_validation_end_with_it(infected, tmp_path):
 
 
 def test_without_a_price_nothing_comes_back(env):
-    onp = ONP(seed=0, look_ahead=LookAhead(2))
+    onp = ONP(seed=0, look_ahead=LookAhead(2, restore=0.0))
     env.reset(seed=0)
     env.step(6)
     assert onp.finish(env) == 0

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from backdoor_gym.agents.embedding_cache import Remembering
-from backdoor_gym.agents.encoder import EncoderOptions, GraphActorCritic
-from backdoor_gym.agents.graph_policy import as_tensors
+from backdoor_gym.agents.embedding_cache import EmbeddingCache
+from backdoor_gym.agents.encoder import EncoderOptions, GraphActorCritic, as_tensors
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 
 
@@ -29,9 +28,9 @@ def step(env, model=None, action=None):
     return env.reset(seed=0, options={"infected": model})[0] if model is not None else env.step(action)[0]
 
 
-def same(remembering, network, observations):
+def same(cached, network, observations):
     batch = as_tensors({key: np.stack([one[key] for one in observations]) for key in observations[0]})
-    found = remembering(batch)
+    found = cached(batch)
     with torch.no_grad():
         expected = network(batch)
     for one, other in zip(found, expected, strict=True):
@@ -41,11 +40,11 @@ def same(remembering, network, observations):
 def test_a_graph_is_embedded_once_an_episode_and_after_the_weights_change(infected, plain_infected, network, embedded):
     options = {"infected": [infected, plain_infected], "accuracy_budget": None, "score_samples": 0}
     envs = [BackdoorPruneEnv(**options) for _ in range(3)]
-    remembering = Remembering(network)
+    cached = EmbeddingCache(network)
 
     def count(observations):
         before = len(embedded)
-        same(remembering, network, observations)
+        same(cached, network, observations)
         return len(embedded) - before - 1
 
     models = (infected, plain_infected, infected)

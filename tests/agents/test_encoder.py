@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import backdoor_gym
-from backdoor_gym.agents.encoder import PADDING, EncoderOptions, GraphActorCritic
-from backdoor_gym.agents.graph_policy import as_tensors
+from backdoor_gym.agents.encoder import PADDING, EncoderOptions, GraphActorCritic, as_tensors
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.errors import BackdoorGymError, DataError
 

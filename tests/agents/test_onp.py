@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -19,15 +20,9 @@ from backdoor_gym.models.infected import InfectedModel
 from .conftest import PLANTED
 
 gym.register_envs(backdoor_gym)
+#: Looks at the clean loss and the budget alone.
+PLAIN = LookAhead(danger_weight=0.0, done=0.0, patience=0, restore=0.0)
 QUICK = {"n_steps": 16, "batch_size": 16, "n_epochs": 1}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(infected, **arguments):
@@ -182,7 +177,7 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(infected, tmp_path)
     second.learn(96, callback=lambda local, _: seen.append(local["self"].num_timesteps) or True, checkpoint=path)
     assert seen[0] == 33
     assert seen[-1] == 96
-    steps = {int(entry["step"]) for entry in second._trainer().policy.optimizer.state_dict()["state"].values()}
+    steps = {int(entry["step"]) for entry in second.trainer().policy.optimizer.state_dict()["state"].values()}
     assert steps == {6}  # one update a rollout, those before the interruption included
     assert second.num_timesteps == 96
     assert second.learn(96, checkpoint=path).num_timesteps == 96  # nothing is left to do
@@ -204,7 +199,7 @@ def test_learning_needs_an_environment():
 def test_look_ahead_avoids_what_breaks_the_budget(infected):
     """With a budget of 0 and a policy without preference, only prunes that cost no clean image are left."""
     env = make(infected, accuracy_budget=0.0, max_steps=15, clean_samples=None)
-    onp = ONP(env, seed=0, look_ahead=LookAhead(candidates=20, loss_weight=50.0))
+    onp = ONP(env, seed=0, look_ahead=replace(PLAIN, candidates=20, loss_weight=50.0))
     onp.network.stop[-1].bias.data.fill_(-100)
     observation, before = env.reset(seed=0)
     for _ in range(10):
@@ -223,19 +218,22 @@ def test_look_ahead_weighs_the_clean_loss_and_the_suspected_danger(infected):
     base = env.unwrapped.evaluate_also([])
     losses = np.array([max(0.0, one.loss - base.loss) for one in figures])
     falls = np.array([base.suspected_danger - one.suspected_danger for one in figures])
-    for look, quantity in ((LookAhead(112, 1.0), -losses), (LookAhead(112, 0.5, 2.0), 2 * falls - 0.5 * losses)):
+    for look, quantity in (
+        (replace(PLAIN, candidates=112, loss_weight=1.0), -losses),
+        (LookAhead(112, 0.5, 2.0), 2 * falls - 0.5 * losses),
+    ):
         corrected = look.correct(logits, observation, env, 0)[:-1]
         looked_at = np.isfinite(corrected)
         np.testing.assert_allclose(corrected[looked_at], quantity[looked_at], atol=1e-6)
         assert corrected.max() == pytest.approx(quantity.max(), abs=1e-6)  # what was passed over is no better
-    few = LookAhead(3).correct(np.full(113, 0.0) + (np.arange(113) > 108), observation, env, 0)
+    few = replace(PLAIN, candidates=3).correct(np.full(113, 0.0) + (np.arange(113) > 108), observation, env, 0)
     assert set(np.isfinite(few).nonzero()[0]) <= {109, 110, 111, 112}
 
 
 def test_the_repair_ends_where_the_suspected_trigger_fails(infected):
     env = make(infected, accuracy_budget=None)
     observation, _ = env.reset(seed=0)
-    onp = ONP(env, seed=0, look_ahead=LookAhead(2, 0.0, done=0.5))
+    onp = ONP(env, seed=0, look_ahead=replace(PLAIN, candidates=2, loss_weight=0.0, done=0.5))
     onp.network.stop[-1].bias.data.fill_(-10.0)
     for unit in np.argsort(-env.unwrapped.victim.slopes(env.unwrapped.pruned).pull):
         fails = env.unwrapped.figures.suspected_danger < 0.5
@@ -244,14 +242,16 @@ def test_the_repair_ends_where_the_suspected_trigger_fails(infected):
             break
         observation, *_ = env.step(int(unit))
     assert fails
-    onp.look_ahead = LookAhead(2, 0.0, done=0.99)  # above what it was at first: no sign of anything
+    onp.look_ahead = replace(
+        PLAIN, candidates=2, loss_weight=0.0, done=0.99
+    )  # above what it was at first: no sign of anything
     assert onp.predict(observation, deterministic=True)[0] < 112
 
 
 def test_the_repair_ends_where_the_suspected_danger_levels_off(infected, monkeypatch):
     env = make(infected, accuracy_budget=None, max_steps=40)
     observation, _ = env.reset(seed=0)
-    onp = ONP(env, seed=0, look_ahead=LookAhead(2, 0.0, patience=4))
+    onp = ONP(env, seed=0, look_ahead=replace(PLAIN, candidates=2, loss_weight=0.0, patience=4))
     onp.network.stop[-1].bias.data.fill_(-10.0)
     dangers = [env.unwrapped.figures.suspected_danger]
     monkeypatch.setattr("backdoor_gym.agents.look_ahead.LOW", 0.8 * dangers[0])
@@ -269,7 +269,7 @@ def test_where_nothing_is_suspected_the_suspected_danger_ends_no_repair(infected
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 10)).eval()
     env = make(InfectedModel(network, infected.clean), accuracy_budget=None)
-    onp = ONP(env, seed=0, look_ahead=LookAhead(2, 0.0, done=0.5))
+    onp = ONP(env, seed=0, look_ahead=replace(PLAIN, candidates=2, loss_weight=0.0, done=0.5))
     onp.network.stop[-1].bias.data.fill_(-10.0)
     observation, _ = env.reset(seed=0)
     first, _ = onp.predict(observation, deterministic=True)
@@ -283,10 +283,10 @@ def test_what_breaks_the_budget_is_out(infected, monkeypatch):
     breaks = np.array([env.unwrapped.evaluate_also([unit]).acc < before["acc"] for unit in range(112)])
     assert breaks.any()
     logits = np.append(breaks.astype(np.float32), 0)  # those that break it are liked best
-    corrected = LookAhead(112).correct(logits, observation, env, 0)
+    corrected = replace(PLAIN, candidates=112).correct(logits, observation, env, 0)
     assert not breaks[np.isfinite(corrected[:-1])].any()
     assert np.isfinite(corrected[:-1]).any()
-    onp = ONP(env, seed=0, look_ahead=LookAhead(1))
+    onp = ONP(env, seed=0, look_ahead=replace(PLAIN, candidates=1))
     onp.logits = lambda observation: logits[None]
     observation, _ = env.reset(seed=0)
     assert not breaks[onp.predict(observation, deterministic=True)[0]]  # they gave their place to the next
@@ -295,7 +295,7 @@ def test_what_breaks_the_budget_is_out(infected, monkeypatch):
     looked_at = []
     clean_also = env.unwrapped.clean_also
     monkeypatch.setattr(env.unwrapped, "clean_also", lambda units: looked_at.extend(units) or clean_also(units))
-    LookAhead(112).correct(logits, observation, env, 0)
+    replace(PLAIN, candidates=112).correct(logits, observation, env, 0)
     assert looked_at
     assert not breaks[looked_at].any()  # and are not looked at again
     observation, _ = env.reset(seed=0)

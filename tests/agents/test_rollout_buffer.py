@@ -65,7 +65,7 @@ def test_a_rollout_of_a_network_of_4800_neurons_takes_less_than_300_megabytes():
 
 def test_the_network_sees_what_it_would_have_seen(filled):
     torch.manual_seed(0)
-    network = GraphActorCritic(EncoderOptions()).eval()
+    network = GraphActorCritic(EncoderOptions(message_passing=True)).eval()
     sampled = []
     for buffer in filled:
         np.random.seed(0)

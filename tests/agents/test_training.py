@@ -3,27 +3,18 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from backdoor_gym.agents import ONP, LookAhead
 from backdoor_gym.agents.school import BUDGETS, MAX_STEPS, school
 from backdoor_gym.agents.training import THRESHOLD, checkpoint_of, train
-from backdoor_gym.agents.validation import Validation, choose_look_ahead, run, summary
+from backdoor_gym.agents.validation import Validation, run, summary
 from backdoor_gym.agents.warm_start import examples
 from backdoor_gym.baselines import CLP
 from backdoor_gym.errors import DataError, ModelFileError
 from backdoor_gym.files.tensors import read_tensors, write_tensors
 
 QUICK = {"n_steps": 16, "batch_size": 32, "n_epochs": 1}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -58,7 +49,7 @@ def test_outcomes_are_those_of_the_episodes(infected):
     figures = summary(outcomes)
     assert figures["der"] == outcomes[0].der
     assert figures["untouched"] == float(outcomes[1].pruned == 0)
-    assert figures["acc_drop"] == pytest.approx(np.mean([one.acc_drop for one in outcomes]))
+    assert figures["acc_drop"] == pytest.approx(np.mean([outcome.acc_drop for outcome in outcomes]))
 
 
 def test_validation_keeps_the_best_policy(files, tmp_path):
@@ -73,15 +64,6 @@ def test_validation_keeps_the_best_policy(files, tmp_path):
     assert onp.env is vector
 
 
-def test_the_look_ahead_of_the_best_rating_is_taken(infected):
-    env = gym.make("BackdoorPrune-v0", infected=[infected], max_steps=4)
-    onp = ONP(env, seed=0)
-    looks = [LookAhead(3, weight, 0.0) for weight in (0.0, 5.0)]
-    ratings = choose_look_ahead(onp, env, [infected], looks)
-    assert ratings[onp.look_ahead] == max(ratings.values())
-    assert list(ratings) == looks
-
-
 def test_examples_that_are_made_already_are_not_made_again(files, tmp_path, monkeypatch):
     guide = examples(files, max_steps=6)
     monkeypatch.setattr("backdoor_gym.agents.training.examples", None)
@@ -94,7 +76,7 @@ def test_examples_that_are_made_already_are_not_made_again(files, tmp_path, monk
         tmp_path / "policy.safetensors",
         envs=2,
         guide=guide,
-        looks=(),
+        look_ahead=None,
         calibration=[files[1], "digits-clean"],
         report=said.append,
         **QUICK,
@@ -127,7 +109,7 @@ class Kill(BaseCallback):
         return True
 
 
-def killed(monkeypatch, at, make, *arguments, **options):
+def killed(monkeypatch, at, *arguments, **options):
     """A training that ends in the middle of a rollout."""
     learn = ONP.learn
     with monkeypatch.context() as patch:
@@ -137,21 +119,21 @@ def killed(monkeypatch, at, make, *arguments, **options):
             lambda self, *given, callback, **more: learn(self, *given, callback=[*callback, Kill(at)], **more),
         )
         with pytest.raises(KilledError):
-            make(*arguments, **options)
+            train(*arguments, **options)
 
 
 def test_a_killed_training_goes_on(files, tmp_path, monkeypatch):
     out = tmp_path / "policies" / "mine.safetensors"
     out.parent.mkdir()
     out.write_text("an older one")
-    options = {"envs": 2, "epochs": 1, "looks": (LookAhead(2, 1.0),), **QUICK}
-    killed(monkeypatch, 80, train, files, files[:1], 128, out, **options)
+    options = {"envs": 2, "epochs": 1, "look_ahead": LookAhead(2, 1.0), **QUICK}
+    killed(monkeypatch, 80, files, files[:1], 128, out, **options)
     assert checkpoint_of(out).is_file()
     assert out.read_text() == "an older one"
     said = []
     onp = train(files, files[:1], 128, out, report=said.append, **options)
-    assert not any("warm start" in line or "LookAhead" in line for line in said)
-    assert onp.look_ahead == ONP.load(out).look_ahead == LookAhead(2, 1.0)  # the only choice is not rated
+    assert not any("warm start" in line for line in said)
+    assert onp.look_ahead == ONP.load(out).look_ahead == LookAhead(2, 1.0)
     assert onp.facts["models"] == 2
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert ONP.load(out).facts["learned_on"] == files
@@ -163,11 +145,11 @@ def test_a_training_that_was_killed_comes_to_the_same(files, tmp_path, monkeypat
         monkeypatch.setattr(f"backdoor_gym.agents.{place}", 6)
     (tmp_path / "c.safetensors").write_bytes(Path(files[0]).read_bytes())
     names = [files[0], "digits-clean", str(tmp_path / "c.safetensors")]
-    options = {**QUICK, "envs": 2, "epochs": 1, "looks": (), "guide": examples(names, max_steps=2)}
+    options = {**QUICK, "envs": 2, "epochs": 1, "guide": examples(names, max_steps=2)}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(names, names[:1], 128, whole, **options)
     for at in (40, 70, 110):
-        killed(monkeypatch, at, train, names, names[:1], 128, parts, **options)
+        killed(monkeypatch, at, names, names[:1], 128, parts, **options)
     train(names, names[:1], 128, parts, **options)
     assert parts.read_bytes() == whole.read_bytes()
 

@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from backdoor_gym.agents.encoder import EncoderOptions, GraphActorCritic
+from backdoor_gym.agents.encoder import EncoderOptions, GraphActorCritic, as_tensors
 from backdoor_gym.agents.finetuning import learn_alone
-from backdoor_gym.agents.graph_policy import as_tensors
 from backdoor_gym.agents.onp import ONP
 from backdoor_gym.agents.warm_start import Example, benefits, examples, padded, warm_start
 from backdoor_gym.envs.observation import NODE_FEATURES
@@ -16,14 +15,6 @@ from backdoor_gym.session.prepared_model import Victim, VictimOptions
 
 from ..conftest import QUICK, RESIDUAL
 from .conftest import PLANTED
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_processes_make_the_same_examples(infected_file, plain_infected):
@@ -96,22 +87,22 @@ def test_the_value_is_what_is_earned_until_the_best_moment_to_stop(planted):
 
 def test_the_warm_start_fits_the_value_too(planted):
     torch.manual_seed(0)
-    network = GraphActorCritic(EncoderOptions())
-    found = examples([planted], accuracy_budget=None)
-    warm_start(network, found * 8, epochs=40)
-    _, values = network.eval()(padded(found)[0])
-    np.testing.assert_allclose(values.detach().squeeze(1), found[0].value, atol=0.15)
+    network = GraphActorCritic(EncoderOptions(message_passing=True))
+    school = examples([planted], accuracy_budget=None)
+    warm_start(network, school * 8, epochs=40)
+    _, values = network.eval()(padded(school)[0])
+    np.testing.assert_allclose(values.detach().squeeze(1), school[0].value, atol=0.15)
 
 
 def test_a_batch_holds_what_its_examples_hold(infected, plain_infected):
     torch.manual_seed(0)
-    network = GraphActorCritic(EncoderOptions()).eval()
-    found = examples([infected, plain_infected], score_samples=50)
-    observation, preference = padded(found)
+    network = GraphActorCritic(EncoderOptions(message_passing=True)).eval()
+    school = examples([infected, plain_infected], score_samples=50)
+    observation, preference = padded(school)
     logits, _ = network(observation)
     assert preference.shape == logits.shape
     env = BackdoorPruneEnv([infected, plain_infected], score_samples=50)
-    rows = np.cumsum([0, *(len(example.preference) for example in found)])
+    rows = np.cumsum([0, *(len(example.preference) for example in school)])
     for model, row, count in ((infected, rows[0], 112), (plain_infected, rows[1], 48)):
         alone, _ = network(as_tensors(env.reset(seed=0, options={"infected": model})[0]))
         torch.testing.assert_close(logits[row, :count], alone[0, :count], atol=1e-4, rtol=1e-4)
@@ -120,9 +111,9 @@ def test_a_batch_holds_what_its_examples_hold(infected, plain_infected):
 
 def test_it_fits(planted, infected):
     torch.manual_seed(0)
-    network = GraphActorCritic(EncoderOptions())
-    found = examples([planted, infected], score_samples=50)
-    losses = warm_start(network, found, epochs=60, batch_size=2, learning_rate=1e-2)
+    network = GraphActorCritic(EncoderOptions(message_passing=True))
+    school = examples([planted, infected], score_samples=50)
+    losses = warm_start(network, school, epochs=60, batch_size=2, learning_rate=1e-2)
     assert losses[-1] < losses[0] - 1
     env = BackdoorPruneEnv([planted, infected])
     logits, _ = network.eval()(as_tensors(env.reset(seed=0, options={"infected": planted})[0]))

@@ -17,6 +17,7 @@ from backdoor_gym import InfectedModel
 from backdoor_gym.baselines import ANP, BNP, CLP, EP, RNP, FinePruning, GreedyACC, Magnitude
 from backdoor_gym.baselines.ep import bin_width, entropy
 from backdoor_gym.baselines.fine_pruning import last_convolution
+from backdoor_gym.baselines.policy import run_episode
 from backdoor_gym.baselines.rnp import UNLEARNED, unlearn
 from backdoor_gym.baselines.soft_masks import SoftMasks, training_copy
 from backdoor_gym.baselines.thresholds import choose_threshold
@@ -266,12 +267,7 @@ def test_greedy_prunes_what_costs_least_of_all(infected):
 
 def run(policy: Any, env: gym.Env) -> BackdoorPruneEnv:
     """One episode."""
-    observation, _ = env.reset(seed=0)
-    done = False
-    while not done:
-        action, _ = policy.predict(observation)
-        observation, _, terminated, truncated, _ = env.step(int(action))
-        done = terminated or truncated
+    run_episode(policy, env, env.reset(seed=0)[0])
     return env.unwrapped
 
 

@@ -14,12 +14,12 @@ import pytest
 
 import backdoor_gym
 from backdoor_gym.baselines import BNP, RandomPolicy
+from backdoor_gym.baselines.policy import run_episode
 from backdoor_gym.benchmarking import OWN, Result, figures
 from backdoor_gym.benchmarking.cells import CellFile, Conditions, all_cells, make, named, own_budget
 from backdoor_gym.benchmarking.figures import der_by_attack
 from backdoor_gym.benchmarking.tables import infected_table, markdown, points, write_csv
 from backdoor_gym.errors import DataError, UnknownNameError
-from backdoor_gym.repairing import run_episode
 from backdoor_gym.session.masked_model import MaskedVictim
 
 

@@ -1,0 +1,108 @@
+"""A policy from three things: a scorer of the units, a look-ahead, and thresholds of stopping."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from backdoor_gym.arguments import check_kind, is_finite
+from backdoor_gym.baselines.policy import KEYS, Observation, Policy, check_env, stop_action
+from backdoor_gym.envs.observation import NODE_FEATURES
+from backdoor_gym.envs.prune import BackdoorPruneEnv
+from backdoor_gym.errors import DataError
+from backdoor_gym.wording import shown
+
+from .backward_elimination import restore
+from .look_ahead import LookAhead
+
+_PRUNED, _TRIED = (NODE_FEATURES.index(name) for name in ("pruned", "tried"))
+
+
+class Scorer(Protocol):
+    """What tells which unit is to be pruned first: ONP's network, a ridge regression, one feature."""
+
+    def scores(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Of one observation or a batch, float32 (n, N + 1): log odds of each unit, and of stopping (-inf for never)."""
+
+
+class ScoringPolicy(Policy):
+    """Stops where going on is too unlikely or the look-ahead says so, and else prunes the unit that it leaves the best.
+
+    Args:
+        scorer: what scores units and stopping.
+        env: the environment to act and look ahead in; None for a policy that only acts on observations.
+        look_ahead: what corrects the scores in ``env``, ends repairs and gives back at their end; None for nothing of it.
+        threshold: probability of going on, with any unit, below which a deterministic action is to stop.
+        verdict_threshold: the same before the first prune; None for ``threshold``.
+        seed: of actions that are not deterministic: they are drawn from the scores, without looking ahead.
+
+    Raises:
+        DataError: a threshold is out of range, or no look-ahead.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        env: Any = None,
+        *,
+        look_ahead: LookAhead | None = None,
+        threshold: float = 0.5,
+        verdict_threshold: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        verdict_threshold = threshold if verdict_threshold is None else verdict_threshold
+        for name, value in (("threshold", threshold), ("verdict_threshold", verdict_threshold)):
+            if not is_finite(value) or not 0 < value < 1:
+                raise DataError(f"{name} must lie between 0 and 1, it is {shown(value)}")
+        check_kind("look_ahead", look_ahead, LookAhead, "a LookAhead", may_be_none=True)
+        self.scorer = scorer
+        self.look_ahead = look_ahead
+        self.threshold, self.verdict_threshold = threshold, verdict_threshold
+        self._random = np.random.default_rng(seed)
+        if env is not None:
+            self.set_env(env)
+
+    def logits(self, observation: Observation) -> np.ndarray:
+        """The scores of one observation or a batch, float32 (n, N + 1)."""
+        return self.scorer.scores(observation)
+
+    def act(self, observation: Observation, environment: int) -> int:
+        """The deterministic action."""
+        return self._best(self.logits(observation)[0], observation, environment)
+
+    def act_on(self, observations: Sequence[Observation], deterministic: bool) -> list[int]:
+        actions = []
+        rows = self.logits({key: np.stack([observation[key] for observation in observations]) for key in KEYS})
+        for environment, (observation, row) in enumerate(zip(observations, rows, strict=True)):
+            if deterministic:
+                actions.append(self._best(row, observation, environment))
+            else:
+                row = np.where(observation["action_mask"].astype(bool), row, -np.inf)
+                chances = np.exp(row - row.max())
+                actions.append(int(self._random.choice(len(row), p=chances / chances.sum())))
+        return actions
+
+    def _best(self, scores: np.ndarray, observation: Observation, environment: int) -> int:
+        scores = np.where(observation["action_mask"].astype(bool), scores, -np.inf)
+        # No single unit of hundreds could outweigh stopping, so all together are weighed against it.
+        going_on = np.logaddexp.reduce(scores[:-1].astype(np.float64))
+        begun = bool(observation["nodes"][:, [_PRUNED, _TRIED]].any())
+        threshold = self.threshold if begun else self.verdict_threshold
+        look = self.look_ahead
+        if look is not None and self.env is not None:
+            check_env(self, self.env, environment, observation)
+        if going_on < scores[-1] + np.log(threshold / (1 - threshold)):
+            return stop_action(observation)
+        if look is not None:
+            if look.is_done(observation, self.env, environment):
+                return stop_action(observation)
+            if self.env is not None:
+                scores = look.correct(scores, observation, self.env, environment)
+        best = int(scores[:-1].argmax())
+        return stop_action(observation) if np.isneginf(scores[best]) else best
+
+    def finish(self, env: BackdoorPruneEnv) -> float:
+        """After an episode: give back what need not have been pruned, if the look-ahead says so. The reward of it."""
+        if self.look_ahead is None or not self.look_ahead.restore:
+            return 0.0
+        return restore(env, self.look_ahead)
