@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from .attacks.targets import Target, target_labels
 from .errors import WeightsError
 
+#: Images that a network is given at a time.
+BATCH_SIZE = 500
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -39,9 +42,7 @@ def require_finite(what: str, *values: Tensor) -> None:
 
 
 @torch.no_grad()
-def predict_logits(
-    network: nn.Module, images: Tensor, batch_size: int = 500, on_batch: Callable[[int], None] | None = None
-) -> Tensor:
+def predict_logits(network: nn.Module, images: Tensor, on_batch: Callable[[int], None] | None = None) -> Tensor:
     """Logits (n, classes) of float32 images (n, C, H, W), on the network's device, returned on the CPU.
 
     ``on_batch`` is told how many there are so far.
@@ -50,7 +51,7 @@ def predict_logits(
     device = torch.device("cpu") if parameter is None else parameter.device
     network.eval()
     found: list[Tensor] = []
-    batches = list(images.split(batch_size))
+    batches = list(images.split(BATCH_SIZE))
     if len(batches) > 1 and len(batches[-1]) == 1:  # some networks cannot take a single image
         batches[-2:] = [torch.cat(batches[-2:])]
     for batch in batches:

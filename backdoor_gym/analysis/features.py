@@ -99,9 +99,9 @@ def neuron_features(
     return joined.numpy()
 
 
-def pull(neurons: Neurons, inverted: InvertedTrigger, mask: np.ndarray | None = None) -> Tensor:
+def pull(neurons: Neurons, inverted: InvertedTrigger) -> Tensor:
     """Derivative of the suspected target's mean margin under the inverted trigger by each neuron's mask, (neurons,)."""
-    return mask_gradient(neurons, inverted.images, lambda logits: target_margin(logits, inverted.target).mean(), mask)
+    return mask_gradient(neurons, inverted.images, lambda logits: target_margin(logits, inverted.target).mean())
 
 
 @torch.no_grad()

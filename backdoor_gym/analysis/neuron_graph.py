@@ -5,7 +5,7 @@
   residual sum, the neurons whose channels were added are its inputs alike, the nearest first; where it reads a
   concatenation, each of them for its own channels.
 - *Similarity* (kind 1): between neurons of one layer whose vectors of connection strengths have a cosine of at least
-  ``threshold`` (ONP, 2024: neurons linked by connectivity); each neuron keeps its ``similar`` most similar ones.
+  ``ALIKE`` (ONP, 2024: neurons linked by connectivity); each neuron keeps its ``similar`` most similar ones.
 
 Strengths are divided by the largest of their layer, so that all lie in [0, 1].
 """
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from ..neurons.finding import Feeder, NeuronLayer, Neurons
 
 EDGE_FEATURES = ("strength", "similarity")
+#: The least cosine similarity of neighbours.
+ALIKE = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,7 @@ def max_edges(num_neurons: int, connections: int, similar: int) -> int:
     return num_neurons * (connections + similar)
 
 
-def neuron_graph(
-    network: nn.Module, neurons: Neurons, connections: int = 4, similar: int = 4, threshold: float = 0.5
-) -> NeuronGraph:
+def neuron_graph(network: nn.Module, neurons: Neurons, connections: int = 4, similar: int = 4) -> NeuronGraph:
     """The graph of a network's neurons.
 
     Args:
@@ -49,7 +49,6 @@ def neuron_graph(
         neurons: its neurons.
         connections: how many of its strongest inputs each neuron keeps.
         similar: how many of its most similar neighbours each neuron keeps.
-        threshold: the least cosine similarity of neighbours.
     """
     edges: list[np.ndarray] = []
     links: list[np.ndarray] = []
@@ -57,7 +56,7 @@ def neuron_graph(
         strengths = [connection_strengths(network, neurons, feeder) for feeder in layer.feeders]
         for found, kind in (
             (_connections(layer, strengths, neurons, connections), 0.0),
-            (_similarities(layer, strengths, similar, threshold), 1.0),
+            (_similarities(layer, strengths, similar), 1.0),
         ):
             strength, link = found
             edges.append(np.stack([strength, np.full_like(strength, kind)], axis=1))
@@ -120,7 +119,7 @@ def _rows(layer: NeuronLayer, feeder: Feeder, strength: np.ndarray) -> np.ndarra
     return rows
 
 
-def _similarities(layer: NeuronLayer, strengths: list[np.ndarray], most: int, threshold: float) -> Found:
+def _similarities(layer: NeuronLayer, strengths: list[np.ndarray], most: int) -> Found:
     if layer.size < 2 or most < 1 or not strengths:  # a normalisation of what no layer gives has no weights to compare
         return _NONE
     vectors = np.concatenate(
@@ -130,7 +129,7 @@ def _similarities(layer: NeuronLayer, strengths: list[np.ndarray], most: int, th
     unit = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
     cosine = unit @ unit.T
     np.fill_diagonal(cosine, 0)
-    cosine[cosine < threshold] = 0
+    cosine[cosine < ALIKE] = 0
     return _strongest(cosine, np.arange(layer.start, layer.start + layer.size), layer, most, scale=False)
 
 

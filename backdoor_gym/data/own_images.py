@@ -75,7 +75,10 @@ def own_images(source: Source, count: int | None = None, size: tuple[int, int] |
             - a pair of tensors or arrays, images and labels (see ``as_images`` and ``as_labels``);
             - a ``Dataset`` whose items begin with an image, in such a form or as a PIL image, and its label;
             - a ``DataLoader`` whose batches begin with images and labels in that form;
-            - the path of an ``.npz`` (see ``read_npz``) or of a folder with one subfolder a class (see ``read_folder``);
+            - the path of an ``.npz`` with the arrays ``images`` and ``labels``, in that form, without pickled objects;
+            - the path of a folder with one subfolder a class. Where the names of all subfolders are whole numbers, they are the
+              labels, and how many classes there are is not known. Otherwise a label is the place of the name among all of them,
+              sorted as text; a class without an image needs its empty folder. Images are grey if all that are read are, else RGB;
             - a Hub id, a local folder in the Hub's layout, or "digits": images are drawn from the test split.
         count: how many to draw at random, always the same ones; by default all, or 500 of a named data set. Where labels are
             known without the images (a folder, tensors, a ``Dataset`` with ``targets``, ``labels``, ``samples`` or
@@ -234,16 +237,6 @@ def fit_channels(network: nn.Module, images: LabelledImages) -> LabelledImages:
     return LabelledImages(grey, images.labels, classes=images.classes)
 
 
-def read_npz(path: Path) -> tuple[Tensor, Tensor]:
-    """The arrays ``images`` and ``labels`` of an .npz (see ``as_images`` and ``as_labels``); pickled objects are refused.
-
-    Raises:
-        DataError: no such file, or other arrays.
-    """
-    items = _npz_items(path)
-    return items.fetch(list(range(items.total)))
-
-
 def _npz_items(path: Path) -> _Items:
     """The labels are read now, and images when they are drawn."""
     images, labels = members(path, ("images", "labels"))
@@ -266,27 +259,6 @@ def _npz_items(path: Path) -> _Items:
         return read(images, chosen if len(chosen) < len(numbers) else None, as_images), numbers[chosen]
 
     return _Items(fetch, len(numbers), numbers.tolist())
-
-
-def read_folder(
-    folder: Path, size: tuple[int, int] | None = None, count: int | None = None
-) -> tuple[Tensor, Tensor, int | None]:
-    """Images, labels and the number of classes of a folder with one subfolder a class.
-
-    Where the names of all subfolders are whole numbers, they are the labels, and how many classes there are is not known (None).
-    Otherwise a label is the place of the name among all of them, sorted as text; a class without an image needs its empty folder.
-    Images are grey if all that are read are, and RGB otherwise.
-
-    Args:
-        folder: of the subfolders.
-        size: height and width that images are resized to (bilinear, as PIL does it).
-        count: how many are drawn, by the names of the files; only those are opened.
-
-    Raises:
-        DataError: a file that is no image, or images of different sizes where no size is given.
-    """
-    items = _folder_items(folder, size)
-    return *items.fetch(_draw(items, count)), items.classes
 
 
 def _folder_items(folder: Path, size: tuple[int, int] | None) -> _Items:

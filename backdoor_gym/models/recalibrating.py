@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+#: Images at a time.
+BATCH_SIZE = 500
+
 
 @torch.no_grad()
-def recalibrate(network: nn.Module, images: Tensor, batch_size: int = 500) -> None:
+def recalibrate(network: nn.Module, images: Tensor) -> None:
     """Replace the running statistics of every batch normalisation by those of these images, in place.
 
     An attacker who does so with clean images leaves nothing of the poisoned training in them. Statistics are plain means
@@ -14,7 +17,6 @@ def recalibrate(network: nn.Module, images: Tensor, batch_size: int = 500) -> No
     Args:
         network: where its parameters are, it computes.
         images: float32 (n, C, H, W) in [0, 1].
-        batch_size: images at a time.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     parameter = next(network.parameters())
@@ -24,7 +26,7 @@ def recalibrate(network: nn.Module, images: Tensor, batch_size: int = 500) -> No
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
-    for batch in images.split(batch_size):
+    for batch in images.split(BATCH_SIZE):
         network(batch.to(parameter.device, copy=True))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

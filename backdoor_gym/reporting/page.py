@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,6 @@ from ..data.datasets import LabelledImages
 from ..metrics import predict_logits
 from ..policies.registry import is_onp
 from ..wording import printable
-from ..writing import write_text
 from . import pictures
 from .conclusion import conclude
 from .reasons import Reasons, reasons
@@ -80,24 +78,13 @@ class Row:
     suspected_danger: float | None
 
 
-def write_report(result: "RepairResult", path: str | Path, command: str | None = None) -> Path:
-    """Write the page of a repair.
+def render(result: "RepairResult", command: str | None = None) -> str:
+    """The page of a repair, HTML.
 
     Args:
         result: the repair.
-        path: the file.
         command: the command line that asked for it, if one did.
-
-    Raises:
-        WriteError: the file cannot be written.
     """
-    path = Path(path)
-    write_text(path, render(result, command))
-    return path
-
-
-def render(result: "RepairResult", command: str | None = None) -> str:
-    """The page of a repair, HTML; see ``write_report``."""
     environment = Environment(
         loader=PackageLoader(__package__, ""),
         autoescape=True,

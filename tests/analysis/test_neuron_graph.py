@@ -50,7 +50,7 @@ def test_similar_neurons_of_a_layer_are_linked():
         network[2].weight[0, 0] = 1
         network[2].weight[1, 0] = 2  # the same direction as channel 0
         network[2].weight[2, 1] = 1
-    found = links_of(neuron_graph(network, find_neurons(network), similar=2, threshold=0.9), similarity=True)
+    found = links_of(neuron_graph(network, find_neurons(network), similar=2), similarity=True)
     assert (3, 4) in found
     assert (4, 3) in found
     assert not any(5 in pair for pair in found)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 from backdoor_gym.data import datasets
-from backdoor_gym.data.own_images import all_images, own_images, read_folder
+from backdoor_gym.data.own_images import all_images, own_images
 from backdoor_gym.errors import DataError
 from backdoor_gym.models.infected import InfectedModel
 
@@ -309,10 +309,6 @@ def test_of_a_folder_each_class_is_drawn_and_the_rest_not_opened(each, tmp_path,
     assert sorted(found.images.labels.tolist()) == list(range(30))
     assert len(opened) == 30
     assert found.classes == 30
-    images, labels, classes = read_folder(tmp_path, count=30)
-    assert torch.equal(images, found.images.images)
-    assert torch.equal(labels, found.images.labels)
-    assert classes == 30
 
 
 def test_fewer_images_than_classes_are_drawn_and_told(tmp_path):

@@ -9,11 +9,12 @@ from backdoor_gym.models.recalibrating import recalibrate
 from backdoor_gym.models.training import Schedule
 
 
-def test_statistics_become_those_of_the_images():
+def test_statistics_become_those_of_the_images(monkeypatch):
+    monkeypatch.setattr("backdoor_gym.models.recalibrating.BATCH_SIZE", 20)
     network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.9), nn.Flatten(), nn.Linear(48, 2))
     weights = copy.deepcopy(dict(network.named_parameters()))
     images = torch.rand(40, 1, 6, 6) + 2
-    recalibrate(network, images, batch_size=20)
+    recalibrate(network, images)
     norm, inputs = network[1], network[0](images)
     torch.testing.assert_close(norm.running_mean, inputs.mean((0, 2, 3)))
     torch.testing.assert_close(norm.running_var, inputs.var((0, 2, 3)), atol=0, rtol=0.1)
