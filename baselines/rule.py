@@ -15,7 +15,7 @@ from backdoor_gym.errors import DataError
 from backdoor_gym.masking.export import write_mask
 from backdoor_gym.masking.masked import MaskedNetwork
 from backdoor_gym.metrics import accuracy, require_finite
-from backdoor_gym.models.infected import check_finite
+from backdoor_gym.networks.weights import check_finite
 from backdoor_gym.neurons.finding import find_neurons
 from backdoor_gym.session.defender import Defender
 from backdoor_gym.wording import shown

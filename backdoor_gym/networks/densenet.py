@@ -85,18 +85,16 @@ class DenseNet(nn.Module):
         return self.classifier(torch.flatten(F.adaptive_avg_pool2d(out, (1, 1)), 1))
 
 
-def densenet(
-    num_classes: int = 10, in_channels: int = 3, width: int = 24, layers: int = 16, halvings: int = 2
-) -> DenseNet:
+def densenet(num_classes: int, in_channels: int, width: int = 24, layers: int = 16, halvings: int = 2) -> DenseNet:
     """DenseNet-BC for CIFAR: three blocks of ``layers`` layers (16 make DenseNet-BC-100), growth ``width / 2``."""
     return DenseNet((layers,) * 3, num_classes, in_channels, width, False, halvings)
 
 
-def densenet121(num_classes: int = 10, in_channels: int = 3, width: int = 64, halvings: int = 5) -> DenseNet:
+def densenet121(num_classes: int, in_channels: int, width: int = 64, halvings: int = 5) -> DenseNet:
     """DenseNet-121; the image is halved five times as published, and the first halvings go where there are fewer."""
     return DenseNet((6, 12, 24, 16), num_classes, in_channels, width, True, halvings)
 
 
-def densenet161(num_classes: int = 10, in_channels: int = 3, width: int = 96, halvings: int = 5) -> DenseNet:
+def densenet161(num_classes: int, in_channels: int, width: int = 96, halvings: int = 5) -> DenseNet:
     """DenseNet-161; ``halvings`` as for DenseNet-121."""
     return DenseNet((6, 12, 36, 24), num_classes, in_channels, width, True, halvings)
