@@ -71,8 +71,10 @@ def load_foreign(path: str | Path, spec: CheckpointSpec) -> InfectedModel:
     facts = {**checkpoint.facts, "unread": list(checkpoint.unread), "unused": unused}
     check_finite(network)
     preprocess = spec.preprocess
-    if preprocess is None and (known := BACKDOORBENCH.get(trained_on or "")) is not None:
-        preprocess, facts["normalised_for"] = Normalise(*known), trained_on
+    if preprocess is None:
+        known = BACKDOORBENCH.get(trained_on or "")
+        preprocess = None if known is None else Normalise(*known)
+        facts["normalised_for"] = None if known is None else trained_on
     return behind(
         preprocess, network, clean, scoring, architecture=described, facts=facts, name=checkpoint.path.stem,
         checkpoint=str(checkpoint.path),

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 def recalibrate(network: nn.Module, images: Tensor, batch_size: int = 500) -> None:
     """Replace the running statistics of every batch normalisation by those of these images, in place.
 
-    An attacker who does so with clean images leaves nothing of the poisoned training in them. Statistics are plain means
-    over batches (the last one may be smaller). Nothing else of the network changes; it ends in eval mode.
+    An attacker who does so with clean images leaves nothing of the poisoned training in them. Statistics are plain means over
+    batches. The network ends in eval mode.
 
     Args:
         network: where its parameters are, it computes.
