@@ -119,7 +119,7 @@ class InputAware(Attack):
         parameters = list(placed._networks[0].parameters())
         optimizer = torch.optim.Adam(parameters, _RATE, betas=(0.5, 0.9))
 
-        def learned() -> Self:
+        def learned() -> InputAware:
             return replace(placed, pattern=parameters_to_vector(parameters).detach().cpu())
 
         def lesson(batch: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:

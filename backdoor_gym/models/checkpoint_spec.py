@@ -72,5 +72,6 @@ class CheckpointSpec:
         Raises:
             DataError: they cannot be read.
         """
+        assert self.clean is not None
         given = own_images(self.clean, self.clean_images, size)
         return given.images, given.rest if self.test is None else all_images(self.test, size)

@@ -105,10 +105,10 @@ def _numbers(values: Any) -> list[float]:
     return [float(value) for value in (values if isinstance(values, list | tuple) else [values] * 3)]
 
 
-def in_words(preprocess: nn.Module | None, size: tuple[int, int] | None) -> str:
+def in_words(preprocess: Any, size: tuple[int, int] | None) -> str:
     """What is done to images because a file says so."""
     words = [] if size is None else [f"resized to {size[0]}x{size[1]} where they come from files"]
-    for step in [] if preprocess is None else preprocess.modules():
+    for step in preprocess.modules() if isinstance(preprocess, nn.Module) else ():
         if isinstance(step, Normalise):
             state = {key: ",".join(f"{value:.4g}" for value in values) for key, values in step.state().items()}
             words.append(f"normalised with mean {state['mean']} and std {state['std']}")

@@ -65,9 +65,11 @@ def giving_logits(network: nn.Module, images: Tensor, classes: int = 1) -> nn.Mo
     Raises:
         DataError: no logits are found in the answer.
     """
-    is_preprocessed = isinstance(network, Preprocessed)
+    in_front, inside = (
+        (network.preprocess, network.network) if isinstance(network, Preprocessed) else (as_they_are, network)
+    )
     with torch.no_grad():
-        answer = network.network(network.preprocess(images)) if is_preprocessed else network(images.clone())
+        answer = inside(in_front(images.clone()))
     entry = find_logits(answer, classes)
     logits = pick_logits(answer, entry)
     if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[1] == 1):
@@ -75,7 +77,7 @@ def giving_logits(network: nn.Module, images: Tensor, classes: int = 1) -> nn.Mo
             "the network gives a single logit, as with a sigmoid behind it; classes need one each: of two classes they are "
             "torch.cat([-logit, logit], 1) / 2, with the same answers"
         )
-    if is_preprocessed:
+    if isinstance(network, Preprocessed):
         network.entry = entry
         return network
     if entry is None and answer.ndim == 2:

@@ -34,6 +34,9 @@ def divisible(channels: float) -> int:
 class FeatureNetwork(nn.Module):
     """``features``, pooled over positions, then ``classifier``."""
 
+    features: nn.Module
+    classifier: nn.Module
+
     def __init__(self) -> None:
         super().__init__()
         self.avgpool = nn.AdaptiveAvgPool2d(1)

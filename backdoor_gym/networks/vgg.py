@@ -43,7 +43,7 @@ class VGG(FeatureNetwork):
             layers.append(nn.MaxPool2d(2) if stride == 2 else nn.Identity())
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(7 if hidden else 1)
-        self.classifier: nn.Module = nn.Linear(planes, num_classes)
+        self.classifier = nn.Linear(planes, num_classes)
         if hidden:
             self.classifier = nn.Sequential(
                 nn.Linear(planes * 7 * 7, hidden), nn.ReLU(), nn.Dropout(),
