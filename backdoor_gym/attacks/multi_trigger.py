@@ -50,13 +50,9 @@ class MultiTrigger(Attack):
         return (images * 255).round().long().flatten(1).sum(1) % len(self.triggers)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        states = [trigger.state() for trigger in self.triggers]
-        kinds = [
-            {"attack": trigger.name, "parameters": parameters}
-            for trigger, (parameters, _) in zip(self.triggers, states, strict=True)
-        ]
-        tensors = {f"{index}.{key}": value for index, (_, own) in enumerate(states) for key, value in own.items()}
-        return {"triggers": kinds}, tensors
+        states = [(trigger.name, *trigger.state()) for trigger in self.triggers]
+        tensors = {f"{index}.{key}": value for index, (*_, own) in enumerate(states) for key, value in own.items()}
+        return {"triggers": [{"attack": name, "parameters": parameters} for name, parameters, _ in states]}, tensors
 
     @classmethod
     def from_state(cls, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
@@ -71,12 +67,8 @@ class MultiTrigger(Attack):
             if index not in own:
                 raise ModelFileError("the trigger of multi-trigger holds tensors that none of its triggers has")
             own[index][name] = value
-        return cls(
-            tuple(
-                _trigger(kind.attack).from_state(kind.parameters, part)
-                for kind, part in zip(kinds, own.values(), strict=True)
-            )
-        )
+        parts = zip(kinds, own.values(), strict=True)
+        return cls(tuple(_trigger(kind.attack).from_state(kind.parameters, part) for kind, part in parts))
 
 
 def _trigger(name: str) -> type[Attack]:

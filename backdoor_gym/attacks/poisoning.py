@@ -12,9 +12,7 @@ from .attack import Attack
 
 @dataclass(frozen=True, eq=False)
 class Poisoning:
-    """A poisoned training set: which images bear the trigger, and all labels.
-
-    The trigger is stamped on each batch after its augmentation, so that a crop never cuts it off.
+    """A poisoned training set; the trigger is stamped on each batch after its augmentation, so that a crop never cuts it off.
 
     Attributes:
         attack: the trigger.

@@ -73,17 +73,8 @@ class OwnNetwork:
             if self.mean is None or self.std is None:
                 raise DataError("--mean and --std go together, a number a channel each")
             preprocess = Normalise(_numbers(self.mean, "--mean"), _numbers(self.std, "--std"))
-        return CheckpointSpec(
-            self.architecture,
-            options,
-            self.module,
-            self.clean,
-            self.test,
-            self.clean_images,
-            _size(self.image_size),
-            preprocess,
-            self.timm,
-        )
+        images = self.clean, self.test, self.clean_images, _size(self.image_size)
+        return CheckpointSpec(self.architecture, options, self.module, *images, preprocess, self.timm)
 
 
 NOTHING_SAID = OwnNetwork()
@@ -121,23 +112,17 @@ def read_model(output: Output, name: str, data: str | None, network: OwnNetwork)
     spec = network.spec()
     with output.working("reading the model"):
         infected = load_specified(name, data, spec)
-    facts = infected.facts
-    if infected.checkpoint is None:  # facts of a file are words of whoever wrote it
-        return infected
-    if facts.get("unread"):
-        output.note(f"Left alone in {name}, neither imported nor run: {', '.join(facts['unread'])}")
-    if facts.get("normalised_for"):
-        output.note(
-            f"Images are normalised as BackdoorBench does it for {facts['normalised_for']}; --mean and --std change it."
-        )
-    unused = facts.get("unused") or []
-    if unused:
+    # Facts of a file of this package are words of whoever wrote it.
+    facts = {} if infected.checkpoint is None else infected.facts
+    if unread := facts.get("unread"):
+        output.note(f"Left alone in {name}, neither imported nor run: {', '.join(unread)}")
+    if known := facts.get("normalised_for"):
+        output.note(f"Images are normalised as BackdoorBench does it for {known}; --mean and --std change it.")
+    if unused := facts.get("unused"):
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         output.note(f"The network has no place for these tensors of {name}: {', '.join(unused[:3])}{more}")
-    if facts.get("preprocessing"):
-        output.note(
-            f"As the network came with it, images are {facts['preprocessing']}; --image-size, --mean and --std change it."
-        )
+    if said := facts.get("preprocessing"):
+        output.note(f"As the network came with it, images are {said}; --image-size, --mean and --std change it.")
     return infected
 
 

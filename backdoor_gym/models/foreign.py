@@ -72,13 +72,16 @@ def load_foreign(path: str | Path, spec: CheckpointSpec) -> InfectedModel:
     check_finite(network)
     preprocess = spec.preprocess
     if preprocess is None:
-        known = BACKDOORBENCH.get(trained_on or "")
-        preprocess = None if known is None else Normalise(*known)
-        facts["normalised_for"] = None if known is None else trained_on
-    return behind(
-        preprocess, network, clean, scoring, architecture=described, facts=facts, name=checkpoint.path.stem,
-        checkpoint=str(checkpoint.path),
-    )  # fmt: skip
+        moments = BACKDOORBENCH.get(trained_on or "")
+        preprocess = None if moments is None else Normalise(*moments)
+        facts["normalised_for"] = None if moments is None else trained_on
+    known = {
+        "architecture": described,
+        "facts": facts,
+        "name": checkpoint.path.stem,
+        "checkpoint": str(checkpoint.path),
+    }
+    return behind(preprocess, network, clean, scoring, **known)
 
 
 def behind(

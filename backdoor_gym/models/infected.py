@@ -94,8 +94,8 @@ class InfectedModel:
     ) -> Self:
         """An infected model of your own.
 
-        This package holds images as float32 (n, C, H, W) in [0, 1], RGB where C is 3. A network that was trained on others
-        (normalised, scaled to [-1, 1] or 255, BGR, ...) needs ``preprocess``, or a layer of its own that does it.
+        Images are float32 (n, C, H, W) in [0, 1], RGB where C is 3. A network that was trained on others (normalised, scaled to
+        [-1, 1] or 255, BGR, ...) needs ``preprocess``, or a layer of its own that does it.
 
         Args:
             module: from images, or what ``preprocess`` makes of them, to logits (n, classes), or to an answer that holds them
@@ -104,11 +104,10 @@ class InfectedModel:
             clean: the defender's images, in any form that ``data.own_images.own_images`` takes. Grey images for a network of
                 colours get three equal channels, and the other way round.
             test: images to score on, in the same forms; by default none, or the rest where ``clean`` names a data set.
-            trigger: stamps the trigger on images (n, C, H, W) in [0, 1] and gives such images; for scoring alone.
+            trigger: stamps the trigger on images, for scoring alone.
             target: the attacker's label, or "all-to-all".
             name: what to call it.
-            preprocess: callable or module that stands in front, from float32 (n, C, H, W) in [0, 1] to what ``module`` takes,
-                as many images in the same order, the same each time; such as ``Normalise(mean, std)``.
+            preprocess: stands in front: makes of images what ``module`` takes, as many, the same each time (``Normalise``).
 
         Raises:
             WeightsError, DataError: as the class does, and where ``preprocess`` does not give tensors of as many images.
@@ -123,8 +122,8 @@ class InfectedModel:
     def _adapt(self) -> None:
         """Take the network out of its wrappers, and compute in float32; ``num_classes`` finds the logits in its answer."""
         if not isinstance(self.network, nn.Module):
-            kind = self.network if isinstance(self.network, type) else type(self.network)
-            what = f"the class {kind.__name__}" if kind is self.network else f"a {kind.__name__}"
+            is_class = isinstance(self.network, type)
+            what = f"the class {self.network.__name__}" if is_class else f"a {type(self.network).__name__}"
             raise DataError(
                 f"the network must be a torch.nn.Module, not {what}; make one of its class, and load_state_dict its weights into it"
             )
@@ -213,11 +212,10 @@ class InfectedModel:
 
         Args:
             path: the file.
-            half: whether to store the weights as float16; ``infect(half=True)`` has rounded them before it measured the network.
+            half: whether to store the weights as float16, as ``infect(half=True)`` rounds them.
 
         Raises:
-            ModelFileError: the architecture is not known by name, or what stands in front of it is not, so nobody could load
-                the file.
+            ModelFileError: nobody could load it: the architecture has no name, or an unknown function stands in front of it.
             WriteError: the file cannot be written.
         """
         write_infected(Path(path), self, half)

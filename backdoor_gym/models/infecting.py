@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_callable, check_kind, check_options, check_path, check_whole, is_finite
-from ..attacks import Alter, Helper, Poisoning, draw_attack, get_attack
+from ..attacks import Helper, Poisoning, draw_attack, get_attack
 from ..attacks.targets import Target, check_target, target_labels
 from ..data import datasets
 from ..data.datasets import DataSource, LabelledImages
@@ -123,30 +123,16 @@ def infect(
 
         def helper() -> Helper:
             other = _fresh(spec, helping)
-
-            def run(taught: Tensor, alter: Alter | None) -> None:
-                train(other, training.images, taught, schedule, helping, alter, device, progress=progress)
-
-            return Helper(other, run)
+            arguments: dict[str, Any] = {"schedule": schedule, "seed": helping, "device": device, "progress": progress}
+            return Helper(other, lambda taught, alter: train(other, training.images, taught, alter=alter, **arguments))
 
         trigger, images = trigger.prepare(images, labels, aims, poisoning, helper)
         poisoning = replace(poisoning, attack=trigger)
         labels = poisoning.labels
     identity = repr((spec, attack, seed, poison_rate, trigger and trigger.digest(), *([penalty] if penalty else [])))
     resumed = None if checkpoint is None else Path(checkpoint)
-    train(
-        network,
-        images,
-        labels,
-        schedule,
-        ordering,
-        poisoning,
-        device,
-        resumed,
-        identity,
-        progress,
-        penalty and penalty(network),
-    )
+    cost = penalty and penalty(network)
+    train(network, images, labels, schedule, ordering, poisoning, device, resumed, identity, progress, cost)
     if recalibrated:
         recalibrate(network, training.images)
     network.cpu()

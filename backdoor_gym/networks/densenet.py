@@ -24,19 +24,17 @@ class DenseLayer(nn.Module):
         return self.conv2(F.relu(self.norm2(out)))
 
 
-class DenseBlock(nn.Module):
+class DenseBlock(nn.ModuleDict):
     """Layers of ``growth`` channels each."""
 
     def __init__(self, count: int, planes: int, growth: int) -> None:
-        super().__init__()
-        self.count = count
-        for index in range(count):
-            self.add_module(f"denselayer{index + 1}", DenseLayer(planes + index * growth, growth))
+        layers = (DenseLayer(planes + index * growth, growth) for index in range(count))
+        super().__init__({f"denselayer{index + 1}": layer for index, layer in enumerate(layers)})
 
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
-        for index in range(self.count):
-            features.append(self.get_submodule(f"denselayer{index + 1}")(features))
+        for layer in self.values():
+            features.append(layer(features))
         return torch.cat(features, 1)
 
 
