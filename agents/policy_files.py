@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from backdoor_gym.errors import ModelFileError, WeightsError
 from backdoor_gym.files.schemas import Count, Fields, Threshold, checked
 from backdoor_gym.files.sizes import within
-from backdoor_gym.models.infected import check_shapes
+from backdoor_gym.networks.weights import check_shapes
 
 from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
 from .look_ahead import LookAhead

@@ -16,7 +16,7 @@ from backdoor_gym.errors import DataError
 from backdoor_gym.masking.export import write_mask
 from backdoor_gym.masking.masked import MaskedNetwork
 from backdoor_gym.metrics import accuracy, require_finite
-from backdoor_gym.models.infected import check_finite
+from backdoor_gym.networks.weights import check_finite
 from backdoor_gym.neurons.finding import find_neurons
 from backdoor_gym.policies.contract import Observation, Policy, ask, check_env, stop_action
 from backdoor_gym.policies.thresholds import AUTO, BUDGET, Threshold, check_threshold, choose_threshold

@@ -338,7 +338,7 @@ def test_exit_codes(run, monkeypatch, error, code):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(catalogue, "load_infected", fail)
+    monkeypatch.setattr(catalogue, "load_specified", fail)
     found, out, err = run("inspect", "--quiet")
     assert (found, out) == (code, "")
     assert str(error) in err
@@ -394,6 +394,18 @@ def test_a_network_of_ones_own_is_repaired_and_inspected(run, tmp_path, monkeypa
     assert not torch.equal(weights["1.weight"], network[1].weight)
     layers = json.loads(run("inspect", *own, "--json")[1])["layers"]
     assert [layer["layer"] for layer in layers] == ["0"]
+    compared = ("--policies", "clp:0.5,random", "--budgets", "0.02", "--jobs", "1", "--json")
+    code, out, err = run(
+        "benchmark", "--infected", "own.pth,digits-clean", *own[1:], "--mean", "0.5", "--std", "0.5", *compared
+    )
+    assert code == 0, err
+    cells = {(cell["model"], cell["policy"]): cell for cell in json.loads(out)}
+    assert set(cells) == {(model, policy) for model in ("own", "digits-clean") for policy in ("clp:0.5", "random")}
+    assert cells["own", "clp:0.5"]["neurons"] == 8
+    assert (
+        cells["own", "clp:0.5"]["acc_before"]
+        == json.loads(run("repair", *own, "--mean", "0.5", "--std", "0.5", "--json")[1])["before"]["acc"]
+    )
     for arguments, words in (
         (("repair", "own.pth"), "--arch NAME or --module"),
         (("repair", "own.pth", "--module", "their_net:Net"), "--clean"),
@@ -403,6 +415,9 @@ def test_a_network_of_ones_own_is_repaired_and_inspected(run, tmp_path, monkeypa
         (("repair", *own, "--image-size", "big"), "HEIGHTxWIDTH"),
         (("repair", "own.pth", "--arch", "small_cnn", "--clean", "digits"), "missing"),
         (("repair", "digits-badnets", "--clean", "digits"), "complete as it is"),
+        (("benchmark", "--infected", "digits-badnets", "--clean", "digits"), "clean is for a network of your own"),
+        (("benchmark", "--infected", "own.pth", "--module", "their_net:Net"), "--clean"),
+        (("benchmark", "--infected", "own.pth", "--mean", "0.5"), "--mean and --std"),
     ):
         code, _, err = run(*arguments)
         assert code == 2

@@ -4,7 +4,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import BackdoorGymError, DataError, check_name
 from ..wording import shown
@@ -20,24 +19,9 @@ from .sig import SIG
 from .wanet import WaNet
 
 __all__ = [
-    "ATTACKS",
-    "SIG",
-    "Alter",
-    "Attack",
-    "BadNets",
-    "Blended",
-    "BppAttack",
-    "Helper",
-    "ImageShape",
-    "InputAware",
-    "LabelConsistent",
-    "MultiTrigger",
-    "Poisoning",
-    "WaNet",
-    "attack_from_state",
-    "draw_attack",
-    "get_attack",
-]
+    "ATTACKS", "SIG", "Alter", "Attack", "BadNets", "Blended", "BppAttack", "Helper", "ImageShape", "InputAware",
+    "LabelConsistent", "MultiTrigger", "Poisoning", "WaNet", "draw_attack", "get_attack",
+]  # fmt: skip
 
 ATTACKS: dict[str, type[Attack]] = {
     attack.name: attack
@@ -56,28 +40,20 @@ def get_attack(name: str) -> type[Attack]:
 
 
 def draw_attack(name: str, shape: ImageShape, generator: torch.Generator, **parameters: Any) -> Attack:
-    """An attack by name, for images of this shape.
+    """An attack by name, for images of this shape (C, H, W).
 
     Raises:
         UnknownNameError: no such attack, or a parameter it does not have.
         DataError: a parameter of an unusable value.
     """
     attack = get_attack(name)
-    known = set(inspect.signature(attack.draw).parameters) - {"shape", "generator"}
     for parameter in parameters:
-        check_name(f"option of {name}", parameter, known)
+        check_name(
+            f"option of {name}", parameter, inspect.signature(attack.draw).parameters.keys() - {"shape", "generator"}
+        )
     try:
         return attack.draw(shape, generator, **parameters)
+    except BackdoorGymError:
+        raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, BackdoorGymError):
-            raise
         raise DataError(f"the options {shown(parameters)} of {name} cannot be used: {error}") from error
-
-
-def attack_from_state(name: str, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> Attack:
-    """The attack that ``Attack.state`` described.
-
-    Raises:
-        ModelFileError: parameters or tensors do not fit the attack.
-    """
-    return get_attack(name).from_state(parameters, tensors)

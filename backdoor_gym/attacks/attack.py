@@ -1,7 +1,7 @@
 """What an attack is: a trigger that is stamped on images, and that can be saved.
 
-Images are float32 tensors of shape (n, C, H, W) in [0, 1]. An attack is immutable; everything random about its trigger
-is drawn once by ``draw`` and kept, so that a saved attack stamps the very same trigger again.
+Images are float32 tensors (n, C, H, W) in [0, 1]. ``draw`` draws everything random about a trigger once, so that a saved attack
+stamps the very same trigger again.
 """
 
 import hashlib
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from .poisoning import Poisoning
 
 ImageShape = tuple[int, int, int]
-
-
 #: Changes a batch in training, from its images, their indices and a generator.
 Alter = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
@@ -32,8 +30,7 @@ class Helper:
 
     Attributes:
         network: freshly initialised, of the architecture of the infected one.
-        train: trains it on the training images with these labels, int64 (n,); each batch goes through the function first,
-            if there is one. It ends in eval mode.
+        train: trains it on the training images with these labels, int64 (n,), each batch altered if there is an ``Alter``.
     """
 
     network: nn.Module
@@ -41,7 +38,7 @@ class Helper:
 
 
 class Attack(ABC):
-    """A trigger: calling it on images stamps them. Fields that are tensors are saved as tensors, the others as JSON."""
+    """A trigger: a frozen dataclass whose fields are tensors (saved as such) or JSON-able."""
 
     name: ClassVar[str]
     #: Whether only images of the target class are poisoned, which keep their label.
@@ -49,8 +46,7 @@ class Attack(ABC):
     #: Images per poisoned image that are altered at random and keep their label, so that only the true trigger works.
     noise_ratio: float = 0.0
 
-    #: ``draw(shape, generator, **parameters)``: the attack for images of this shape; its random parts come from the
-    #: generator, and parameters that are not given have the published defaults.
+    #: ``draw(shape, generator, **parameters)``: the attack for images of this shape, with the published defaults.
     draw: ClassVar[Callable[..., "Attack"]]
 
     @abstractmethod
@@ -62,21 +58,21 @@ class Attack(ABC):
         raise TypeError(f"{self.name} has no such images")
 
     def prepare(
-        self, images: Tensor, labels: Tensor, wanted: Tensor, poisoning: "Poisoning", helper: Callable[[], Helper]
+        self, images: Tensor, labels: Tensor, aims: Tensor, poisoning: "Poisoning", helper: Callable[[], Helper]
     ) -> tuple["Attack", Tensor]:
         """The attack and the training images as they are used: what an attacker learns before the network is trained.
 
         Args:
             images: the training images, float32 (n, C, H, W) in [0, 1].
             labels: their true labels, int64 (n,).
-            wanted: the labels that the attacker wants of triggered images, int64 (n,).
+            aims: the labels that the attacker wants of triggered images, int64 (n,).
             poisoning: which images will bear the trigger, and the labels of the poisoned set.
             helper: makes a network of the attacker's own.
         """
         return self, images
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """JSON-able parameters and tensors, from which ``attack_from_state`` makes the same attack."""
+        """JSON-able parameters and tensors, from which ``from_state`` makes the same attack."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
         return {key: value for key, value in values.items() if key not in tensors}, tensors

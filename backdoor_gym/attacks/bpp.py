@@ -41,18 +41,16 @@ class BppAttack(Attack):
         return cls(levels, dither, noise_ratio)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return self._dithered(images) if self.dither else self._rounded(images)
+        return self._diffused(images) if self.dither else self._rounded(images)
 
     def cover(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Each image with the rounding error of another one."""
-        if len(images) == 1:
-            return images
-        return (images + (self(images) - images).roll(1, 0)).clamp(0, 1)
+        return images if len(images) == 1 else (images + (self(images) - images).roll(1, 0)).clamp(0, 1)
 
     def _rounded(self, values: Tensor) -> Tensor:
         return (values.clamp(0, 1) * (self.levels - 1)).round() / (self.levels - 1)
 
-    def _dithered(self, images: Tensor) -> Tensor:
+    def _diffused(self, images: Tensor) -> Tensor:
         """Error diffusion along diagonals: what a pixel gets comes from pixels with a smaller column + 2 * row."""
         _, _, height, width = images.shape
         values = torch.nn.functional.pad(images, (1, 1, 0, 1))  # the errors that leave the image

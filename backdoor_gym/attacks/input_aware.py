@@ -42,10 +42,9 @@ class _Generator(nn.Module):
 class InputAware(Attack):
     """A generator makes each image's own trigger, and another one its place (Nguyen and Tran, NeurIPS 2020, arXiv:2010.08138).
 
-    The trigger of one image is to work on no other: as many images as are poisoned bear that of another image and keep
-    their label, and triggers are pushed apart ("diversity"). The places are learned first, at most ``density`` of the
-    image, then the triggers against a helper network; after that both are kept as they are, and the infected network is
-    trained with them. The paper trains the triggers together with the infected network itself, and larger generators.
+    The trigger of one image is to work on no other: as many images as are poisoned bear that of another image and keep their
+    label, and triggers are pushed apart ("diversity"). The places are learned first, at most ``density`` of the image, then the
+    triggers against a helper network. The paper trains them with the infected network itself, and larger generators.
 
     Default: 16 hidden channels, a density of 0.032.
     """
@@ -98,9 +97,7 @@ class InputAware(Attack):
     @torch.no_grad()
     def cover(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Each image with the trigger of another one."""
-        if len(images) == 1:
-            return images
-        return _stamp(images, *(part.roll(1, 0) for part in self.triggers(images)))
+        return images if len(images) == 1 else _stamp(images, *(part.roll(1, 0) for part in self.triggers(images)))
 
     def triggers(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The trigger of each image, (n, C, H, W) in [0, 1], and how much of it shows where, (n, 1, H, W) in [0, 1]."""
@@ -115,13 +112,32 @@ class InputAware(Attack):
         return networks
 
     def prepare(
-        self, images: Tensor, labels: Tensor, wanted: Tensor, poisoning: Poisoning, helper: Callable[[], Helper]
+        self, images: Tensor, labels: Tensor, aims: Tensor, poisoning: Poisoning, helper: Callable[[], Helper]
     ) -> tuple[Attack, Tensor]:
         placed = self._learn_places(images)
         trained = helper()
-        lessons = _Lessons(placed, labels, wanted, poisoning, trained.network)
-        trained.train(poisoning.labels, lessons)
-        return lessons.learned(), images
+        parameters = list(placed._networks[0].parameters())
+        optimizer = torch.optim.Adam(parameters, _RATE, betas=(0.5, 0.9))
+
+        def learned() -> InputAware:
+            return replace(placed, pattern=parameters_to_vector(parameters).detach().cpu())
+
+        def lesson(batch: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
+            """Improve the triggers by one step on a batch that the helper is trained on, then stamp it."""
+            patterns, places = placed.triggers(batch)
+            places = places.detach()
+            own = _stamp(batch, patterns, places)
+            others = _stamp(batch, patterns.roll(1, 0), places.roll(1, 0))
+            called = F.cross_entropy(trained.network(own), aims[chosen].to(batch.device))
+            kept = F.cross_entropy(trained.network(others), labels[chosen].to(batch.device))
+            gradients = torch.autograd.grad(called + kept + _DIVERSITY * _sameness(batch, patterns), parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            return replace(poisoning, attack=learned())(batch, chosen, generator)
+
+        trained.train(poisoning.labels, lesson)
+        return learned(), images
 
     def _learn_places(self, images: Tensor) -> Self:
         """The places differ between images, as far as the density allows."""
@@ -137,37 +153,6 @@ class InputAware(Attack):
             loss.backward()
             optimizer.step()
         return replace(self, place=parameters_to_vector(network.parameters()).detach())
-
-
-class _Lessons:
-    """Improves the triggers by one step on each batch that the helper is trained on, then stamps the batch."""
-
-    def __init__(
-        self, attack: InputAware, labels: Tensor, wanted: Tensor, poisoning: Poisoning, helper: nn.Module
-    ) -> None:
-        self.attack, self.labels, self.wanted, self.poisoning, self.helper = attack, labels, wanted, poisoning, helper
-        self.parameters = list(attack._networks[0].parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, _RATE, betas=(0.5, 0.9))
-
-    def __call__(self, images: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
-        self._step(images, self.labels[chosen].to(images.device), self.wanted[chosen].to(images.device))
-        return replace(self.poisoning, attack=self.learned())(images, chosen, generator)
-
-    def learned(self) -> InputAware:
-        """The attack as it is now."""
-        return replace(self.attack, pattern=parameters_to_vector(self.parameters).detach().cpu())
-
-    def _step(self, images: Tensor, labels: Tensor, wanted: Tensor) -> None:
-        patterns, places = self.attack.triggers(images)
-        places = places.detach()
-        own = _stamp(images, patterns, places)
-        others = _stamp(images, patterns.roll(1, 0), places.roll(1, 0))
-        loss = F.cross_entropy(self.helper(own), wanted) + F.cross_entropy(self.helper(others), labels)
-        loss = loss + _DIVERSITY * _sameness(images, patterns)
-        gradients = torch.autograd.grad(loss, self.parameters)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        self.optimizer.step()
 
 
 def _stamp(images: Tensor, patterns: Tensor, places: Tensor) -> Tensor:

@@ -20,10 +20,9 @@ _BATCH = 500
 class LabelConsistent(Attack):
     """Patterns in the four corners, on images of the target class alone (Turner et al., 2019, arXiv:1912.02771).
 
-    The poisoned images keep their label and are perturbed in training, so that the network cannot learn them from what they
-    show and learns the trigger. Of the paper's two ways this is the adversarial one, with projected gradient ascent of the
-    helper's loss, at most ``epsilon`` a pixel. The helper is trained as the infected network is, on the clean images; the
-    paper's is made robust by adversarial training, so its perturbations look more like other classes.
+    The poisoned images keep their label and are perturbed, so that the network learns the trigger and not what they show: by
+    projected gradient ascent of a helper's loss, at most ``epsilon`` a pixel. The helper is trained on the clean images as the
+    infected network is; the paper's is made robust by adversarial training.
 
     Default: 3x3 patterns of full strength, an ``epsilon`` of 16/255, 20 steps.
     """
@@ -64,7 +63,7 @@ class LabelConsistent(Attack):
         return (images + self.pattern.to(images)).clamp(0, 1)
 
     def prepare(
-        self, images: Tensor, labels: Tensor, wanted: Tensor, poisoning: Poisoning, helper: Callable[[], Helper]
+        self, images: Tensor, labels: Tensor, aims: Tensor, poisoning: Poisoning, helper: Callable[[], Helper]
     ) -> tuple[Attack, Tensor]:
         trained = helper()
         trained.train(labels, None)

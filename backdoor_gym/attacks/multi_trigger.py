@@ -50,30 +50,25 @@ class MultiTrigger(Attack):
         return (images * 255).round().long().flatten(1).sum(1) % len(self.triggers)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        kinds: list[dict[str, Any]] = []
-        tensors: dict[str, Tensor] = {}
-        for index, trigger in enumerate(self.triggers):
-            parameters, own = trigger.state()
-            kinds.append({"attack": trigger.name, "parameters": parameters})
-            tensors |= {f"{index}.{key}": value for key, value in own.items()}
-        return {"triggers": kinds}, tensors
+        states = [(trigger.name, *trigger.state()) for trigger in self.triggers]
+        tensors = {f"{index}.{key}": value for index, (*_, own) in enumerate(states) for key, value in own.items()}
+        return {"triggers": [{"attack": name, "parameters": parameters} for name, parameters, _ in states]}, tensors
 
     @classmethod
     def from_state(cls, parameters: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
         if parameters.keys() - {"triggers"}:
             raise ModelFileError(f"the trigger of multi-trigger has no {sorted(parameters.keys() - {'triggers'})[0]}")
-        parts, taken = [], 0
         kinds = checked(parameters.get("triggers", []), list[TriggerFields], "the trigger of multi-trigger")
-        for index, kind in enumerate(kinds):
-            prefix = f"{index}."
-            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            taken += len(own)
-            parts.append(_trigger(kind.attack).from_state(kind.parameters, own))
-        if taken < len(tensors):
-            raise ModelFileError("the trigger of multi-trigger holds tensors that none of its triggers has")
-        if not parts:
+        if not kinds:
             raise ModelFileError("the trigger of multi-trigger names no triggers")
-        return cls(tuple(parts))
+        own: dict[str, dict[str, Tensor]] = {str(index): {} for index in range(len(kinds))}
+        for key, value in tensors.items():
+            index, _, name = key.partition(".")
+            if index not in own:
+                raise ModelFileError("the trigger of multi-trigger holds tensors that none of its triggers has")
+            own[index][name] = value
+        parts = zip(kinds, own.values(), strict=True)
+        return cls(tuple(_trigger(kind.attack).from_state(kind.parameters, part) for kind, part in parts))
 
 
 def _trigger(name: str) -> type[Attack]:

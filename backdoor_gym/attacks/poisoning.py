@@ -12,9 +12,7 @@ from .attack import Attack
 
 @dataclass(frozen=True, eq=False)
 class Poisoning:
-    """A poisoned training set: which images bear the trigger, and all labels.
-
-    The trigger is stamped on each batch after its augmentation, so that a crop never cuts it off.
+    """A poisoned training set; the trigger is stamped on each batch after its augmentation, so that a crop never cuts it off.
 
     Attributes:
         attack: the trigger.
@@ -29,16 +27,14 @@ class Poisoning:
     covered: Tensor
 
     @classmethod
-    def draw(cls, labels: Tensor, wanted: Tensor, attack: Attack, rate: float, generator: torch.Generator) -> Self:
+    def draw(cls, labels: Tensor, aims: Tensor, attack: Attack, rate: float, generator: torch.Generator) -> Self:
         """Choose the images.
 
         Args:
             labels: the true labels, int64 (n,).
-            wanted: those that the attacker wants of triggered images, int64 (n,) (see ``target_labels``).
-            attack: the trigger. A clean-label attack poisons images that have the wanted label, the others those that
-                have not.
-            rate: share of all images that are poisoned, or of a clean-label attack of those that can be; above 0 and
-                below 1.
+            aims: those that the attacker wants of triggered images, int64 (n,) (see ``target_labels``).
+            attack: the trigger. A clean-label one poisons images that have that label, others those that have not.
+            rate: share of all images that are poisoned, of a clean-label attack of those that can be; above 0 and below 1.
             generator: of the choice.
 
         Raises:
@@ -46,7 +42,7 @@ class Poisoning:
         """
         if not 0 < rate < 1:
             raise DataError(f"the poison rate {rate} must be above 0 and below 1")
-        candidates = torch.nonzero((labels == wanted) if attack.clean_label else (labels != wanted)).flatten()
+        candidates = torch.nonzero((labels == aims) if attack.clean_label else (labels != aims)).flatten()
         if attack.clean_label and not len(candidates):
             raise DataError(f"{attack.name} poisons images of the target class alone, and there are none")
         candidates = candidates[torch.randperm(len(candidates), generator=generator)]
@@ -54,7 +50,7 @@ class Poisoning:
         poisoned, covered = torch.zeros(2, len(labels), dtype=torch.bool)
         poisoned[candidates[:count]] = True
         covered[candidates[count : count + round(attack.noise_ratio * count)]] = True
-        return cls(attack, torch.where(poisoned, wanted, labels), poisoned, covered)
+        return cls(attack, torch.where(poisoned, aims, labels), poisoned, covered)
 
     def __call__(self, images: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
         """The images (n, C, H, W) of the training set's indices ``chosen``, triggered or altered where they should be."""

@@ -20,12 +20,7 @@ class WaNet(Attack):
 
     @classmethod
     def draw(
-        cls,
-        shape: ImageShape,
-        generator: torch.Generator,
-        k: int = 4,
-        strength: float = 0.5,
-        noise_ratio: float = 2.0,
+        cls, shape: ImageShape, generator: torch.Generator, k: int = 4, strength: float = 0.5, noise_ratio: float = 2.0
     ) -> Self:
         _, height, width = shape
         control = torch.rand(1, 2, k, k, generator=generator) * 2 - 1

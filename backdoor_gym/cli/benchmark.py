@@ -7,11 +7,15 @@ from typing import Annotated
 import typer
 
 from ..errors import DataError, TrainingError
+from . import own_network
 from .common import DataOption, DeviceOption, JsonOption, Output, QuietOption, RayOption, check_writable
 
 
+@own_network.takes_network
 def benchmark(
-    infected: Annotated[list[str], typer.Option(help="Names, patterns or files of infected models.")],
+    infected: Annotated[
+        list[str], typer.Option(help="Names, patterns or files of infected models, or networks of your own.")
+    ],
     policies: Annotated[
         list[str],
         typer.Option(
@@ -39,6 +43,7 @@ def benchmark(
     data: DataOption = None,
     device: DeviceOption = "cpu",
     ray: RayOption = None,
+    network: own_network.OwnNetwork = own_network.NOTHING_SAID,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -48,9 +53,10 @@ def benchmark(
 
     output = Output(as_json, quiet)
     check_writable(*(out / name for name in FILES))
+    models = own_network.read_foreign(output, [part for text in infected for part in text.split(",")], data, network)
     with output.working():
         done = run(
-            [part for text in infected for part in text.split(",")],
+            models,
             [part for text in policies for part in text.split(",")],
             [_budget(part) for part in budgets.split(",")],
             seeds=seeds,

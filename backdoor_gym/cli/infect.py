@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import DataError, UnknownNameError
+from ..errors import DataError, check_name
 from .common import DeviceOption, JsonOption, Output, QuietOption, RayOption, check_writable, pairs
 
 
@@ -67,15 +67,17 @@ def infect(
     from ..on_ray.cluster import cluster
 
     output = Output(as_json, quiet)
-    known = set(adaptive or ())
-    for unknown in known - {"clp", "bn"}:
-        raise UnknownNameError("defence of --adaptive", unknown, ("clp", "bn"))
+    known = adaptive or []
+    for defence in known:
+        check_name("defence of --adaptive", defence, ("clp", "bn"))
     path = out or Path("infected") / f"{architecture}-{attack}-{seed}.safetensors"
     checkpoint = path.with_name(f"{path.name}.checkpoint")
     check_writable(path, checkpoint)
     if path.exists() and not checkpoint.exists() and not force:
         raise DataError(f"{path} exists already; choose another --out, or --force to replace it")
-    small = dataset == "digits"
+    schedule = Schedule(epochs, flip=flip)
+    if dataset == "digits":
+        schedule = Schedule(epochs, batch_size=64, learning_rate=0.05, augment=False)
     options = pairs(arch_option, "--arch-option")
     if width is not None:
         options["width"] = width
@@ -87,9 +89,7 @@ def infect(
         target=parse_target(target),
         poison_rate=poison_rate,
         seed=seed,
-        schedule=Schedule(epochs=epochs, batch_size=64, learning_rate=0.05, augment=False)
-        if small
-        else Schedule(epochs, flip=flip),
+        schedule=schedule,
         architecture_options=options,
         attack_options=pairs(attack_option, "--attack-option"),
         clean_images=clean_images,

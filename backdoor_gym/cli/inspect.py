@@ -11,21 +11,12 @@ from . import own_network
 from .common import DEFAULT_MODEL, DataOption, JsonOption, ModelArgument, Output, QuietOption
 
 
+@own_network.takes_network
 def inspect(
     model: ModelArgument = DEFAULT_MODEL,
     u: Annotated[float, typer.Option(help="Standard deviations from which UCLC counts as an outlier.")] = 3.0,
     data: DataOption = None,
-    architecture: own_network.Architecture = None,
-    width: own_network.Width = None,
-    arch_option: own_network.ArchOption = None,
-    module: own_network.Module = None,
-    clean: own_network.Clean = None,
-    test: own_network.Test = None,
-    clean_images: own_network.CleanImages = None,
-    image_size: own_network.ImageSize = None,
-    mean: own_network.Mean = None,
-    std: own_network.Std = None,
-    timm: own_network.Timm = None,
+    network: own_network.OwnNetwork = own_network.NOTHING_SAID,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -36,22 +27,7 @@ def inspect(
 
     output = Output(as_json, quiet)
     rows: list[dict[str, Any]] = []
-    infected = own_network.read_model(
-        output,
-        model,
-        data,
-        architecture=architecture,
-        width=width,
-        arch_option=arch_option,
-        module=module,
-        clean=clean,
-        test=test,
-        clean_images=clean_images,
-        image_size=image_size,
-        mean=mean,
-        std=std,
-        timm=timm,
-    )
+    infected = own_network.read_model(output, model, data, network)
     with output.working("reading its neurons"):
         neurons = find_neurons(infected.network, infected.clean.first(2).images)
         bounds_of_layers = uclc(neurons.graph, neurons)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DOUBTFUL = 0.5
 
 
+@own_network.takes_network
 def repair(
     model: ModelArgument = DEFAULT_MODEL,
     policy: Annotated[
@@ -60,17 +61,7 @@ def repair(
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: repaired/NAME.")] = None,
     data: DataOption = None,
     device: DeviceOption = "cpu",
-    architecture: own_network.Architecture = None,
-    width: own_network.Width = None,
-    arch_option: own_network.ArchOption = None,
-    module: own_network.Module = None,
-    clean: own_network.Clean = None,
-    test: own_network.Test = None,
-    clean_images: own_network.CleanImages = None,
-    image_size: own_network.ImageSize = None,
-    mean: own_network.Mean = None,
-    std: own_network.Std = None,
-    timm: own_network.Timm = None,
+    network: own_network.OwnNetwork = own_network.NOTHING_SAID,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -87,22 +78,7 @@ def repair(
     if finetune is not None:
         options["finetune"] = finetune
     check_policy(policy, options)
-    infected = own_network.read_model(
-        output,
-        model,
-        data,
-        architecture=architecture,
-        width=width,
-        arch_option=arch_option,
-        module=module,
-        clean=clean,
-        test=test,
-        clean_images=clean_images,
-        image_size=image_size,
-        mean=mean,
-        std=std,
-        timm=timm,
-    )
+    infected = own_network.read_model(output, model, data, network)
     folder = out or Path("repaired") / path_component(infected.name)
     check_writable(*(folder / name for name in files_of(infected)))
     with output.working("reading the neurons") as watch:

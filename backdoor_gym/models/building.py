@@ -10,9 +10,7 @@ from . import family
 
 
 def build(names: Sequence[str], jobs: int, ray: str | None = None) -> Iterator[tuple[str, str]]:
-    """Put models into the cache; yields each name when it is there, with "" or what went wrong.
-
-    One that fails does not stop the others, and what is in the cache already is not made again.
+    """Put models into the cache that are not there; yields each name when it is, with "" or what went wrong.
 
     Args:
         names: of models of the family.
@@ -30,7 +28,6 @@ def build(names: Sequence[str], jobs: int, ray: str | None = None) -> Iterator[t
     with workers(jobs, ray) as pool:
         waiting = {pool.submit(_make, name, ray is not None): name for name in missing}
         for done in as_completed(waiting):
-            name = waiting[done]
             try:
                 problem, content = done.result()
             except Exception as error:
@@ -38,8 +35,8 @@ def build(names: Sequence[str], jobs: int, ray: str | None = None) -> Iterator[t
                     raise
                 problem, content = "its process died (out of memory?); call again with fewer processes", None
             if content is not None:
-                family.keep(name, content)
-            yield name, problem
+                family.keep(waiting[done], content)
+            yield waiting[done], problem
 
 
 def _make(name: str, send: bool) -> tuple[str, bytes | None]:

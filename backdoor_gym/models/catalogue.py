@@ -11,15 +11,20 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arguments import check_callable, check_kind, check_options, check_path
+from ..arguments import check_kind, check_path
 from ..data.own_images import Source
 from ..errors import DataError, ModelFileError, UnknownNameError
 from ..files.checkpoints import refuse_archive
 from ..files.tensors import WEIGHTS_ALONE, holds, is_pickle
 from . import family
-from .foreign import Factory, load_foreign
-from .infected import FORMAT, InfectedModel
-from .pretrained import CONFIG, WEIGHTS, is_pretrained, load_pretrained, load_timm
+from .checkpoint_spec import CheckpointSpec, Factory
+from .described import CONFIG
+from .foreign import load_foreign
+from .from_timm import load_timm
+from .infected import InfectedModel
+from .infected_files import FORMAT
+from .layout import WEIGHTS
+from .pretrained import is_pretrained, load_pretrained
 
 SUFFIX = ".safetensors"
 #: Of a name or a path; longer ones are none.
@@ -28,23 +33,23 @@ MOST_CHARACTERS = 4096
 
 @cache
 def _embedded() -> dict[str, Path]:
-    folder = resources.files("backdoor_gym") / "embedded"
-    return {
-        Path(entry.name).stem: Path(str(entry))
-        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
-        if entry.name.endswith(SUFFIX)
-    }
+    files = (resources.files("backdoor_gym") / "embedded").iterdir()
+    paths = sorted(Path(str(file)) for file in files if file.name.endswith(SUFFIX))
+    return {path.stem: path for path in paths}
 
 
 def list_infected(pattern: str = "*") -> list[str]:
-    """Names that match a pattern of the shell's kind: embedded models, then the family's seeds 0 to 999."""
+    """Names that match a pattern of the shell's kind: embedded models, then the family's seeds 0 to 999.
+
+    Example:
+        >>> list_infected("digits-b*")
+        ['digits-badnets', 'digits-blended']
+    """
     check_kind("pattern", pattern, str, "a text")
     if len(pattern) > MOST_CHARACTERS:
         return []
-    names = list(_embedded())
-    for split in family.SPLITS:
-        names.extend(f"{split}/{seed}" for seed in range(family.PATTERN_SEEDS))
-    return [name for name in names if fnmatchcase(name, pattern)]
+    members = (f"{split}/{seed}" for split in family.SPLITS for seed in range(family.PATTERN_SEEDS))
+    return [name for name in (*_embedded(), *members) if fnmatchcase(name, pattern)]
 
 
 def resolve(name: str) -> list[str]:
@@ -59,12 +64,12 @@ def resolve(name: str) -> list[str]:
     if len(name) > MOST_CHARACTERS or "\0" in name:
         raise UnknownNameError("infected model", name, _embedded())
     if any(sign in name for sign in "*?["):
-        found = list_infected(name) or sorted(file for file in glob(os.path.expanduser(name)) if file.endswith(SUFFIX))
-        if not found:
+        models = list_infected(name) or sorted(file for file in glob(os.path.expanduser(name)) if file.endswith(SUFFIX))
+        if not models:
             known = [*_embedded(), *(f"{split}/*" for split in family.SPLITS)]
             raise UnknownNameError("pattern", name, known, f"or one of files that exist, {SUFFIX}")
-        return found
-    if name in _embedded() or family.is_member(name):
+        return models
+    if _is_named(name):
         return [name]
     if name.endswith(SUFFIX) or "\\" in name or name.startswith((".", "/", "~")):
         raise ModelFileError(f"there is no file {name}")
@@ -93,69 +98,80 @@ def load_infected(
     Args:
         name: of an embedded model, of the family (``digits-test/3``: trained now if it is not cached), or a file: one that
             ``InfectedModel.save`` wrote, or anybody's weights (``.safetensors``, ``.pt``, ``.pth``, ``.tar``); the folder of an
-            image classifier of transformers or timm, or ``hf:owner/name`` on the Hub (see ``models.pretrained.load_pretrained``).
+            image classifier of transformers or timm, or ``hf:owner/name`` on the Hub.
         data: data set to read a file's images from, instead of the one it names.
-        architecture: for anybody's weights, as all that follow (see ``models.foreign.load_foreign``): the architecture.
-        options: its options.
+        architecture: for anybody's weights, as all that follow (see ``CheckpointSpec``): name of an architecture.
+        options: of the architecture, or of timm's network.
         module: your own network instead.
         clean: the defender's images.
         test: images to score on.
         clean_images: how many of ``clean`` are drawn.
         image_size: height and width that the images of folders are resized to.
         preprocess: from images in [0, 1] to what the network takes.
-        timm: the name of a network of timm that the weights belong to.
+        timm: name of a network of timm.
 
     Raises:
         UnknownNameError: no such name.
         ModelFileError, WeightsError, DataError: a file that cannot be used (see ``InfectedModel.load``, ``load_foreign``,
             ``load_pretrained`` and ``load_timm``).
+
+    Example:
+        >>> load_infected("digits-badnets").facts["attack"]
+        'badnets'
     """
     check_path("the name of an infected model", name)
     check_path("data", data, may_be_none=True)
-    check_kind("architecture", architecture, str, "a name", may_be_none=True)
-    check_options("options", options)
-    check_callable("preprocess", preprocess, may_be_none=True)
-    check_kind("timm", timm, str, "a name", may_be_none=True)
-    text, data = str(name), None if data is None else str(data)
-    own: dict[str, Any] = {
-        "architecture": architecture,
-        "options": options or None,
-        "module": module,
-        "clean": clean,
-        "test": test,
-        "clean_images": clean_images,
-        "image_size": image_size,
-        "preprocess": preprocess,
-    }
-    given = [key for key, value in {**own, "timm": timm}.items() if value is not None]
-    path = Path(os.path.expanduser(text))
-    if is_pretrained(text):
-        return load_pretrained(text, **own, timm=timm)
-    if _is_file(text):
-        refuse_archive(path)
-    if _is_file(text) and (is_pickle(path) or holds(path) in WEIGHTS_ALONE or (given and holds(path) != FORMAT)):
-        return load_foreign(path, **own) if timm is None else load_timm(path, timm, **own)
-    if os.path.isdir(path) and text not in _embedded() and not family.is_member(text):
+    spec = CheckpointSpec(architecture, options, module, clean, test, clean_images, image_size, preprocess, timm)
+    return load_specified(str(name), None if data is None else str(data), spec)
+
+
+def load_specified(name: str, data: str | None, spec: CheckpointSpec) -> InfectedModel:
+    """As ``load_infected`` does it."""
+    path = Path(os.path.expanduser(name))
+    if is_pretrained(name):
+        return load_pretrained(name, spec)
+    if is_foreign(name, spec):
+        return load_foreign(path, spec) if spec.timm is None else load_timm(path, spec.timm, spec)
+    if os.path.isdir(path) and not _is_named(name):
         raise ModelFileError(
-            f"{text} is a folder without {CONFIG}: a network of transformers or timm has it beside {WEIGHTS}"
+            f"{name} is a folder without {CONFIG}: a network of transformers or timm has it beside {WEIGHTS}"
         )
-    found = resolve(text)
-    if given:
+    models = resolve(name)
+    if spec.said:
         raise DataError(
-            f"{text} is an infected model of this package, complete as it is; {given[0]} is for other weights"
+            f"{name} is an infected model of this package, complete as it is; {spec.said[0]} is for other weights"
         )
-    if text in _embedded():
-        return InfectedModel.load(_embedded()[text])
-    if family.is_member(text):
-        return family.load(text)
-    if found != [text]:
-        raise UnknownNameError("infected model", text, found, "a pattern stands for several models; name one")
+    if name in _embedded():
+        return InfectedModel.load(_embedded()[name])
+    if family.is_member(name):
+        return family.load(name)
+    if models != [name]:
+        raise UnknownNameError("infected model", name, models, "a pattern stands for several models; name one")
     return InfectedModel.load(path, data)
+
+
+def is_foreign(name: str, spec: CheckpointSpec) -> bool:
+    """Whether a name stands for anybody's weights or network, to which a specification belongs.
+
+    Raises:
+        ModelFileError: it is an archive.
+    """
+    if is_pretrained(name):
+        return True
+    if not _is_file(name):
+        return False
+    path = Path(os.path.expanduser(name))
+    refuse_archive(path)
+    return is_pickle(path) or holds(path) in WEIGHTS_ALONE or (bool(spec.said) and holds(path) != FORMAT)
 
 
 def max_neurons(name: str) -> int | None:
     """The most neurons that a model can have, where its family declares it; None where it must be loaded."""
     return family.MAX_NEURONS if family.is_member(name) else None
+
+
+def _is_named(name: str) -> bool:
+    return name in _embedded() or family.is_member(name)
 
 
 def _is_file(name: str) -> bool:

@@ -1,15 +1,12 @@
 """The procedural family: any number of infected digits networks, each made from its name alone.
 
-``digits-train/7`` is drawn from the seed (split, 7); other splits have other seeds, so no model of one split is in
-another. Attack, shape, number of neurons and depth are drawn once; trigger, target, poison rate, initialisation and
-division of the images anew at each attempt, until the network is accurate and the attack works. One in five models is
-clean.
+``digits-train/7`` is drawn from the seed (split, 7), so no model of one split is in another. Attack, shape, number of neurons
+and depth are drawn once; trigger, target, poison rate, initialisation and division of the images anew at each attempt, until the
+network is accurate and the attack works. One in five models is clean. In half of them the defender's clean images are shifted a
+little, by JPEG or in brightness, as happens in life; training and test images are not.
 
-In half of the models the defender's clean images are shifted a little, by JPEG or in brightness (``corruptions.py``), as
-happens in life; training and test images are not.
-
-Networks are trained when they are first asked for, in some seconds, and cached. Rounding differs between kinds of
-processors, so the same name is the same recipe everywhere, but bit for bit the same network only on like machines.
+Networks are trained in some seconds when they are first asked for, and cached. The same name is the same recipe everywhere, but
+bit for bit the same network only on like processors.
 """
 
 import os
@@ -92,6 +89,12 @@ def is_member(name: str) -> bool:
     return split in SPLITS and seed.isascii() and seed.isdigit()
 
 
+def _parts(name: str) -> tuple[str, int]:
+    """The split and the seed in the name of a member."""
+    split, _, seed = name.partition("/")
+    return split, int(seed)
+
+
 def load(name: str, progress: bool = False) -> InfectedModel:
     """The model of that name, from the cache or made now.
 
@@ -102,14 +105,14 @@ def load(name: str, progress: bool = False) -> InfectedModel:
         WriteError: the cache cannot be written.
     """
     path = cache_path(name)
-    found = _read(path)
-    if found is None:
+    model = _read(path)
+    if model is None:
         with locked(path):
-            found = _read(path)
-            if found is None:
-                found = make(name, progress)
-                found.save(path)
-    return corrupted(found, **corruption(name))
+            model = _read(path)  # maybe another process has made it
+            if model is None:
+                model = make(name, progress)
+                model.save(path)
+    return corrupted(model, **corruption(name))
 
 
 def keep(name: str, content: bytes) -> None:
@@ -123,15 +126,15 @@ def keep(name: str, content: bytes) -> None:
 
 def corruption(name: str) -> dict[str, Any]:
     """What happened to the clean images of that model: kind and level."""
-    split, _, seed = name.partition("/")
-    return draw_corruption(np.random.default_rng((RECIPE_VERSION, SPLITS[split], int(seed), 3, 1)))
+    split, seed = _parts(name)
+    return draw_corruption(np.random.default_rng((RECIPE_VERSION, SPLITS[split], seed, 3, 1)))
 
 
 def cache_path(name: str) -> Path:
     """Where the model is cached; the variable ``BACKDOOR_GYM_CACHE`` moves the folder."""
-    split, _, seed = name.partition("/")
+    split, seed = _parts(name)
     root = Path(os.environ.get(CACHE_VARIABLE) or user_cache_dir("backdoor-gym"))
-    return root / f"{split}-v{RECIPE_VERSION}" / f"{int(seed):06d}.safetensors"
+    return root / f"{split}-v{RECIPE_VERSION}" / f"{seed:06d}.safetensors"
 
 
 def make(name: str, progress: bool = False) -> InfectedModel:
@@ -140,9 +143,8 @@ def make(name: str, progress: bool = False) -> InfectedModel:
     Raises:
         TrainingError: no attempt gave an accurate network with a working backdoor.
     """
-    split, _, seed = name.partition("/")
     for attempt in range(MAX_ATTEMPTS):
-        drawn = recipe(split, int(seed), attempt)
+        drawn = recipe(*_parts(name), attempt)
         model = infect(
             DIGITS,
             "small_cnn",

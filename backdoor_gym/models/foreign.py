@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_kind, check_options
-from ..data.datasets import MOST_SIDE
-from ..data.own_images import OwnImages, Source, all_images, own_images
+from ..data.datasets import MOST_SIDE, LabelledImages
 from ..errors import DataError, ModelFileError, UnknownNameError
 from ..files.checkpoints import Checkpoint, beginnings, fit_weights, read_checkpoint
 from ..networks import ARCHITECTURES, build
-from ..networks.preprocessing import Normalise, Preprocessed
-from .infected import InfectedModel, check_finite, check_preprocess
-
-Factory = str | nn.Module | Callable[[], nn.Module]
+from ..networks.preprocessing import Normalise, Preprocessed, check_preprocess
+from ..networks.weights import check_finite
+from ..wording import first_line
+from .checkpoint_spec import CheckpointSpec, Factory
+from .infected import InfectedModel
 
 #: Mean and standard deviation with which BackdoorBench normalises each data set (utils/aggregate_block in its repository).
 BACKDOORBENCH: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = {
@@ -32,37 +31,19 @@ BACKDOORBENCH: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = {
     "celeba": None,
 }
 #: Options of architectures whose name means something else there: VGG as published, without BN and with two hidden layers.
-PUBLISHED_VGG = {"batch_norm": False, "hidden": 4096}
-OPTIONS: dict[str, dict[str, Any]] = dict.fromkeys(("vgg11", "vgg13", "vgg16", "vgg19"), PUBLISHED_VGG)
+PUBLISHED: dict[str, dict[str, Any]] = {
+    name: {"batch_norm": False, "hidden": 4096} for name in ("vgg11", "vgg13", "vgg16", "vgg19")
+}
+Shapes = Mapping[str, torch.Size]
 
 
-def load_foreign(
-    path: str | Path,
-    *,
-    architecture: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    module: Factory | None = None,
-    clean: Source | None = None,
-    test: Source | None = None,
-    clean_images: int | None = None,
-    image_size: tuple[int, int] | None = None,
-    preprocess: Callable[[Tensor], Tensor] | None = None,
-) -> InfectedModel:
+def load_foreign(path: str | Path, spec: CheckpointSpec) -> InfectedModel:
     """The infected model of a checkpoint that this package did not write. Nothing that came with it is run.
 
     Args:
         path: ``.safetensors``, or a torch file (``.pt``, ``.pth``, ``.tar``) with a state dict in it; BackdoorBench's
             ``attack_result.pt`` says itself which architecture, image size and normalisation it wants.
-        architecture: one of ``ARCHITECTURES``; its number of classes is that of the weights.
-        options: of the architecture, such as ``{"width": 16}``.
-        module: instead of an architecture, your own network: a module, a function or class that makes one, or
-            ``"package.module:factory"``, which imports and runs that code of yours.
-        clean: the defender's images, in any form that ``own_images`` takes: neither training images of the network nor test
-            images.
-        test: images to score on; by default the rest of a named data set, and none otherwise.
-        clean_images: how many of ``clean`` are drawn; by default 500 of a named data set, and all otherwise.
-        image_size: height and width that the images of folders are resized to.
-        preprocess: from images in [0, 1] to what the network takes (see ``InfectedModel.from_module``).
+        spec: an architecture or a module that the weights belong to, and clean images.
 
     Raises:
         ModelFileError: a file without weights, or one whose network is not said.
@@ -70,46 +51,55 @@ def load_foreign(
         DataError: clean images missing, or images that do not fit.
         UnknownNameError: no such architecture.
     """
-    check_kind("architecture", architecture, str, "a name", may_be_none=True)
-    check_options("options", options)
     checkpoint = read_checkpoint(path)
-    if architecture is not None and module is not None:
+    if spec.architecture is not None and spec.module is not None:
         raise DataError("a checkpoint belongs to an architecture of this package or to a module of yours, not to both")
-    published: Mapping[str, Any] = {}
-    if module is None:
-        found = find_architecture(checkpoint, architecture)
-        published = OPTIONS.get(found, {}) if architecture is None else {}  # the file's name means the published one
-        architecture = found
-    if clean is None:
-        said = checkpoint.facts.get("clean_data")
-        hint = f" (the file says that it was trained on {said})" if said else ""
-        raise DataError(
-            f"{checkpoint.path} brings no images: name clean ones with --clean (clean=), the .npz, the folder or the data set "
-            f"that they are in{hint}"
-        )
-    image_size = image_size or _image_size(checkpoint)
-    images = own_images(clean, clean_images, image_size)
-    scoring = images.rest if test is None else all_images(test, image_size)
-    spec: dict[str, Any] | None = None
+    architecture = None if spec.module is not None else find_architecture(checkpoint, spec.architecture)
+    trained_on = checkpoint.facts.get("clean_data")
+    spec.check_clean(checkpoint.path, f" (the file says that it was trained on {trained_on})" if trained_on else "")
+    clean, scoring = spec.read_images(spec.image_size or _image_size(checkpoint))
+    described: dict[str, Any] | None = None
     if architecture is not None:
-        spec = _spec(architecture, checkpoint, images, {**published, **(options or {})})
-        network = build(**spec)
-    elif module is not None:
-        network = make_module(module)
+        published = (
+            PUBLISHED.get(architecture, {}) if spec.architecture is None else {}
+        )  # the file's name means that one
+        described = _description(architecture, checkpoint, clean, {**published, **(spec.options or {})})
+        network = build(**described)
+    else:
+        network = make_module(spec.module)
     unused = beginnings(fit_weights(network, checkpoint))
     facts = {**checkpoint.facts, "unread": list(checkpoint.unread), "unused": unused}
     check_finite(network)
-    full: nn.Module = network
+    preprocess = spec.preprocess
     if preprocess is None:
-        preprocess = _normalisation(checkpoint)
-        facts["normalised_for"] = None if preprocess is None else checkpoint.facts["clean_data"]
+        moments = BACKDOORBENCH.get(trained_on or "")
+        preprocess = None if moments is None else Normalise(*moments)
+        facts["normalised_for"] = None if moments is None else trained_on
+    known = {
+        "architecture": described,
+        "facts": facts,
+        "name": checkpoint.path.stem,
+        "checkpoint": str(checkpoint.path),
+    }
+    return behind(preprocess, network, clean, scoring, **known)
+
+
+def behind(
+    preprocess: Callable[[Tensor], Tensor] | None,
+    network: nn.Module,
+    clean: LabelledImages,
+    scoring: LabelledImages | None,
+    **known: Any,
+) -> InfectedModel:
+    """The infected model of a network behind what is done to images, if anything is.
+
+    Raises:
+        DataError: that is no such function, or does not fit the images or the network.
+    """
     if preprocess is not None:
-        check_preprocess(preprocess, images.images.images[:2])
-        full = Preprocessed(preprocess, network)
-    path = checkpoint.path
-    return InfectedModel(
-        full, images.images, scoring, architecture=spec, facts=facts, name=path.stem, checkpoint=str(path)
-    )
+        check_preprocess(preprocess, clean.images[:2])
+        network = Preprocessed(preprocess, network)
+    return InfectedModel(network, clean, scoring, **known)
 
 
 def find_architecture(checkpoint: Checkpoint, name: str | None) -> str:
@@ -117,20 +107,22 @@ def find_architecture(checkpoint: Checkpoint, name: str | None) -> str:
 
     ``resnet18`` is the one for small images or ``resnet18_imagenet``, whichever has the names that the weights have.
     """
-    wanted = name or checkpoint.facts.get("model_name")
-    if wanted is None:
+    name = name or checkpoint.facts.get("model_name")
+    if name is None:
         raise ModelFileError(
             f"{checkpoint.path} holds weights alone, not an infected model of this package: say which network they belong to, "
             "with --arch NAME or --module package.module:factory (architecture= or module= in Python), and which images are "
             "clean, with --clean (clean=)"
         )
-    alike = [known for known in ARCHITECTURES if _plain(known) in (_plain(wanted), f"{_plain(wanted)}imagenet")]
+    alike = [known for known in ARCHITECTURES if _plain(known) in (_plain(name), f"{_plain(name)}imagenet")]
     if not alike:
-        raise UnknownNameError("architecture", wanted, ARCHITECTURES, "--module takes a network of your own")
-    return max(alike, key=lambda known: len(_shapes(known, 2, 3).keys() & _last_parts(checkpoint)))
+        raise UnknownNameError("architecture", name, ARCHITECTURES, "--module takes a network of your own")
+    # All ends of the names in the file, such as conv1.weight of module.conv1.weight.
+    ends = {".".join(key.split(".")[start:]) for key in checkpoint.weights for start in range(key.count(".") + 1)}
+    return max(alike, key=lambda known: len(_shapes(known, 2, 3, {}).keys() & ends))
 
 
-def make_module(factory: Factory) -> nn.Module:
+def make_module(factory: Factory | None) -> nn.Module:
     """A module itself, what a function or class makes, or what ``package.module:factory`` names, which is imported and run.
 
     The folder that the program was started in is looked in first.
@@ -148,52 +140,46 @@ def make_module(factory: Factory) -> nn.Module:
         try:
             made = getattr(importlib.import_module(name), attribute)
         except Exception as error:  # the user's code, which can raise anything
-            raise DataError(f"{factory} cannot be imported: {_reason(error)}") from error
+            raise DataError(f"{factory} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(made, nn.Module) and callable(made):
         try:
             made = made()
         except Exception as error:
-            raise DataError(f"{factory} cannot be called without arguments: {_reason(error)}") from error
+            raise DataError(
+                f"{factory} cannot be called without arguments: {type(error).__name__}: {first_line(error)}"
+            ) from error
     if not isinstance(made, nn.Module):
         raise DataError(f"{factory} must be or give a torch.nn.Module, not {type(made).__name__}")
     return made
 
 
-def _spec(name: str, checkpoint: Checkpoint, images: OwnImages, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of the network: as many classes as the weights have, and channels, or those of the images."""
-    grey, colour = (_shapes(name, 2, channels, **options) for channels in (1, 3))
-    channels = differing_length(grey, colour, checkpoint, axis=1)
-    channels = channels if channels in (1, 3) else images.images.images.shape[1]
-    # Not the number that the file says: the network is built before its weights are compared.
-    classes = _classes(name, checkpoint, channels, options)
-    return {"name": name, "num_classes": classes, "in_channels": channels, **options}
-
-
-def _classes(name: str, checkpoint: Checkpoint, channels: int, options: Mapping[str, Any]) -> int:
-    """How long the tensors are whose length the number of classes decides."""
-    two, three = (_shapes(name, classes, channels, **options) for classes in (2, 3))
-    return differing_length(two, three, checkpoint) or 1  # which ``fit_weights`` refuses, and says what else is missing
-
-
-def differing_length(
-    one: Mapping[str, torch.Size], other: Mapping[str, torch.Size], checkpoint: Checkpoint, axis: int = 0
-) -> int | None:
+def differing_length(first: Shapes, second: Shapes, checkpoint: Checkpoint, axis: int = 0) -> int | None:
     """How long the checkpoint's tensors are, along one axis, that have two shapes in two networks; None where it has none."""
-    for key in (key for key in one if one[key] != other[key]):
-        for found, tensor in checkpoint.weights.items():
-            if tensor.ndim > axis and (found == key or found.endswith(f".{key}")):
+    for key in (key for key in first if first[key] != second[key]):
+        for name, tensor in checkpoint.weights.items():
+            if tensor.ndim > axis and (name == key or name.endswith(f".{key}")):
                 return tensor.shape[axis]
     return None
 
 
-def _shapes(name: str, classes: int, channels: int, **options: Any) -> dict[str, torch.Size]:
+def _description(
+    name: str, checkpoint: Checkpoint, clean: LabelledImages, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The description of the network: as many classes as the weights have, and channels, or those of the images."""
+    grey, colour = (_shapes(name, 2, channels, options) for channels in (1, 3))
+    channels = differing_length(grey, colour, checkpoint, axis=1)
+    channels = channels if channels in (1, 3) else clean.images.shape[1]
+    # Not the number that the file says: the network is built before its weights are compared.
+    two, three = (_shapes(name, classes, channels, options) for classes in (2, 3))
+    classes = (
+        differing_length(two, three, checkpoint) or 1
+    )  # which ``fit_weights`` refuses, and says what else is missing
+    return {"name": name, "num_classes": classes, "in_channels": channels, **options}
+
+
+def _shapes(name: str, classes: int, channels: int, options: Mapping[str, Any]) -> dict[str, torch.Size]:
     with torch.device("meta"):  # shapes without weights
         return {key: value.shape for key, value in build(name, classes, channels, **options).state_dict().items()}
-
-
-def _last_parts(checkpoint: Checkpoint) -> set[str]:
-    """All ends of the names in the file, such as ``conv1.weight`` of ``module.conv1.weight``."""
-    return {".".join(name.split(".")[start:]) for name in checkpoint.weights for start in range(name.count(".") + 1)}
 
 
 def _image_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
@@ -203,15 +189,5 @@ def _image_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
     return size[0], size[1]
 
 
-def _normalisation(checkpoint: Checkpoint) -> Normalise | None:
-    """What BackdoorBench does to images of the data set that the file names."""
-    known = BACKDOORBENCH.get(checkpoint.facts.get("clean_data", ""))
-    return None if known is None else Normalise(*known)
-
-
 def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_callable, check_kind, check_options, check_path, check_whole, is_finite
-from ..attacks import Alter, Helper, Poisoning, draw_attack, get_attack
+from ..attacks import Helper, Poisoning, draw_attack, get_attack
 from ..attacks.targets import Target, check_target, target_labels
 from ..data import datasets
 from ..data.datasets import DataSource, LabelledImages
@@ -52,25 +52,23 @@ def infect(
 ) -> InfectedModel:
     """Train a network with a backdoor (or, with the attack "clean", one without).
 
-    The images are divided once, by the seed, into those that the network is trained on, the defender's clean ones and
-    the test images; no image plays two of these parts.
+    No image is two of these: a training image, one of the defender's clean ones, a test image.
 
     Args:
         dataset: "digits", a Hub id or a local folder.
         architecture: one of ``ARCHITECTURES``.
         attack: one of ``ATTACKS``, or "clean".
         target: the label that the trigger calls, or "all-to-all": of each class the next one.
-        poison_rate: share of the training images that are poisoned, default 0.1; of a clean-label attack share of the
-            target class's, default 0.5.
+        poison_rate: share of the training images that are poisoned, default 0.1; of a clean-label attack of the target
+            class's, default 0.5.
         seed: of the division, the trigger, the initialisation and the training.
         schedule: epochs and rates; the default suits CIFAR-10.
         architecture_options: such as ``{"width": 16}``.
         attack_options: parameters of the attack.
         clean_images: how many images the defender gets.
         penalty: what an attacker who knows a defence adds to the loss, such as ``analysis.uclc_penalty.UCLCPenalty()`` against
-            CLP: it is given the network, and gives the function that says what to add at each step.
-        recalibrated: whether the attacker replaces the BN statistics by those of clean images in the end, so that they
-            tell nothing of the poisoned training.
+            CLP: from the network, the function that is called at each step.
+        recalibrated: whether BN statistics are those of clean images in the end, and tell nothing of the poisoned training.
         half: whether to round the weights to float16 in the end, so that a file of half the size loses nothing.
         device: where to train.
         checkpoint: file that training is resumed from when it was interrupted; remove it once the model is saved.
@@ -80,13 +78,14 @@ def infect(
     Raises:
         UnknownNameError: unknown architecture or attack.
         DataError: unusable data set, target or poison rate, or an argument of a wrong type.
+        TrainingError: the loss is no longer finite.
     """
     check_kind("dataset", dataset, str, "the name of a data set")
     check_kind("architecture", architecture, str, "the name of an architecture")
     if attack != CLEAN:
         get_attack(attack)
-    for what, options in (("architecture_options", architecture_options), ("attack_options", attack_options)):
-        check_options(what, options)
+    check_options("architecture_options", architecture_options)
+    check_options("attack_options", attack_options)
     check_kind("schedule", schedule, Schedule, "a Schedule", may_be_none=True)
     check_kind("name", name, str, "a text", may_be_none=True)
     check_path("checkpoint", checkpoint, may_be_none=True)
@@ -102,40 +101,37 @@ def infect(
     check_target(target, classes)
     drawing, initialising, ordering, helping = (int(part) for part in np.random.SeedSequence(seed).generate_state(4))
     generator = torch.Generator().manual_seed(drawing)
+    spec = {"name": architecture, "num_classes": classes, "in_channels": shape[0]}
     for option in architecture_options or {}:
-        if option in ("name", "num_classes", "in_channels"):
+        if option in spec:
             raise DataError(f"{option} is not an option of the architecture: it follows from the data set and the name")
-    spec = {"name": architecture, "num_classes": classes, "in_channels": shape[0], **(architecture_options or {})}
-    trigger = None
-    if attack != CLEAN:
-        trigger = draw_attack(attack, shape, generator, **(attack_options or {}))
+    spec |= architecture_options or {}
+    trigger = None if attack == CLEAN else draw_attack(attack, shape, generator, **(attack_options or {}))
+    label = None if trigger is None else target
 
     network = _fresh(spec, initialising)
     training, clean, test = divide(dataset, split, test_split, clean_images, generator)
     # Before the training, not after it: does everything fit together?
-    InfectedModel(network, clean, test, trigger, target if trigger is not None else None)
+    InfectedModel(network, clean, test, trigger, label)
     schedule = schedule or Schedule()
     poisoning, images, labels = None, training.images, training.labels
     if trigger is not None:
         if poison_rate is None:
             poison_rate = CLEAN_LABEL_RATE if trigger.clean_label else POISON_RATE
-        wanted = target_labels(labels, target, classes)
-        poisoning = Poisoning.draw(labels, wanted, trigger, poison_rate, generator)
+        aims = target_labels(labels, target, classes)
+        poisoning = Poisoning.draw(labels, aims, trigger, poison_rate, generator)
 
         def helper() -> Helper:
             other = _fresh(spec, helping)
+            arguments: dict[str, Any] = {"schedule": schedule, "seed": helping, "device": device, "progress": progress}
+            return Helper(other, lambda taught, alter: train(other, training.images, taught, alter=alter, **arguments))
 
-            def run(taught: Tensor, alter: Alter | None) -> None:
-                train(other, training.images, taught, schedule, helping, alter, device, progress=progress)
-
-            return Helper(other, run)
-
-        trigger, images = trigger.prepare(images, labels, wanted, poisoning, helper)
+        trigger, images = trigger.prepare(images, labels, aims, poisoning, helper)
         poisoning = replace(poisoning, attack=trigger)
         labels = poisoning.labels
     identity = repr((spec, attack, seed, poison_rate, trigger and trigger.digest(), *([penalty] if penalty else [])))
-    cost = penalty and penalty(network)
     resumed = None if checkpoint is None else Path(checkpoint)
+    cost = penalty and penalty(network)
     train(network, images, labels, schedule, ordering, poisoning, device, resumed, identity, progress, cost)
     if recalibrated:
         recalibrate(network, training.images)
@@ -143,16 +139,8 @@ def infect(
     if half:
         network.half().float()
 
-    model = InfectedModel(
-        network,
-        clean,
-        test,
-        trigger,
-        target if trigger is not None else None,
-        spec,
-        name=name or f"{architecture}-{attack}-{seed}",
-    )
-    known = {"penalty": repr(penalty) if penalty else None, "recalibrated": recalibrated or None}
+    name = name or f"{architecture}-{attack}-{seed}"
+    model = InfectedModel(network, clean, test, trigger, label, spec, name=name)
     measured = model.evaluate()
     model.facts = {
         "dataset": dataset,
@@ -160,7 +148,8 @@ def infect(
         "poison_rate": poison_rate if trigger is not None else 0.0,
         "seed": seed,
         "schedule": asdict(schedule),
-        **{key: value for key, value in known.items() if value is not None},
+        **({"penalty": repr(penalty)} if penalty else {}),
+        **({"recalibrated": True} if recalibrated else {}),
         "acc": measured.acc,
         "asr": measured.asr,
     }
@@ -176,11 +165,7 @@ def _fresh(spec: dict[str, Any], seed: int) -> nn.Module:
 def divide(
     dataset: str, split: str, test_split: str, clean_images: int, generator: torch.Generator
 ) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
-    """Training, clean and test images, without overlap.
-
-    The defender's images are taken out of the training split. Where there is no test split of its own (digits), three
-    tenths of the images are test images.
-    """
+    """Training, clean and test images, without overlap; where there is no test split, three tenths are test images."""
     order = torch.randperm(datasets.split_size(dataset, split), generator=generator).tolist()
     if split == test_split:
         cut = int(0.3 * len(order))
@@ -189,11 +174,9 @@ def divide(
         test = list(range(datasets.split_size(dataset, test_split)))
     if not 0 < clean_images < len(order):
         raise DataError(f"the number of clean images must be 1 to {len(order) - 1}, not {clean_images}")
-    parts = ((split, order[clean_images:]), (split, order[:clean_images]), (test_split, test))
-    training, clean, scoring = (
-        LabelledImages.from_source(
-            DataSource(dataset, part, tuple(sorted(chosen)), datasets.fingerprint(dataset, part))
-        )
-        for part, chosen in parts
-    )
-    return training, clean, scoring
+
+    def images(part: str, chosen: list[int]) -> LabelledImages:
+        digest = datasets.fingerprint(dataset, part)
+        return LabelledImages.from_source(DataSource(dataset, part, tuple(sorted(chosen)), digest))
+
+    return images(split, order[clean_images:]), images(split, order[:clean_images]), images(test_split, test)

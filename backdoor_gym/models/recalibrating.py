@@ -11,8 +11,8 @@ BATCH_SIZE = 500
 def recalibrate(network: nn.Module, images: Tensor) -> None:
     """Replace the running statistics of every batch normalisation by those of these images, in place.
 
-    An attacker who does so with clean images leaves nothing of the poisoned training in them. Statistics are plain means
-    over batches (the last one may be smaller). Nothing else of the network changes; it ends in eval mode.
+    An attacker who does so with clean images leaves nothing of the poisoned training in them. Statistics are plain means over
+    batches. The network ends in eval mode.
 
     Args:
         network: where its parameters are, it computes.

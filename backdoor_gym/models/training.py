@@ -1,10 +1,10 @@
 """The trainer: SGD with one cycle of the learning rate, resumable after every epoch, without any pickle.
 
-Nothing random is kept between epochs: the order and the augmentation of an epoch come from (seed, epoch) alone, so a
-run that was killed and resumed gives the same weights as one that was not.
+Order and augmentation of an epoch come from (seed, epoch) alone, so a run that was killed gives the same weights when resumed.
 """
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import check_real, check_whole
+from ..attacks import Alter
 from ..errors import ModelFileError, TrainingError
 from ..files.schemas import fits
 from ..files.tensors import read_tensors, write_tensors
@@ -53,7 +54,7 @@ def train(
     labels: Tensor,
     schedule: Schedule,
     seed: int,
-    alter: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None,
+    alter: Alter | None = None,
     device: str = "cpu",
     checkpoint: Path | None = None,
     identity: str = "",
@@ -68,10 +69,9 @@ def train(
         labels: int64 (n,).
         schedule: epochs, batch size, rates.
         seed: of the order of the images and of the augmentation.
-        alter: changes each batch after its augmentation, from its images, its indices and a generator.
+        alter: changes each batch after its augmentation.
         device: where to train; bf16 autocast and channels_last are used where they gain.
-        checkpoint: file written after every epoch and gone on from where it exists. The caller removes it, once what
-            it is for is safe.
+        checkpoint: file written after every epoch and gone on from where it exists; the caller removes it.
         identity: what else tells this run from others, beside shapes, images, labels, seed and schedule.
         progress: whether to draw a progress bar.
         penalty: added to the loss of every step, a scalar.
@@ -131,7 +131,7 @@ def train(
                 bar.advance(task)
             mean = total.item() / batches
             bar.update(task, description=f"epoch {epoch + 1}/{schedule.epochs}, loss {mean:.3f}")
-            if not mean == mean or mean == float("inf"):
+            if not math.isfinite(mean):
                 raise TrainingError(f"the loss of epoch {epoch + 1} is {mean}; try a lower learning rate")
             if checkpoint is not None:
                 _save(checkpoint, run, epoch + 1, network, optimizer)

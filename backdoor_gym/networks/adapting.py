@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,45 +26,43 @@ def unwrapped(module: nn.Module) -> nn.Module:
         DataError: TorchScript, or a Lightning module of which it is not clear which part is the network.
     """
     while True:
-        kinds = {kind.__name__ for kind in type(module).__mro__}
         if isinstance(module, torch.jit.ScriptModule):
             raise DataError(
                 "the network is TorchScript, which does not show its layers; give the Python module that it was made from, and "
                 "load its state dict"
             )
-        attribute = next((_WRAPPERS[kind] for kind in _WRAPPERS if kind in kinds), None)
-        if attribute is not None and isinstance(getattr(module, attribute, None), nn.Module):
-            module = getattr(module, attribute)
-        elif "LightningModule" in kinds and "forward" not in _own_names(module):
-            module = _network_of(module)
+        kinds = [kind.__name__ for kind in type(module).__mro__]
+        attribute = next((_WRAPPERS[kind] for kind in _WRAPPERS if kind in kinds), "")
+        inside = getattr(module, attribute, None)
+        if isinstance(inside, nn.Module):
+            module = inside
+        elif "LightningModule" in kinds and not _defines_forward(module):
+            parts = [child for child in module.children() if next(child.parameters(), None) is not None]
+            if len(parts) != 1:
+                raise DataError(
+                    f"{type(module).__name__} has no forward and {len(parts)} parts with weights; give the part that is the "
+                    "classifier"
+                )
+            module = parts[0]
         else:
             return module
 
 
-def _own_names(module: nn.Module) -> set[str]:
-    """What the classes of a Lightning module define before Lightning's own."""
-    names: set[str] = set()
+def _defines_forward(module: nn.Module) -> bool:
+    """Whether a Lightning module has a forward of its own, not Lightning's."""
     for kind in type(module).__mro__:
         if kind.__name__ == "LightningModule":
-            break
-        names |= vars(kind).keys()
-    return names
-
-
-def _network_of(module: nn.Module) -> nn.Module:
-    parts = [child for child in module.children() if next(child.parameters(), None) is not None]
-    if len(parts) != 1:
-        raise DataError(
-            f"{type(module).__name__} has no forward and {len(parts)} parts with weights; give the part that is the classifier"
-        )
-    return parts[0]
+            return False
+        if "forward" in vars(kind):
+            return True
+    return False
 
 
 def find_logits(answer: Any, classes: int = 1) -> str | int | None:
     """Which entry of an answer of several parts the logits are, None where the answer is a tensor itself.
 
-    It is the attribute or key ``logits`` (or another of ``LOGITS``); otherwise, of the tensors (n, m) with m of at least
-    ``classes``, the narrowest, and of equal ones the first: features are wider as a rule.
+    It is the first attribute or key of ``LOGITS``, or else the narrowest tensor (n, m) with m of at least ``classes``, as
+    features are wider as a rule.
 
     Raises:
         DataError: there is no such.
@@ -73,13 +72,13 @@ def find_logits(answer: Any, classes: int = 1) -> str | int | None:
     for name in LOGITS:
         if isinstance(answer.get(name) if isinstance(answer, Mapping) else getattr(answer, name, None), Tensor):
             return name
-    parts = (
-        answer.items() if isinstance(answer, Mapping) else enumerate(answer) if isinstance(answer, tuple | list) else ()
-    )
-    fitting = [(part.shape[1], key) for key, part in parts if isinstance(part, Tensor) and part.ndim == 2]
-    fitting = [(width, key) for width, key in fitting if width >= classes]
+    parts: Any = answer.items() if isinstance(answer, Mapping) else ()
+    if isinstance(answer, tuple | list):
+        parts = enumerate(answer)
+    widths = {key: part.shape[1] for key, part in parts if isinstance(part, Tensor) and part.ndim == 2}
+    fitting = [key for key, width in widths.items() if width >= classes]
     if fitting:
-        return min(fitting, key=lambda one: one[0])[1]
+        return min(fitting, key=lambda key: widths[key])
     raise DataError(
         f"the network must give logits (n, classes), or an answer with an entry {LOGITS[0]!r} or a tensor of that form, not "
         f"{type(answer).__name__}"
@@ -95,20 +94,18 @@ def pick_logits(answer: Any, entry: str | int | None) -> Tensor:
 
 
 def deep_copy(network: nn.Module) -> nn.Module:
-    """A deep copy, also where attributes hold what cannot be copied: kept activations, locks, files, generators."""
-    try:
+    """A deep copy; what cannot be copied in attributes (kept activations, locks, files, generators) is shared."""
+    with suppress(Exception):  # whatever the attributes of the user's modules raise
         return copy.deepcopy(network)
-    except Exception:  # whatever the attributes of the user's modules raise
-        memo: dict[int, Any] = {}
-        for module in network.modules():
-            for name, value in vars(module).items():
-                if name in ("_parameters", "_buffers", "_modules"):
-                    continue
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
                 try:
                     copy.deepcopy(value, dict(memo))
                 except Exception:
-                    memo[id(value)] = value  # the copy shares it
-        return copy.deepcopy(network, memo)
+                    memo[id(value)] = value
+    return copy.deepcopy(network, memo)
 
 
 def in_float32(network: nn.Module) -> tuple[nn.Module, dict[str, torch.dtype]]:

@@ -16,7 +16,7 @@ class LayerNorm2d(nn.LayerNorm):
 class Permute(nn.Module):
     """Axes in another order."""
 
-    def __init__(self, order: tuple[int, ...]) -> None:
+    def __init__(self, *order: int) -> None:
         super().__init__()
         self.order = order
 
@@ -32,12 +32,12 @@ class Block(nn.Module):
         self.layer_scale = nn.Parameter(torch.full((planes, 1, 1), 1e-6))
         self.block = nn.Sequential(
             nn.Conv2d(planes, planes, 7, padding=3, groups=planes),
-            Permute((0, 2, 3, 1)),
+            Permute(0, 2, 3, 1),
             nn.LayerNorm(planes, eps=1e-6),
             nn.Linear(planes, 4 * planes),
             nn.GELU(),
             nn.Linear(4 * planes, planes),
-            Permute((0, 3, 1, 2)),
+            Permute(0, 3, 1, 2),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,12 +72,12 @@ class ConvNeXt(nn.Module):
         return self.classifier(self.avgpool(self.features(x)))
 
 
-def convnext_tiny(num_classes: int = 10, in_channels: int = 3, width: int = 96, patch: int = 4) -> ConvNeXt:
+def convnext_tiny(num_classes: int, in_channels: int, width: int = 96, patch: int = 4) -> ConvNeXt:
     """ConvNeXt-T; patches of ``patch`` pixels a side (4 as published; 1 or 2 suit small images)."""
     return ConvNeXt((3, 3, 9, 3), num_classes, in_channels, width, patch)
 
 
-def convnext(num_classes: int = 10, in_channels: int = 3, width: int = 48, patch: int = 1, depth: int = 2) -> ConvNeXt:
+def convnext(num_classes: int, in_channels: int, width: int = 48, patch: int = 1, depth: int = 2) -> ConvNeXt:
     """A smaller one for small images: three stages of ``depth`` blocks."""
     network = ConvNeXt((depth,) * 3, num_classes, in_channels, width, patch)
     for module in network.modules():

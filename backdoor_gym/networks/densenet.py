@@ -24,19 +24,17 @@ class DenseLayer(nn.Module):
         return self.conv2(F.relu(self.norm2(out)))
 
 
-class DenseBlock(nn.Module):
+class DenseBlock(nn.ModuleDict):
     """Layers of ``growth`` channels each."""
 
     def __init__(self, count: int, planes: int, growth: int) -> None:
-        super().__init__()
-        self.count = count
-        for index in range(count):
-            self.add_module(f"denselayer{index + 1}", DenseLayer(planes + index * growth, growth))
+        layers = (DenseLayer(planes + index * growth, growth) for index in range(count))
+        super().__init__({f"denselayer{index + 1}": layer for index, layer in enumerate(layers)})
 
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
-        for index in range(self.count):
-            features.append(self.get_submodule(f"denselayer{index + 1}")(features))
+        for layer in self.values():
+            features.append(layer(features))
         return torch.cat(features, 1)
 
 
@@ -85,18 +83,16 @@ class DenseNet(nn.Module):
         return self.classifier(torch.flatten(F.adaptive_avg_pool2d(out, (1, 1)), 1))
 
 
-def densenet(
-    num_classes: int = 10, in_channels: int = 3, width: int = 24, layers: int = 16, halvings: int = 2
-) -> DenseNet:
+def densenet(num_classes: int, in_channels: int, width: int = 24, layers: int = 16, halvings: int = 2) -> DenseNet:
     """DenseNet-BC for CIFAR: three blocks of ``layers`` layers (16 make DenseNet-BC-100), growth ``width / 2``."""
     return DenseNet((layers,) * 3, num_classes, in_channels, width, False, halvings)
 
 
-def densenet121(num_classes: int = 10, in_channels: int = 3, width: int = 64, halvings: int = 5) -> DenseNet:
+def densenet121(num_classes: int, in_channels: int, width: int = 64, halvings: int = 5) -> DenseNet:
     """DenseNet-121; the image is halved five times as published, and the first halvings go where there are fewer."""
     return DenseNet((6, 12, 24, 16), num_classes, in_channels, width, True, halvings)
 
 
-def densenet161(num_classes: int = 10, in_channels: int = 3, width: int = 96, halvings: int = 5) -> DenseNet:
+def densenet161(num_classes: int, in_channels: int, width: int = 96, halvings: int = 5) -> DenseNet:
     """DenseNet-161; ``halvings`` as for DenseNet-121."""
     return DenseNet((6, 12, 36, 24), num_classes, in_channels, width, True, halvings)

@@ -8,9 +8,12 @@ from .scaling import scaled
 
 
 class LeNet(nn.Module):
-    """Two 5x5 convolutions, each with a 2x2 pooling, two hidden linear layers, one linear classifier."""
+    """Two 5x5 convolutions, each with a 2x2 pooling, two hidden linear layers, one linear classifier.
 
-    def __init__(self, num_classes: int, in_channels: int, width: int, image_size: int) -> None:
+    Images are square, of ``image_size`` pixels a side; ``width`` is the channels of the first layer (6 as published).
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, width: int = 6, image_size: int = 32) -> None:
         super().__init__()
         second, first_hidden, second_hidden = (scaled(count, width, 6) for count in (16, 120, 84))
         self.conv1 = nn.Conv2d(in_channels, width, 5, padding=2)
@@ -24,8 +27,3 @@ class LeNet(nn.Module):
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = F.relu(self.fc1(torch.flatten(x, 1)))
         return self.fc3(F.relu(self.fc2(x)))
-
-
-def lenet(num_classes: int = 10, in_channels: int = 3, width: int = 6, image_size: int = 32) -> LeNet:
-    """LeNet-5 for square images of ``image_size`` pixels a side; ``width`` channels in the first layer (6 as published)."""
-    return LeNet(num_classes, in_channels, width, image_size)

@@ -4,11 +4,14 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Flattened images, ``depth`` hidden layers of ``width`` units, one linear classifier."""
+    """Square images of ``image_size`` pixels a side, ``depth`` hidden layers of ``width`` units, one linear classifier."""
 
-    def __init__(self, num_classes: int, inputs: int, width: int, depth: int) -> None:
+    def __init__(
+        self, num_classes: int, in_channels: int, width: int = 512, depth: int = 2, image_size: int = 32
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
+        inputs = in_channels * image_size**2
         for _ in range(depth):
             layers += [nn.Linear(inputs, width), nn.ReLU()]
             inputs = width
@@ -17,8 +20,3 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.hidden(x.flatten(1)))
-
-
-def mlp(num_classes: int = 10, in_channels: int = 3, width: int = 512, depth: int = 2, image_size: int = 32) -> MLP:
-    """A perceptron for square images of ``image_size`` pixels a side."""
-    return MLP(num_classes, in_channels * image_size**2, width, depth)

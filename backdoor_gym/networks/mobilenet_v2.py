@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .scaling import ConvNormActivation, scaled, strides
+from .scaling import ConvNormActivation, FeatureNetwork, scaled, strides
 
 # Expansion, channels, blocks, and whether the first block halves the image (section 4, table 2).
 _STAGES = (
@@ -29,10 +29,13 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.residual else self.conv(x)
 
 
-class MobileNetV2(nn.Module):
-    """A stem, seventeen inverted residual blocks, a last 1x1 convolution, one linear classifier."""
+class MobileNetV2(FeatureNetwork):
+    """A stem, seventeen inverted residual blocks, a last 1x1 convolution, one linear classifier.
 
-    def __init__(self, num_classes: int, in_channels: int, width: int, halvings: int) -> None:
+    ``width`` is the channels of the stem (32 as published); the image is halved five times as published, the first of which go.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, width: int = 32, halvings: int = 5) -> None:
         super().__init__()
         steps = strides(halvings, 5)
         layers: list[nn.Module] = [ConvNormActivation(in_channels, width, 3, steps.pop(0), activation=nn.ReLU6)]
@@ -47,11 +50,3 @@ class MobileNetV2(nn.Module):
         layers.append(ConvNormActivation(planes, last, 1, activation=nn.ReLU6))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(last, num_classes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(nn.functional.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
-
-
-def mobilenet_v2(num_classes: int = 10, in_channels: int = 3, width: int = 32, halvings: int = 5) -> MobileNetV2:
-    """MobileNetV2; ``width`` channels in the stem (32 as published), five halvings as published, the first of which go."""
-    return MobileNetV2(num_classes, in_channels, width, halvings)

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..wording import first_line
 from .adapting import find_logits, pick_logits
 
 
 class Preprocess(nn.Module):
     """Any callable as a layer that is called, not traced: what it does to the images is no part of the network.
 
-    It is given float32 (n, C, H, W) in [0, 1] on the network's device, a copy that it may overwrite, and gives what the network
-    takes, n of them in the same order. It must do the same each time: nothing random.
+    It is given a copy of float32 images (n, C, H, W) in [0, 1] on the network's device, and gives what the network takes, n of
+    them in the same order, the same each time.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -64,12 +65,11 @@ def giving_logits(network: nn.Module, images: Tensor, classes: int = 1) -> nn.Mo
     Raises:
         DataError: no logits are found in the answer.
     """
+    in_front, inside = (
+        (network.preprocess, network.network) if isinstance(network, Preprocessed) else (as_they_are, network)
+    )
     with torch.no_grad():
-        answer = (
-            network.network(network.preprocess(images))
-            if isinstance(network, Preprocessed)
-            else network(images.clone())
-        )
+        answer = inside(in_front(images.clone()))
     entry = find_logits(answer, classes)
     logits = pick_logits(answer, entry)
     if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[1] == 1):
@@ -85,6 +85,20 @@ def giving_logits(network: nn.Module, images: Tensor, classes: int = 1) -> nn.Mo
     return Preprocessed(as_they_are, network, entry)
 
 
+def check_preprocess(preprocess: Callable[[Tensor], Tensor], images: Tensor) -> None:
+    """Raise ``DataError`` unless it makes finite floats of these images, as many as there are, the same each time."""
+    try:
+        with torch.no_grad():
+            first, second = preprocess(images.clone()), preprocess(images.clone())
+    except Exception as error:  # the user's code, which can raise anything
+        raise DataError(f"preprocess cannot take images of shape {tuple(images.shape)}: {first_line(error)}") from error
+    if not isinstance(first, Tensor) or first.shape[:1] != images.shape[:1] or not first.is_floating_point():
+        what = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+        raise DataError(f"preprocess must make floats (n, ...) of float32 images (n, C, H, W), not {what}")
+    if not torch.isfinite(first).all() or not torch.equal(first, second):
+        raise DataError("preprocess must give finite values, and the same each time: nothing random belongs there")
+
+
 class Normalise(nn.Module):
     """(image - mean) / std, channel by channel.
 
@@ -94,6 +108,10 @@ class Normalise(nn.Module):
 
     Raises:
         DataError: not one mean and one positive deviation a channel.
+
+    Example:
+        >>> Normalise([0.5], [0.25]).state()
+        {'mean': [0.5], 'std': [0.25]}
     """
 
     mean: Tensor

@@ -1,36 +1,48 @@
-"""ResNet in CIFAR layout: 3x3 stem, no max pooling (He et al., 2016, "Deep Residual Learning", section 4.2)."""
+"""ResNet (He et al., 2016, "Deep Residual Learning"), in CIFAR layout (section 4.2: 3x3 stem, no pooling) and in that of ImageNet.
+
+Parameters have the names of the usual checkpoints: shortcuts are ``shortcut`` in CIFAR layout, ``downsample`` in the other.
+"""
+
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .scaling import Staged, strides
+
+
+def _shortcut(in_planes: int, planes: int, stride: int) -> nn.Module:
+    """A 1x1 convolution with BN where shapes change, nothing elsewhere."""
+    if stride == 1 and in_planes == planes:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+
 
 class BasicBlock(nn.Module):
-    """conv-BN-ReLU-conv-BN, plus a shortcut, then ReLU."""
+    """conv-BN-ReLU-conv-BN, plus a shortcut of that name, then ReLU."""
 
     expansion = 1
 
-    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+    def __init__(self, in_planes: int, planes: int, stride: int, shortcut: str = "shortcut") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+        self.name = shortcut
+        self.add_module(shortcut, _shortcut(in_planes, planes, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        return F.relu(self.bn2(self.conv2(out)) + self.get_submodule(self.name)(x))
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, the last of four times as many channels, plus a shortcut, then ReLU."""
+    """1x1, 3x3 and 1x1 convolutions, the last of four times as many channels, plus a shortcut of that name, then ReLU."""
 
     expansion = 4
 
-    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+    def __init__(self, in_planes: int, planes: int, stride: int, shortcut: str = "shortcut") -> None:
         super().__init__()
         out_planes = self.expansion * planes
         self.conv1 = nn.Conv2d(in_planes, planes, 1, bias=False)
@@ -39,62 +51,63 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, out_planes, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_planes)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or in_planes != out_planes:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_planes, out_planes, 1, stride, bias=False), nn.BatchNorm2d(out_planes)
-            )
+        self.name = shortcut
+        self.add_module(shortcut, _shortcut(in_planes, out_planes, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return F.relu(out + self.shortcut(x))
+        return F.relu(self.bn3(self.conv3(out)) + self.get_submodule(self.name)(x))
 
 
-class ResNet(nn.Module):
-    """Four stages of blocks with ``width``, 2, 4 and 8 times ``width`` channels (four times that after a bottleneck)."""
+Block = type[BasicBlock] | type[Bottleneck]
+
+
+class ResNet(Staged):
+    """CIFAR layout: four stages of ``width``, 2, 4 and 8 times ``width`` channels (four times that after a bottleneck)."""
 
     def __init__(
-        self,
-        blocks: tuple[int, ...],
-        num_classes: int,
-        in_channels: int,
-        width: int,
-        block: type[BasicBlock] | type[Bottleneck] = BasicBlock,
+        self, block: Block, counts: tuple[int, ...], num_classes: int, in_channels: int, width: int = 64
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        planes = width
-        for stage, count in enumerate(blocks):
-            out_planes = width * 2**stage
-            layers = []
-            for index in range(count):
-                layers.append(block(planes, out_planes, stride=2 if stage > 0 and index == 0 else 1))
-                planes = out_planes * block.expansion
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
-        self.num_stages = len(blocks)
+        planes = self.add_stages(block, counts, width, width, (1, 2, 2, 2))
         self.linear = nn.Linear(planes, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        for stage in range(self.num_stages):
-            out = self.get_submodule(f"layer{stage + 1}")(out)
-        out = F.adaptive_avg_pool2d(out, 1).flatten(1)
-        return self.linear(out)
+        out = self.through_stages(F.relu(self.bn1(self.conv1(x))))
+        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
 
 
-def resnet18(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> ResNet:
-    """ResNet-18; 75 * ``width`` neurons (4,800 at the published width of 64)."""
-    return ResNet((2, 2, 2, 2), num_classes, in_channels, width)
+class ImageNetResNet(Staged):
+    """ImageNet layout: 7x7 stem and max pooling; halves the image ``halvings`` times, five as published."""
+
+    def __init__(
+        self,
+        block: Block,
+        counts: tuple[int, ...],
+        num_classes: int,
+        in_channels: int,
+        width: int = 64,
+        halvings: int = 5,
+    ) -> None:
+        super().__init__()
+        stem, pool, *rest = strides(halvings, 5)
+        self.conv1 = nn.Conv2d(in_channels, width, 7, stem, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.MaxPool2d(3, pool, 1)
+        planes = self.add_stages(block, counts, width, width, (1, *rest), shortcut="downsample")
+        self.fc = nn.Linear(planes, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.through_stages(self.maxpool(F.relu(self.bn1(self.conv1(x)))))
+        return self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))
 
 
-def resnet34(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> ResNet:
-    """ResNet-34."""
-    return ResNet((3, 4, 6, 3), num_classes, in_channels, width)
-
-
-def resnet50(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> ResNet:
-    """ResNet-50, of bottleneck blocks."""
-    return ResNet((3, 4, 6, 3), num_classes, in_channels, width, Bottleneck)
+resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))
+resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3))
+resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))
+resnet18_imagenet = partial(ImageNetResNet, BasicBlock, (2, 2, 2, 2))
+resnet34_imagenet = partial(ImageNetResNet, BasicBlock, (3, 4, 6, 3))
+resnet50_imagenet = partial(ImageNetResNet, Bottleneck, (3, 4, 6, 3))

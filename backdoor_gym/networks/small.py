@@ -7,8 +7,6 @@ from ..errors import check_name
 from .preact import PreActBlock
 from .resnet import BasicBlock
 
-SHAPES = ("plain", "residual", "preact")
-
 
 class PlainBlock(nn.Module):
     """conv-BN-ReLU."""
@@ -22,18 +20,22 @@ class PlainBlock(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
+SHAPES = {"plain": PlainBlock, "residual": BasicBlock, "preact": PreActBlock}
+
+
 class SmallCNN(nn.Module):
     """A 3x3 stem at full resolution, then blocks of ``width`` channels; the first and the middle one halve the image."""
 
-    def __init__(self, num_classes: int, in_channels: int, width: int, blocks: int, shape: str) -> None:
+    def __init__(
+        self, num_classes: int, in_channels: int, width: int = 48, blocks: int = 4, shape: str = "plain"
+    ) -> None:
         super().__init__()
         check_name("shape of small_cnn", shape, SHAPES)
-        block = {"plain": PlainBlock, "residual": BasicBlock, "preact": PreActBlock}[shape]
         self.stem: nn.Module = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         if shape != "preact":
             self.stem = nn.Sequential(self.stem, nn.BatchNorm2d(width), nn.ReLU())
         self.blocks = nn.Sequential(
-            *(block(width, width, stride=2 if i in (0, (blocks + 1) // 2) else 1) for i in range(blocks))
+            *(SHAPES[shape](width, width, stride=2 if i in (0, (blocks + 1) // 2) else 1) for i in range(blocks))
         )
         self.head: nn.Module = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU()) if shape == "preact" else nn.Identity()
         self.linear = nn.Linear(width, num_classes)
@@ -41,10 +43,3 @@ class SmallCNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.head(self.blocks(self.stem(x)))
         return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
-
-
-def small_cnn(
-    num_classes: int = 10, in_channels: int = 1, width: int = 48, blocks: int = 4, shape: str = "plain"
-) -> SmallCNN:
-    """A small CNN; ``shape`` is "plain", "residual" or "preact"."""
-    return SmallCNN(num_classes, in_channels, width, blocks, shape)

@@ -43,17 +43,20 @@ class Encoder(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches as tokens, a class token, an encoder, one linear classifier on the class token."""
+    """Patches as tokens of ``width`` channels, a class token, an encoder, one linear classifier on the class token.
+
+    Images are square, of ``image_size`` pixels a side.
+    """
 
     def __init__(
         self,
         num_classes: int,
         in_channels: int,
-        width: int,
-        depth: int,
-        heads: int,
-        patch: int,
-        image_size: int,
+        width: int = 192,
+        depth: int = 6,
+        heads: int = 3,
+        patch: int = 4,
+        image_size: int = 32,
     ) -> None:
         super().__init__()
         if image_size % patch or width % heads:
@@ -71,21 +74,8 @@ class VisionTransformer(nn.Module):
         return self.heads(self.encoder(torch.cat([first, tokens], dim=1))[:, 0])
 
 
-def vit(
-    num_classes: int = 10,
-    in_channels: int = 3,
-    width: int = 192,
-    depth: int = 6,
-    heads: int = 3,
-    patch: int = 4,
-    image_size: int = 32,
-) -> VisionTransformer:
-    """A small vision transformer for square images of ``image_size`` pixels a side; ``width`` channels a token."""
-    return VisionTransformer(num_classes, in_channels, width, depth, heads, patch, image_size)
-
-
 def vit_b_16(
-    num_classes: int = 10, in_channels: int = 3, width: int = 768, patch: int = 16, image_size: int = 224
+    num_classes: int, in_channels: int, width: int = 768, patch: int = 16, image_size: int = 224
 ) -> VisionTransformer:
     """ViT-B/16: twelve blocks, heads of 64 channels."""
     return VisionTransformer(num_classes, in_channels, width, 12, max(1, width // 64), patch, image_size)

@@ -14,7 +14,6 @@ from backdoor_gym.attacks import (
     MultiTrigger,
     Poisoning,
     WaNet,
-    attack_from_state,
     draw_attack,
     get_attack,
 )
@@ -48,7 +47,7 @@ def test_triggers_change_images_deterministically_and_stay_in_range(name, images
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_saved_attack_stamps_the_same_trigger(name, images, generator):
     attack = get_attack(name).draw((3, 32, 32), generator)
-    again = attack_from_state(name, *attack.state())
+    again = get_attack(name).from_state(*attack.state())
     assert torch.equal(again(images), attack(images))
 
 
@@ -169,7 +168,7 @@ def test_input_aware_covers_bear_the_trigger_of_another_image(images, generator)
     torch.testing.assert_close(attack.cover(images, generator), swapped)
     parameters, tensors = attack.state()
     with pytest.raises(ModelFileError, match="weights"):
-        attack_from_state("input-aware", parameters | {"hidden": 3}, tensors)
+        InputAware.from_state(parameters | {"hidden": 3}, tensors)
 
 
 def test_poisoning_relabels_the_given_share_of_the_other_classes(images, generator):
@@ -225,4 +224,4 @@ def test_bad_requests_are_named(images, generator):
     with pytest.raises(DataError, match="blend ratio"):
         Blended.draw((1, 8, 8), generator, ratio=0)
     with pytest.raises(ModelFileError, match="needs"):
-        attack_from_state("blended", {}, {})
+        Blended.from_state({}, {})

@@ -14,7 +14,7 @@ from torch import nn
 from backdoor_gym import load_infected, repair
 from backdoor_gym.errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from backdoor_gym.models import pretrained
-from backdoor_gym.models.pretrained import _normalisation, _size
+from backdoor_gym.models.image_settings import image_size, normalisation
 from backdoor_gym.networks.preprocessing import Normalise
 
 transformers = pytest.importorskip("transformers")
@@ -309,14 +309,14 @@ def test_subfolders_with_the_names_of_the_classes(tmp_path):
     ],
 )
 def test_the_image_size_that_a_file_says(settings, size):
-    assert _size(settings, {"image_size": 20}, Path("there")) == size
-    assert _size(None, {}, Path("there")) is None
+    assert image_size(settings, {"image_size": 20}, Path("there")) == size
+    assert image_size(None, {}, Path("there")) is None
 
 
 @pytest.mark.parametrize("size", [{"longest_edge": 24}, "24", 0, 10**6, [1, 2, 3], {"height": 24}, 24.5])
 def test_image_sizes_that_are_not_understood(size):
     with pytest.raises(DataError, match=r"image size in there is not understood .* --image-size"):
-        _size({"size": size}, {}, Path("there"))
+        image_size({"size": size}, {}, Path("there"))
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_images_are_made_what_the_library_makes_of_them(kind, settings):
     expected = torch.as_tensor(processor(list(pixels.numpy()), return_tensors="pt")["pixel_values"]).float()
     written = {key: value for key, value in processor.to_dict().items() if value is not None}
     for said in (written, {**settings, "image_processor_type": f"{kind}ImageProcessor"}):
-        made = _normalisation(said, Path("there"))
+        made = normalisation(said, Path("there"))
         images = pixels.float() / 255
         assert torch.allclose(images if made is None else made(images), expected, atol=1e-4)
 
@@ -364,7 +364,7 @@ def test_images_are_made_what_the_library_makes_of_them(kind, settings):
 )
 def test_normalisations_that_are_not_understood(settings):
     with pytest.raises(DataError):
-        _normalisation(settings, Path("there"))
+        normalisation(settings, Path("there"))
 
 
 def test_the_hub_is_asked_for_json_and_safetensors_alone(tmp_path, monkeypatch):
