@@ -1,5 +1,5 @@
 """Names of torchvision.datasets: timm imports these, and looks for others in ``try``."""
 
-from backdoor_gym import Unused
+from . import Unused
 
 CIFAR10 = CIFAR100 = FashionMNIST = ImageFolder = KMNIST = MNIST = Unused

@@ -1,6 +1,6 @@
 """Names of torchvision.ops."""
 
-from backdoor_gym import Unused
+from .. import Unused
 
 
 class DeformConv2d(Unused):

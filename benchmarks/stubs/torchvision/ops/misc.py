@@ -1,6 +1,6 @@
 """Names of torchvision.ops.misc."""
 
-from backdoor_gym import Unused
+from .. import Unused
 
 
 class FrozenBatchNorm2d(Unused):

@@ -1,7 +1,8 @@
 """Names of torchvision.transforms: timm derives classes from these two."""
 
-from backdoor_gym import Unused, functional
-from backdoor_gym.functional import InterpolationMode
+from .. import Unused
+from . import functional
+from .functional import InterpolationMode
 
 __all__ = ["InterpolationMode", "PILToTensor", "ToTensor", "functional"]
 
