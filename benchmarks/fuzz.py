@@ -120,7 +120,7 @@ def train_on(path: Path) -> None:
 def write_cells(path: Path) -> None:
     for seed in range(3):
         conditions = {"clean_samples": None, "max_steps": 5}
-        CellFile(path).append(
+        CellFile(path).add(
             Result(
                 "digits-clean", "onp", 0.02, seed, "onp", conditions, "clean", "mlp", 9, 1, 0.9, acc=0.9, seconds=1.5
             )
@@ -179,9 +179,7 @@ def read_policy_checkpoint(path: Path) -> Any:
 
 
 def read_cells(path: Path) -> Any:
-    file = CellFile(path)
-    file.drop_unfinished()
-    return file.read(Conditions())
+    return CellFile(path).read(Conditions())
 
 
 def read_images(path: Path) -> Any:
