@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from backdoor_gym.reporting import write_report
+from backdoor_gym.reporting import render
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -34,7 +34,8 @@ def show(browser, tmp_path):
     """Opens the report of a repair; a page, and all that it asked for, said or complained about."""
 
     def opened(result, width=1280, scheme="light"):
-        file = write_report(result, tmp_path / "report.html")
+        file = tmp_path / "report.html"
+        file.write_text(render(result), encoding="utf-8")
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         heard: list[str] = []
         page.on("console", lambda message: heard.append(f"console: {message.text}"))
