@@ -30,7 +30,6 @@ from speed_rivals import (
     AUTHORS,
     DIGITS,
     NARROW,
-    SIZES,
     WIDE,
     Clock,
     as_the_authors_write_it,
@@ -148,8 +147,8 @@ def measure_preparation(network: str) -> Row:
 @torch.no_grad()
 def measure_clp(network: str) -> Row:
     """UCLC and its outliers, all channels in one batch, against rival (b)."""
-    if network not in (NARROW, WIDE, AUTHORS):
-        return {}  # networks whose convolutions are not all followed by a normalisation of their own
+    if network not in NETWORKS["clp"]:
+        raise SystemExit(f"not all convolutions of {network} are followed by a normalisation of their own")
     module = with_outliers(as_the_authors_write_it(64)).eval() if network == AUTHORS else model_of(network).network
     neurons, ours, rivals = find_neurons(module), [], []
     pruned: list[Any] = []
@@ -302,6 +301,10 @@ PARTS: dict[str, Callable[[str], Row]] = {
 }
 
 
+#: What a part is measured on, where it is not the three networks.
+NETWORKS = {"clp": (NARROW, WIDE, AUTHORS), "scaling": ("digits-badnets", NARROW, WIDE)}
+
+
 def against(name: str | None = None) -> Callable[[Row], str]:
     def show(row: Row) -> str:
         figures = row if name is None else row[name]
@@ -374,7 +377,7 @@ def measure(network: str, part: str, threads: int, file: RowFile) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--networks", nargs="+", default=list(SIZES))
+    parser.add_argument("--networks", nargs="+", help="names; default: those that the record is of")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--out", type=Path, default=HERE / "results" / "speed.jsonl")
     parser.add_argument("--alone", nargs=2, metavar=("NETWORK", "PART"), help="in this process: print one part as JSON")
@@ -386,9 +389,8 @@ def main() -> None:
     file = RowFile(arguments.out, MACHINE[:3])
     tasks = [
         (network, part, arguments.threads)
-        for network in arguments.networks
         for part in arguments.parts
-        if network != AUTHORS or part == "clp"
+        for network in arguments.networks or NETWORKS.get(part, (DIGITS, NARROW, WIDE))
     ]
     run_tasks(measure, file.missing(tasks), file)
     print(table([row for row in file.rows() if (row["network"], row["part"], row["threads"]) in tasks]))

@@ -92,21 +92,20 @@ def attacks_of(models: list[str]) -> dict[str, str]:
 
 def train_policies(names: list[str]) -> None:
     """Train some of ``SHAPES`` as ``backdoor-gym train`` does, with one look-ahead for all."""
+    missing = [name for name in names if not (POLICIES / f"{name}.safetensors").is_file() or _begun(name)]
+    if not missing:
+        return
     school, attack_of = guide(), attacks_of(TRAINING + CALIBRATION)
-    for policy in names:
+    for policy in missing:
         encoder, seed, left_out = SHAPES[policy]
-        out = POLICIES / f"{policy}.safetensors"
-        begun = checkpoint_of(out).is_file()
-        if out.is_file() and not begun:
-            continue
-        if not begun:
+        if not _begun(policy):
             _log(policy).unlink(missing_ok=True)
         blind = set(BN_STATISTICS) & set(encoder.ignore)
         train(
             [name for name in TRAINING if attack_of[name] != left_out],
             [name for name in VALIDATION if attack_of[name] != left_out],
             STEPS,
-            out,
+            POLICIES / f"{policy}.safetensors",
             seed=seed,
             encoder=encoder,
             looks=(LookAhead(LOOK.candidates, LOOK.loss_weight) if blind else LOOK,),
@@ -129,6 +128,11 @@ def choose_thresholds(names: list[str]) -> None:
         for choice, (missed, needless) in choose_threshold(onp, env, models, VERDICT_THRESHOLDS).items():
             _report(policy, f"verdict below {choice}: {missed} backdoors missed, {needless} clean models repaired")
         onp.save(out)
+
+
+def _begun(policy: str) -> bool:
+    """Whether its training was interrupted."""
+    return checkpoint_of(POLICIES / f"{policy}.safetensors").is_file()
 
 
 def _log(policy: str) -> Path:

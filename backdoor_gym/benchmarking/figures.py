@@ -121,7 +121,7 @@ def _budgets_and_labels(results: Sequence[Result]) -> tuple[list[float | None], 
     return list(dict.fromkeys(result.budget for result in results)), labels
 
 
-def _add_legend(figure: Figure, panels: Sequence[Axes], place: str) -> None:
+def _add_legend(figure: Figure, panels: Sequence[Axes], place: Any) -> None:
     """With each policy once, whichever panels it is in."""
     entries: dict[str, Any] = {}
     for axes in panels:

@@ -218,14 +218,14 @@ def run_cell(blank: Result, maker: Maker, ready: Ready, conditions: Conditions) 
     seconds = time.perf_counter() - start + memory.spared - spared
     mask = env.victim.neuron_mask(env.pruned)
     after = model.evaluate(write_mask(model.network, env.victim.neurons, mask).to(conditions.device))
+    shares: dict[str, Any] = {f"{name}_before": value for name, value in before.as_dict().items()} | after.as_dict()
     return replace(
         blank,
+        **shares,
         attack=str(model.facts.get("attack", "")),
         architecture="" if model.architecture is None else str(model.architecture["name"]),
         neurons=len(mask),
         pruned=int((~mask).sum()),
-        **{f"{name}_before": value for name, value in before.as_dict().items()},
-        **after.as_dict(),
         der=rating(before, after),
         seconds=round(ready.seconds + seconds, 4),
     )
