@@ -5,13 +5,10 @@
 Infected recipes from ``digits-test/900`` on (nothing was chosen with them), the attacks in turn, each trained as it is, by
 an attacker who knows CLP (``UCLCPenalty``), and by one who knows the features from BN statistics (recalibrated on the clean
 training images). Same seed, same data, same trigger. The defender has 200 clean images as they are, and a budget of two
-points. Models go to ``infected/adaptive``, repairs to ``results/adaptive_attackers.jsonl``, what the models are to
-``results/adaptive_attackers.json``, the tables to ``results/adaptive_attackers.md``. Killed and called again, it goes on.
+points. Models go to ``infected/adaptive``, all else to ``results/adaptive_attackers``. Killed and called again, it goes on.
 """
 
 import argparse
-import json
-from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from statistics import mean
@@ -22,10 +19,11 @@ import torch
 from backdoor_gym import InfectedModel, benchmark, infect
 from backdoor_gym.analysis.uclc_penalty import UCLCPenalty
 from backdoor_gym.benchmarking.cells import Result
+from backdoor_gym.benchmarking.resuming import Row, RowFile, run_tasks
 from backdoor_gym.models import family
 from backdoor_gym.session.prepared_model import Victim, VictimOptions
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "adaptive_attackers"
 MODELS = Path("infected/adaptive")
 FIRST = 900
 ATTACKS = ("badnets", "blended", "sig", "wanet")
@@ -46,12 +44,12 @@ POLICIES = {
 
 def seeds(recipes: int) -> list[int]:
     """So many recipes: the first one of each attack, then the second ones, and so on."""
-    found: dict[str, list[int]] = {attack: [] for attack in ATTACKS}
-    for seed in count(FIRST):
-        if sum(map(len, found.values())) >= recipes and min(map(len, found.values())) >= recipes // len(ATTACKS) + 1:
-            break
-        found.get(family.recipe("digits-test", seed).attack, []).append(seed)
-    return [seed for turn in zip(*found.values(), strict=False) for seed in turn][:recipes]
+    of_attack: dict[str, list[int]] = {attack: [] for attack in ATTACKS}
+    drawn = count(FIRST)
+    while min(map(len, of_attack.values())) * len(ATTACKS) < recipes:
+        seed = next(drawn)
+        of_attack.get(family.recipe("digits-test", seed).attack, []).append(seed)
+    return [seed for turn in zip(*of_attack.values(), strict=False) for seed in turn][:recipes]
 
 
 def path_of(attacker: str, seed: int) -> Path:
@@ -89,43 +87,38 @@ def make(seed: int) -> None:
     raise SystemExit(f"no attempt at seed {seed} gave a working backdoor")
 
 
-def describe(attacker: str, seed: int) -> dict[str, Any]:
+def describe(name: str, attacker: str, file: RowFile) -> None:
     """What the defender's evidence says of a model, before any repair."""
-    model = InfectedModel.load(path_of(attacker, seed))
+    model = InfectedModel.load(MODELS / f"{name}.safetensors")
     victim = Victim(model, VictimOptions())
-    return {
-        "model": model.name,
-        "attacker": attacker,
-        **model.facts,
-        "neurons": len(victim),
-        "largest_uclc_z": float(victim.uclc_scores.max()),
-        "label_named": victim.suspected is not None and victim.suspected.target == model.target,
-    }
+    named = victim.suspected is not None and victim.suspected.target == model.target
+    evidence = {"largest_uclc_z": float(victim.uclc_scores.max()), "label_named": named}
+    file.add(model=name, attacker=attacker, **model.facts, neurons=len(victim), **evidence)
 
 
-def table(rows: list[dict[str, Any]], results: list[Result]) -> str:
+def table(rows: list[Row], results: list[Result]) -> str:
     attacker_of = {row["model"]: row["attacker"] for row in rows}
     lines = [
         "| attacker | models | ACC | ASR | largest UCLC z | label named |",
         "|---|---|---|---|---|---|",
     ]
     for attacker in ATTACKERS:
-        mine = [row for row in rows if row["attacker"] == attacker]
-        acc, asr, z = (mean(row[key] for row in mine) for key in ("acc", "asr", "largest_uclc_z"))
-        named = sum(row["label_named"] for row in mine)
-        lines.append(f"| {attacker} | {len(mine)} | {acc:.3f} | {asr:.3f} | {z:.1f} | {named} |")
+        own = [row for row in rows if row["attacker"] == attacker]
+        acc, asr, z = (mean(row[key] for row in own) for key in ("acc", "asr", "largest_uclc_z"))
+        named = sum(row["label_named"] for row in own)
+        lines.append(f"| {attacker} | {len(own)} | {acc:.3f} | {asr:.3f} | {z:.1f} | {named} |")
     lines += ["", "| policy | " + " | ".join(f"{attacker}: ACC lost, ASR, DER" for attacker in ATTACKERS) + " |"]
     lines.append("|---" * (1 + len(ATTACKERS)) + "|")
     for policy in POLICIES:
         cells = []
         for attacker in ATTACKERS:
-            mine = [
+            own = [
                 result
                 for result in results
-                if result.policy == policy and attacker_of[Path(result.model).stem] == attacker
+                if (result.policy, attacker_of[Path(result.model).stem]) == (policy, attacker)
             ]
-            lost = 100 * mean(result.acc_lost or 0.0 for result in mine)
-            asr, der = (mean(getattr(result, key) for result in mine) for key in ("asr", "der"))
+            lost = 100 * mean(result.acc_lost or 0.0 for result in own)
+            asr, der = (mean(getattr(result, key) for result in own) for key in ("asr", "der"))
             cells.append(f"{lost:.1f}, {asr:.3f}, **{der:.3f}**")
         lines.append(f"| {policy} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -138,28 +131,14 @@ def main() -> None:
     chosen = seeds(parser.parse_args().recipes)
     for seed in chosen:
         make(seed)
-    described = RESULTS / "adaptive_attackers.json"
-    known = (
-        {row["model"]: row for row in json.loads(described.read_text(encoding="utf-8"))} if described.exists() else {}
-    )
-    wanted = [(attacker, seed) for seed in chosen for attacker in ATTACKERS]
-    rows = [known.get(path_of(attacker, seed).stem) or describe(attacker, seed) for attacker, seed in wanted]
-    described.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    done = benchmark(
-        [path_of(attacker, seed) for attacker, seed in wanted],
-        POLICIES,
-        [0.02],
-        out=MODELS / "benchmark",
-        jobs=1,
-        progress=True,
-    )
+    paths = {path_of(attacker, seed): attacker for seed in chosen for attacker in ATTACKERS}
+    file = RowFile(RESULTS / "models.jsonl", ("model", "attacker"))
+    run_tasks(describe, file.missing((path.stem, attacker) for path, attacker in paths.items()), file)
+    done = benchmark(list(paths), POLICIES, [0.02], out=RESULTS, jobs=1, progress=True)
     if done.failed:
         raise SystemExit(done.failed[0].error)
-    (RESULTS / "adaptive_attackers.jsonl").write_text(
-        "".join(json.dumps(asdict(result)) + "\n" for result in done.results), encoding="utf-8"
-    )
-    text = table(rows, done.results)
-    (RESULTS / "adaptive_attackers.md").write_text(text, encoding="utf-8")
+    text = table([row for row in file.rows() if row["model"] in {path.stem for path in paths}], done.results)
+    (RESULTS / "by_attacker.md").write_text(text, encoding="utf-8")
     print(text)
 
 

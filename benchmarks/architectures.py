@@ -3,22 +3,20 @@
     python benchmarks/architectures.py
 
 It shows that all of them go through ``repair``, and what that does to networks that are as small as this; it is no
-comparison of the policies. A row that is in ``benchmarks/results/architectures.jsonl`` is not made again; the table goes
-to ``benchmarks/results/architectures.md``. ONP takes 60 steps at most.
+comparison of the policies. ONP takes 60 steps at most. One line a network in ``results/architectures.jsonl``, which are not made
+again; the table goes to ``results/architectures.md``.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from backdoor_gym import infect, repair
+from backdoor_gym.benchmarking.resuming import RowFile, run_tasks
 from backdoor_gym.models.training import Schedule
 
 RESULTS = Path(__file__).parent / "results"
-ROWS, TABLE = RESULTS / "architectures.jsonl", RESULTS / "architectures.md"
+ROWS, TABLE = RowFile(RESULTS / "architectures.jsonl", ("name",)), RESULTS / "architectures.md"
 NORMALISED = Schedule(epochs=6, batch_size=64, learning_rate=0.05, augment=False)
 #: For those that learn slowly at this size.
 SLOW = Schedule(epochs=30, batch_size=32, learning_rate=0.05, augment=False)
@@ -48,7 +46,7 @@ MOST_STEPS = 60
 COLUMNS = ("", "neurons", "ACC", "ASR", "CLP: pruned", "ACC", "ASR", "ONP: pruned", "ACC", "ASR", "label")
 
 
-def make(name: str) -> dict[str, Any]:
+def measure(name: str, file: RowFile) -> None:
     """Train one network and repair it twice."""
     architecture, options, schedule = MODELS[name]
     start = time.perf_counter()
@@ -70,8 +68,8 @@ def make(name: str) -> dict[str, Any]:
         "target": model.target,
         "train_seconds": round(time.perf_counter() - start, 1),
     }
-    for policy, options in (("clp", {}), ("onp", {"max_steps": MOST_STEPS})):
-        result = repair(model, policy, **options)
+    for policy, steps in (("clp", None), ("onp", MOST_STEPS)):
+        result = repair(model, policy, max_steps=steps)
         row["neurons"] = len(result.neurons)
         row[policy] = {
             "pruned": len(result.pruned),
@@ -80,7 +78,7 @@ def make(name: str) -> dict[str, Any]:
             "suspected_target": result.suspected_target,
             "seconds": round(result.seconds, 1),
         }
-    return row
+    file.add(**row)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -97,17 +95,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
-    for name in MODELS:
-        if name in {row["name"] for row in rows}:
-            continue
-        rows.append(make(name))
-        print(json.dumps(rows[-1]), flush=True)
-        with ROWS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-    order = list(MODELS)
-    TABLE.write_text(table(sorted(rows, key=lambda row: order.index(row["name"]))), encoding="utf-8")
+    run_tasks(measure, ROWS.missing((name,) for name in MODELS), ROWS, progress=True)
+    rows = {row["name"]: row for row in ROWS.rows()}
+    TABLE.write_text(table([rows[name] for name in MODELS]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,33 +1,78 @@
-"""What ONP is compared with beside the published rules: a ridge regression on the same models, and two references."""
+"""What ONP is compared with beside the published rules: rankings, a ridge regression on the same models, and greedy searches."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.nn import functional as F
+from training import ATTACKS, LOOK, POLICIES, TRAINING, attacks_of, guide
 
+from backdoor_gym.agents import ONP, LookAhead
+from backdoor_gym.agents.finetuning import learn_alone
+from backdoor_gym.agents.training import checkpoint_of
 from backdoor_gym.agents.warm_start import Example, benefits
 from backdoor_gym.attacks.targets import target_labels
 from backdoor_gym.baselines import Ridge
 from backdoor_gym.envs.observation import NODE_FEATURES
+from backdoor_gym.envs.prune import BackdoorPruneEnv
+from backdoor_gym.envs.reward import Transition, accuracy_reward
 from backdoor_gym.masking.masked import MaskedNetwork
 from backdoor_gym.metrics import accuracy, danger, der
 from backdoor_gym.session.masked_model import MaskedVictim
 from backdoor_gym.session.prepared_model import Victim
 
+#: What the ridge sees of a neuron: all that changes with the neuron but the flags.
+COLUMNS = [NODE_FEATURES.index(name) for name in (*STATIC_FEATURES, "pull_now", "harm_now", "clean_pull_now")]
+FITS = Path(__file__).parent / "results" / "onp_ridge.json"
+#: Neurons that a greedy search tries, those whose derivatives promise most; prunes that it makes; prunes without gain that end it.
+CANDIDATES, STEPS, PATIENCE = 60, 100, 15
+#: Steps of learning on one network alone, from nothing and from the policy that comes with the package.
+ALONE, TUNED = 512, 256
 
 @dataclass(frozen=True)
 class Column:
     """Scores each unit by one node feature alone, and never stops of its own."""
 
-    name: str
+class Ranking(ONP):
+    """Prunes by a score of each neuron's features and never stops of its own; looks ahead as ONP does."""
 
-    def scores(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
-        """As of ``agents.scoring.Scorer``."""
-        nodes = observation["nodes"]
-        sign = -1 if self.name == "log_variance_ratio" else 1
-        scores = sign * nodes[..., NODE_FEATURES.index(self.name)].reshape(-1, nodes.shape[-2])
-        return np.pad(scores, ((0, 0), (0, 1)), constant_values=-np.inf)
+    def __init__(
+        self, env: Any, score: Callable[[np.ndarray], np.ndarray], look_ahead: LookAhead | None = None
+    ) -> None:
+        super().__init__(look_ahead=look_ahead, seed=0)
+        self.env, self.score = env, score
+
+    def logits(self, observation: Any) -> np.ndarray:
+        return np.append(self.score(observation["nodes"]), -1e6)[None].astype(np.float32)
+
+
+def by_column(env: Any, name: str) -> Ranking:
+    """By one feature alone."""
+    sign = -1 if name == "log_variance_ratio" else 1
+    return Ranking(env, lambda features: sign * features[:, NODE_FEATURES.index(name)])
+
+
+def by_ridge(env: Any, left_out: str | None = None, look_ahead: LookAhead | None = None) -> Ranking:
+    """By a ridge regression of the first-order benefit of each prune, fitted on models without one attack."""
+    model, fitted = Ridge(), fits()[str(left_out)]
+    model.coef_, model.intercept_ = np.array(fitted["coefficients"]), fitted["intercept"]
+    return Ranking(env, lambda features: model.predict(features[:, COLUMNS].astype(np.float64)), look_ahead)
+
+
+@cache
+def fits() -> dict[str, Any]:
+    """Coefficients of the ridge regressions, on all training models and on those without one attack; made once."""
+    if FITS.is_file():
+        return json.loads(FITS.read_text(encoding="utf-8"))
+    school, attack_of, coefficients = dict(zip(TRAINING, guide(), strict=True)), attacks_of(TRAINING), {}
+    for left_out in (None, *ATTACKS):
+        model = fit_ridge([example for name, example in school.items() if attack_of[name] != left_out])
+        coefficients[str(left_out)] = {"coefficients": model.coef_.tolist(), "intercept": float(model.intercept_)}
+    FITS.write_text(json.dumps(coefficients, indent=1) + "\n", encoding="utf-8")
+    return coefficients
 
 
 def fit_ridge(school: Sequence[Example]) -> Ridge:
@@ -37,59 +82,125 @@ def fit_ridge(school: Sequence[Example]) -> Ridge:
     )
 
 
-def greedy_reference(
-    victim: Victim, accuracy_budget: float, candidates: int = 60, steps: int = 100, patience: int = 15
-) -> np.ndarray:
-    """Pruned units, bool (units,): greedy search on the true test ACC and danger, within the budget on the clean images.
+class GreedyReward:
+    """The prune of the largest default reward, while there is one above its cost."""
 
-    It knows the trigger and the test images: a reference of what pruning one neuron after the other can reach, not a
-    bound. Only the ``candidates`` units of the largest first-order benefit are tried, and it ends where ``patience`` prunes
-    brought nothing better.
+    def __init__(self, env: BackdoorPruneEnv) -> None:
+        self.env = env
+
+    def predict(self, observation: dict[str, np.ndarray], *_: Any, **__: Any) -> tuple[int, None]:
+        env, victim = self.env, self.env.victim
+        slopes = victim.slopes(env.pruned)
+        pull, harm = slopes.pull, slopes.harm
+        promise = pull / max(pull.std(), 1e-12) - np.maximum(harm, 0) / max(harm.std(), 1e-12)
+        legal = env.action_masks()[:-1][: len(victim)]
+        best, action = env.step_cost, env.stop_action
+        for unit in np.argsort(-np.where(legal, promise, -np.inf))[: min(CANDIDATES, int(legal.sum()))]:
+            after = env.evaluate_also([int(unit)])
+            if observation["globals"][0] + observation["globals"][1] - after.acc > env.accuracy_budget + 1e-6:
+                continue
+            reward = accuracy_reward(Transition(victim, int(unit), env.figures, after))
+            if reward > best:
+                best, action = reward, int(unit)
+        return action, None
+
+
+class GreedyReference:
+    """Prunes what a greedy search on the true test ACC and danger finds, within the budget on the clean images.
+
+    It knows the trigger and the test images: a reference of what pruning one neuron after the other can reach, not a bound.
     """
+
+    def __init__(self, env: BackdoorPruneEnv) -> None:
+        self.actions = [*greedy_path(env.victim, env.accuracy_budget or 0.0), env.stop_action]
+
+    def predict(self, *_: Any, **__: Any) -> tuple[int, None]:
+        return self.actions.pop(0), None
+
+
+def greedy_path(victim: Victim, accuracy_budget: float) -> list[int]:
+    """The units up to the best DER on the way."""
     model = victim.model
     assert model.test is not None
     assert model.trigger is not None
     assert model.target is not None
-    wanted = target_labels(model.test.labels, model.target, model.num_classes)
-    others = model.test.labels != wanted
+    labels = target_labels(model.test.labels, model.target, model.num_classes)
+    others = model.test.labels != labels
     clean = MaskedNetwork(victim.neurons, model.test.images)
     triggered = MaskedNetwork(victim.neurons, model.trigger(model.test.images[others]))
 
     def look(pruned: np.ndarray) -> tuple[float, float]:
         mask = victim.neuron_mask(pruned)
         logits = clean.logits(mask)
-        value = danger(triggered.logits(mask), wanted[others])
+        value = danger(triggered.logits(mask), labels[others])
         return accuracy(logits, model.test.labels), value + 0.01 * F.cross_entropy(logits, model.test.labels).item()
 
-    tried = np.argsort(-benefits(victim))[:candidates]
-    pruned = np.zeros(len(victim), dtype=bool)
+    tried = np.argsort(-benefits(victim))[:CANDIDATES]
+    pruned, path, best = np.zeros(len(victim), dtype=bool), list[int](), 0
     defender = MaskedVictim(victim, score_samples=0)
     least_acc = defender.figures(pruned).acc - accuracy_budget - 1e-9
-    first_acc, now = look(pruned)
-    best, best_value = pruned.copy(), der(first_acc, now, first_acc, now)
-    for _ in range(steps):
-        if pruned.sum() - best.sum() >= patience:
-            break
+    first_acc, first_value = look(pruned)
+    best_der = der(first_acc, first_value, first_acc, first_value)
+    while len(path) < STEPS and len(path) - best < PATIENCE:
         options = []
-        for unit in tried:
-            if pruned[unit]:
-                continue
+        for unit in tried[~pruned[tried]]:
             candidate = pruned.copy()
             candidate[unit] = True
-            if defender.clean(candidate, least_acc) is None:
-                continue
-            acc, value = look(candidate)
-            options.append((value + max(0.0, first_acc - acc), int(unit)))
+            if defender.clean(candidate, least_acc) is not None:
+                acc, value = look(candidate)
+                options.append((value + max(0.0, first_acc - acc), int(unit)))
         if not options:
             break
-        value, unit = min(options)
-        pruned[unit] = True
+        path.append(min(options)[1])
+        pruned[path[-1]] = True
         for network in (clean, triggered):
             network.logits(victim.neuron_mask(pruned))
             network.keep()
         defender.figures(pruned)
         defender.keep()
         acc, value = look(pruned)
-        if (rated := der(first_acc, now, acc, value)) > best_value:
-            best, best_value = pruned.copy(), rated
-    return best
+        if (rated := der(first_acc, first_value, acc, value)) > best_der:
+            best, best_der = len(path), rated
+    return path[:best]
+
+
+Makers = dict[str, str | Callable[[Any, int], Any]]
+
+
+def rivals_of(attack: str) -> Makers:
+    """What makes each policy of the tables for models of an attack, as ``benchmark`` takes it."""
+    makers: Makers = {
+        "random": "random",
+        "CLP u=3": "clp:3",
+        "CLP auto": "clp:auto",
+        "rank by KL": lambda env, seed: by_column(env, "kl"),
+        "rank by pull": lambda env, seed: by_column(env, "pull_now"),
+        "ridge": lambda env, seed: by_ridge(env),
+        "ridge, look-ahead": lambda env, seed: by_ridge(env, look_ahead=LOOK),
+    }
+    if attack in ATTACKS:
+        makers["ridge, look-ahead, attack left out"] = lambda env, seed: by_ridge(env, attack, LOOK)
+    for file in sorted(POLICIES.glob("*.safetensors")):
+        name = file.stem
+        if checkpoint_of(file).is_file():  # it is still being trained
+            continue
+        if name.startswith("without-"):
+            if name == f"without-{attack}":
+                makers["mlp-0, attack left out"] = str(file)
+            continue
+        makers[name] = str(file)
+        if name in ("mlp-0", "gnn-0"):
+            makers[f"{name}, no look-ahead"] = f"{file}:look_ahead=false"
+    return makers
+
+
+#: Learning on one network alone, and what it is compared with.
+LEARNERS: Makers = {
+    "CLP u=3": "clp:3",
+    "CLP auto": "clp:auto",
+    "random": "random",
+    "greedy": lambda env, seed: GreedyReward(env),
+    "ONP, untuned": "onp",
+    "ONP alone": lambda env, seed: learn_alone(ONP(seed=seed), env, ALONE, warm=True),
+    "ONP, tuned": f"onp:finetune={TUNED}",
+}

@@ -209,7 +209,7 @@ def test_nothing_is_read_or_written_in_the_encoding_of_the_locale():
 
 #: What writes files, all of it in blocks of ``beside`` or ``replacing`` but ``cells.jsonl``, which is appended to.
 WRITERS = {
-    "backdoor_gym/benchmarking/cells.py": {"open"},
+    "backdoor_gym/benchmarking/resuming.py": {"open"},
     "backdoor_gym/benchmarking/figures.py": {"savefig"},
     "backdoor_gym/benchmarking/memory.py": {"write_text"},  # a file of the system
     "backdoor_gym/cli/common.py": {"open"},  # the null device

@@ -1,27 +1,40 @@
 """The results as CSV and as Markdown."""
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..writing import escaped, write_text
-from .cells import OWN, Result
+from .cells import Result
+from .specifications import OWN
 
 #: What the text of a formula begins with, also as Chinese and Japanese keyboards write it.
 FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
+#: What Markdown would read within a table or a list.
+MARKS = str.maketrans({"\\": "\\\\", "|": "\\|", "[": "\\[", "`": "\\`", "<": "&lt;"})
 
-#: Heading, figure of a result, factor, digits, and whether more is better.
-COLUMNS: tuple[tuple[str, Callable[[Result], float | None], float, int, bool | None], ...] = (
-    ("ACC lost (points)", lambda result: result.acc_lost, 100, 2, False),
-    ("ASR", lambda result: result.asr, 1, 3, False),
-    ("RA", lambda result: result.ra, 1, 3, True),
-    ("DER", lambda result: result.der, 1, 3, True),
-    ("pruned", lambda result: result.pruned, 1, 1, None),
-    ("seconds", lambda result: result.seconds, 1, 1, None),
-    ("peak memory (MiB)", lambda result: result.peak_memory, 1 / 2**20, 0, None),
+
+class Column(NamedTuple):
+    """A figure of results, as a table shows it; ``best`` picks the one in bold."""
+
+    heading: str
+    figure: str
+    factor: float
+    digits: int
+    best: Any = None
+
+
+COLUMNS = (
+    Column("ACC lost (points)", "acc_lost", 100, 2, min),
+    Column("ASR", "asr", 1, 3, min),
+    Column("RA", "ra", 1, 3, max),
+    Column("DER", "der", 1, 3, max),
+    Column("pruned", "pruned", 1, 1),
+    Column("seconds", "seconds", 1, 1),
+    Column("peak memory (MiB)", "peak_memory", 1 / 2**20, 0),
 )
 
 
@@ -43,44 +56,41 @@ def _plain(value: Any) -> Any:
     """A cell that no spreadsheet takes for a formula; numbers stay numbers."""
     if not isinstance(value, str):
         return value
-    quoted = f"'{value}" if value.lstrip()[:1] in FORMULA or value[:1].isspace() else value
-    return escaped(quoted)
+    return escaped(f"'{value}" if value.lstrip()[:1] in FORMULA or value[:1].isspace() else value)
 
 
 def _cell(text: str) -> str:
-    """Text of a model, a policy or an error within a table or a list of Markdown, which it neither breaks nor formats."""
-    for mark, replacement in (("\\", "\\\\"), ("|", "\\|"), ("[", "\\["), ("`", "\\`"), ("<", "&lt;")):
-        text = text.replace(mark, replacement)
-    return escaped(text)
+    """Text of a model, a policy or an error, which neither breaks nor formats a table or a list."""
+    return escaped(text.translate(MARKS))
 
 
 def markdown(results: Sequence[Result]) -> str:
     """A table for each budget, of infected models and of those without a known trigger, and what went wrong."""
-    right = [result for result in results if not result.error]
+    finished = [result for result in results if not result.error]
     parts = ["# Pruning policies on infected models"]
-    for budget in dict.fromkeys(result.budget for result in right):
-        mine = [result for result in right if result.budget == budget]
-        infected = [result for result in mine if result.der is not None]
-        others = [result for result in mine if result.der is None]
+    for budget in dict.fromkeys(result.budget for result in finished):
+        of_budget = [result for result in finished if result.budget == budget]
+        infected = [result for result in of_budget if result.der is not None]
+        others = [result for result in of_budget if result.der is None]
         parts.append(f"## {_title(budget)}")
         if infected:
             parts.append("\n".join(infected_table(infected)))
         if others:
             parts.append("Models without a known trigger:\n\n" + "\n".join(untriggered_table(others)))
-    wrong = [result for result in results if result.error]
-    if wrong:
-        lines = [
-            f"- {_cell(result.policy)} on {_cell(result.model)} ({_title(result.budget)}, seed {result.seed}): "
-            f"{_cell(result.error.splitlines()[0])}"
-            for result in wrong
-        ]
-        parts.append("## Failed\n\n" + "\n".join(lines))
+    failures = [
+        f"- {_cell(result.policy)} on {_cell(result.model)} ({_title(result.budget)}, seed {result.seed}): "
+        f"{_cell(result.error.splitlines()[0])}"
+        for result in results
+        if result.error
+    ]
+    if failures:
+        parts.append("## Failed\n\n" + "\n".join(failures))
     parts.append(
         "Means over models, ± the standard deviation over models (the figures of a policy with several seeds are its means over "
         "them first). The best of a column is bold. Seconds contain making the model ready."
     )
-    if right:
-        conditions = right[0].conditions
+    if finished:
+        conditions = finished[0].conditions
         parts.append(
             f"Every repair ends after {conditions['max_failures']} prunes that broke the budget, and under a budget after "
             f"{conditions['max_steps']} steps."
@@ -99,52 +109,58 @@ def points(budget: float) -> str:
 
 def infected_table(results: Sequence[Result]) -> list[str]:
     """Means and spreads over models, the best in bold."""
-    policies = list(dict.fromkeys(result.policy for result in results))
     figures = {
-        policy: [over_seeds([one for one in results if one.policy == policy], figure) for _, figure, *_ in COLUMNS]
-        for policy in policies
+        policy: [over_seeds(cells, column.figure) for column in COLUMNS] for policy, cells in by_policy(results).items()
     }
-    best = []
-    for index, (*_, more) in enumerate(COLUMNS):
-        means = {policy: mean(found[index]) for policy, found in figures.items() if found[index]}
-        best.append(None if more is None or not means else (max if more else min)(means.values()))
+    tops = []
+    for index, column in enumerate(COLUMNS):
+        means = [mean(values[index]) for values in figures.values() if values[index]]
+        tops.append(column.best(means) if column.best and means else None)
     text = [
-        f"| policy | models | seeds | {' | '.join(heading for heading, *_ in COLUMNS)} |",
+        f"| policy | models | seeds | {' | '.join(column.heading for column in COLUMNS)} |",
         "|---|---|---|" + "---|" * len(COLUMNS),
     ]
-    for policy, found in figures.items():
-        mine = [one for one in results if one.policy == policy]
-        cells = []
-        for values, top, (_, _, factor, digits, _) in zip(found, best, COLUMNS, strict=True):
-            if not values:
-                cells.append("")
-                continue
-            spread = f" ± {factor * stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cell = f"{factor * mean(values):.{digits}f}"
-            cells.append(f"**{cell}**{spread}" if mean(values) == top else f"{cell}{spread}")
-        models, seeds = len({one.model for one in mine}), len({one.seed for one in mine})
-        text.append(f"| {_cell(policy)} | {models} | {seeds} | {' | '.join(cells)} |")
+    for policy, cells in by_policy(results).items():
+        shown = [_mean(*figure) for figure in zip(figures[policy], COLUMNS, tops, strict=True)]
+        models, seeds = len({cell.model for cell in cells}), len({cell.seed for cell in cells})
+        text.append(f"| {_cell(policy)} | {models} | {seeds} | {' | '.join(shown)} |")
     return text
+
+
+def _mean(values: list[float], column: Column, top: float | None) -> str:
+    """Mean and spread, "" of nothing."""
+    if not values:
+        return ""
+    spread = f" ± {column.factor * stdev(values):.{column.digits}f}" if len(values) > 1 else ""
+    bold = "**" if mean(values) == top else ""
+    return f"{bold}{column.factor * mean(values):.{column.digits}f}{bold}{spread}"
 
 
 def untriggered_table(results: Sequence[Result]) -> list[str]:
     """Accuracy lost where there may be nothing to repair, and how often nothing was pruned."""
     text = ["| policy | models | ACC lost (points) | untouched | pruned |", "|---|---|---|---|---|"]
-    for policy in dict.fromkeys(result.policy for result in results):
-        mine = [one for one in results if one.policy == policy]
-        lost = over_seeds(mine, lambda result: result.acc_lost)
+    for policy, cells in by_policy(results).items():
+        lost = over_seeds(cells, "acc_lost")
         text.append(
-            f"| {_cell(policy)} | {len({one.model for one in mine})} | {f'{100 * mean(lost):.2f}' if lost else ''} | "
-            f"{mean(one.pruned == 0 for one in mine):.2f} | {mean(one.pruned or 0 for one in mine):.1f} |"
+            f"| {_cell(policy)} | {len({cell.model for cell in cells})} | {f'{100 * mean(lost):.2f}' if lost else ''} | "
+            f"{mean(cell.pruned == 0 for cell in cells):.2f} | {mean(cell.pruned or 0 for cell in cells):.1f} |"
         )
     return text
 
 
-def over_seeds(results: Iterable[Result], figure: Callable[[Result], float | None]) -> list[float]:
+def by_policy(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """The results of each policy."""
+    cells: dict[str, list[Result]] = {}
+    for result in results:
+        cells.setdefault(result.policy, []).append(result)
+    return cells
+
+
+def over_seeds(results: Iterable[Result], figure: str) -> list[float]:
     """A figure of each model, the mean over seeds; those where it is not known are left out."""
     by_model: dict[str, list[float]] = {}
     for result in results:
-        value = figure(result)
+        value = getattr(result, figure)
         if value is not None:
             by_model.setdefault(result.model, []).append(value)
     return [mean(values) for values in by_model.values()]

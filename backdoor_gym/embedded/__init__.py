@@ -1,1 +1,1 @@
-"""Infected models that come with the package; benchmarks/embedded.py made them."""
+"""Infected models that come with the package; benchmarks/training.py makes them."""

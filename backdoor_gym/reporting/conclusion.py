@@ -1,7 +1,6 @@
 """The verdict of a repair in plain words."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from .result import RepairResult
@@ -12,15 +11,8 @@ CLOSED, OPEN = 0.1, 0.5
 COSTLY = 0.05
 
 
-@dataclass(frozen=True)
-class Conclusion:
-    """What is to be remembered of a repair.
-
-    Attributes:
-        tone: "good", "warning" or "bad".
-        headline: a sentence.
-        sentences: what it rests on.
-    """
+class Conclusion(NamedTuple):
+    """The tone ("good", "warning" or "bad"), a headline, and the sentences that it rests on."""
 
     tone: str
     headline: str
@@ -30,48 +22,40 @@ class Conclusion:
 def conclude(result: "RepairResult") -> Conclusion:
     """Verdict, what was done, and whether it helped, as far as that is known."""
     count, total, score = len(result.pruned), len(result.neurons), result.verdict
-    label = result.suspected_target
-    whose = "" if label is None else f" that calls label {label}"
-    sentences = []
-    if not count:
-        if score is not None and score >= 0.5:
-            tone, headline = "warning", f"Signs of a backdoor{whose}, but nothing was pruned"
-            sentences.append("No neuron could be pruned within the accuracy budget, or none was worth it.")
-        else:
-            tone, headline = "good", "No sign of a backdoor: nothing was pruned"
-            sentences.append("The network is as it came.")
-            if score is None:
-                headline = "Nothing was pruned"
+    whose = "" if result.suspected_target is None else f" that calls label {result.suspected_target}"
+    before, after, test = result.before, result.after, result.infected.test
+    tone, sentences = "good", []
+    if not count and score is not None and score >= 0.5:
+        tone, headline = "warning", f"Signs of a backdoor{whose}, but nothing was pruned"
+        sentences.append("No neuron could be pruned within the accuracy budget, or none was worth it.")
+    elif not count:
+        headline = "Nothing was pruned" if score is None else "No sign of a backdoor: nothing was pruned"
+        sentences.append("The network is as it came.")
     elif score is None:
-        tone, headline = "good", f"{count} of {total} neurons pruned by {result.policy}"
+        headline = f"{count} of {total} neurons pruned by {result.policy}"
         sentences.append(f"{result.policy} gives no verdict on whether there is a backdoor at all.")
     else:
-        tone, headline = "good", f"Signs of a backdoor{whose}: {count} of {total} neurons pruned"
+        headline = f"Signs of a backdoor{whose}: {count} of {total} neurons pruned"
     if score is not None:
         sentences.append(f"The policy puts the probability of a backdoor at {score:.1%}, seen before the first prune.")
-    before, after = result.before.asr, result.after.asr
-    if before is None or after is None:
+    if before.asr is None or after.asr is None:
         sentences.append("No trigger is known for this network, so how often an attack succeeds cannot be measured.")
     else:
-        worked = f"The known trigger worked on {before:.1%} of the images; it works on {after:.1%} now."
-        sentences.append(worked if count else f"The known trigger works on {after:.1%} of the images.")
-        if after >= OPEN:
-            tone = "bad"
-            headline = f"The backdoor is still open. {headline}"
-        elif after > CLOSED:
-            tone = "warning"
-            headline = f"The backdoor is not quite closed. {headline}"
+        worked = f"The known trigger worked on {before.asr:.1%} of the images; it works on {after.asr:.1%} now."
+        sentences.append(worked if count else f"The known trigger works on {after.asr:.1%} of the images.")
+        if after.asr >= OPEN:
+            tone, headline = "bad", f"The backdoor is still open. {headline}"
+        elif after.asr > CLOSED:
+            tone, headline = "warning", f"The backdoor is not quite closed. {headline}"
     if count:
         where = f"the defender's {len(result.infected.clean)} clean images"
-        sentences.append(f"{_moved(where, result.clean_acc_before, result.clean_acc_after)}.")
-        test = result.infected.test
-        if test is not None and result.before.acc is not None and result.after.acc is not None:
-            where = f"{len(test)} test images that the repair did not see"
-            sentences.append(f"{_moved(where, result.before.acc, result.after.acc)}.")
-            if result.before.acc - result.after.acc > COSTLY:
+        sentences.append(_moved(where, result.clean_acc_before, result.clean_acc_after))
+        if test is not None and before.acc is not None and after.acc is not None:
+            sentences.append(_moved(f"{len(test)} test images that the repair did not see", before.acc, after.acc))
+            if before.acc - after.acc > COSTLY:
                 tone, headline = "warning" if tone == "good" else tone, f"{headline}, at a price in accuracy"
     return Conclusion(tone, headline, sentences)
 
 
 def _moved(where: str, before: float, after: float) -> str:
-    return f"Accuracy on {where} went from {before:.1%} to {after:.1%} ({100 * (after - before):+.1f} points)"
+    return f"Accuracy on {where} went from {before:.1%} to {after:.1%} ({100 * (after - before):+.1f} points)."

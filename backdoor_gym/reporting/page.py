@@ -2,11 +2,9 @@
 
 import hashlib
 import platform
-from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,7 +12,6 @@ from markupsafe import Markup
 from torch import Tensor, nn
 
 from ..attacks.targets import target_labels
-from ..data.datasets import LabelledImages
 from ..metrics import predict_logits
 from ..policies.registry import is_onp
 from ..wording import printable
@@ -33,25 +30,31 @@ PAIRS, PAIRS_INVERTED = 6, 3
 MOST_ROWS, MOST_CHARACTERS = 150, 2000
 VERSIONS = ("backdoor-gym", "torch", "numpy", "gymnasium", "stable-baselines3")
 
+LOADING_OURS = """\
+from backdoor_gym import load_infected
 
-@dataclass(frozen=True)
-class Answer:
+network = load_infected("repaired.safetensors").network.eval()  # images in [0, 1] to logits"""
+LOADING_TRANSFORMERS = """\
+from transformers import AutoModelForImageClassification
+
+network = AutoModelForImageClassification.from_pretrained(".")"""
+LOADING_MODULE = """\
+from safetensors.torch import load_file
+
+network = {name}(...)  # made as you made the original
+network.load_state_dict(load_file("{file}"))
+network.eval()"""
+
+
+class Answer(NamedTuple):
     """What a network said of an image: the label, and its probability."""
 
     label: int
     probability: float
 
 
-@dataclass(frozen=True)
-class Sample:
-    """An image, and what the networks said of it.
-
-    Attributes:
-        images: data URIs, of the image and of what was made of it.
-        label: its true label.
-        before: the answer of the network as it came.
-        after: that of the repaired one.
-    """
+class Sample(NamedTuple):
+    """Data URIs of an image and of what was made of it, its true label, and what the network said before and after."""
 
     images: list[Markup]
     label: int
@@ -59,17 +62,8 @@ class Sample:
     after: Answer
 
 
-@dataclass(frozen=True)
-class Row:
-    """A neuron that stayed pruned.
-
-    Attributes:
-        number: of the prune that took it.
-        name: of the neuron.
-        reasons: why.
-        acc: accuracy on the clean images after that prune.
-        suspected_danger: after it, None where there is none.
-    """
+class Row(NamedTuple):
+    """A neuron that stayed pruned: by which prune, why, and the figures on clean images after that prune."""
 
     number: int
     name: str
@@ -79,12 +73,7 @@ class Row:
 
 
 def render(result: "RepairResult", command: str | None = None) -> str:
-    """The page of a repair, HTML.
-
-    Args:
-        result: the repair.
-        command: the command line that asked for it, if one did.
-    """
+    """The page of a repair, HTML; ``command`` is the command line that asked for it, if one did."""
     environment = Environment(
         loader=PackageLoader(__package__, ""),
         autoescape=True,
@@ -95,9 +84,12 @@ def render(result: "RepairResult", command: str | None = None) -> str:
     )
     environment.filters |= {"percent": _percent, "points": _points}
     samples, changed, looked_at = _samples(result)
+    model = result.infected
+    weights = "repaired.safetensors" if model.layout is None else "model.safetensors"
+    facts = {"architecture": model.architecture, **model.facts}
     return environment.get_template("report.html.j2").render(
         result=result,
-        name=_short(result.infected.name),
+        name=_short(model.name),
         conclusion=conclude(result),
         course=pictures.course(result.snapshot),
         network=pictures.network(result.snapshot, _titles(result)),
@@ -110,23 +102,23 @@ def render(result: "RepairResult", command: str | None = None) -> str:
         looked_at=looked_at,
         triggered=_triggered(result),
         inverted=_inverted(result),
-        loading=_loading(result),
-        weights="repaired.safetensors" if result.infected.layout is None else "model.safetensors",
+        loading=_loading(result, weights),
+        weights=weights,
         repeating=command or _repeating(result),
-        facts=_facts(result),
+        facts={_short(str(key)): _short(str(value), 300) for key, value in facts.items() if value is not None},
         versions={name: version(name) for name in VERSIONS} | {"Python": platform.python_version()},
-        digests={"before": digest(result.infected.module), "after": digest(result.module)},
+        digests={"before": digest(model.module), "after": digest(result.module)},
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
 def digest(network: nn.Module) -> str:
     """SHA-256 of all weights, the first 16 digits: tells which network it was."""
-    found = hashlib.sha256()
+    summed = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
-        found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+        summed.update(name.encode())
+        summed.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return summed.hexdigest()[:16]
 
 
 def _shown(value: Any) -> Any:
@@ -148,52 +140,55 @@ def _points(before: float | None, after: float | None) -> str:
 
 def _rows(result: "RepairResult") -> list[Row]:
     """The first of those that stayed pruned, in the order in which they went."""
-    stayed, rows = set(result.pruned), list[Row]()
-    for number, change in enumerate(result.course, 1):
-        if not change.given_back:
-            for name in change.neurons:
-                if name in stayed and len(rows) < MOST_ROWS:
-                    why = reasons(result.features[result.neurons.index(name)])
-                    rows.append(Row(number, name, why, change.acc, change.suspected_danger))
-    return rows
+    stayed = set(result.pruned)
+    rows = [
+        Row(number, name, reasons(result.features[result.neurons.index(name)]), change.acc, change.suspected_danger)
+        for number, change in enumerate(result.course, 1)
+        if not change.given_back
+        for name in change.neurons
+        if name in stayed
+    ]
+    return rows[:MOST_ROWS]
 
 
 def _titles(result: "RepairResult") -> list[str]:
     """What each neuron says of itself in the drawing."""
     titles = []
     for name, features, kept in zip(result.neurons.names, result.features, result.mask, strict=True):
-        found = ", ".join(f"{chip.label} {chip.score:+.1f}" for chip in reasons(features).chips[:3])
-        titles.append(f"{_short(name)}{'' if kept else ', pruned'}{': ' if found else ''}{found}")
+        chips = ", ".join(f"{chip.label} {chip.score:+.1f}" for chip in reasons(features).chips[:3])
+        titles.append(f"{_short(name)}{'' if kept else ', pruned'}{': ' if chips else ''}{chips}")
     return titles
 
 
-def _answers(network: nn.Module, images: Tensor) -> list[Answer]:
-    chances = predict_logits(network, images).softmax(1).max(1)
-    return [Answer(int(label), float(chance)) for chance, label in zip(*chances, strict=True)]
+def _answers(result: "RepairResult", images: Tensor) -> list[tuple[Answer, Answer]]:
+    """What the network said of each image before and after the repair."""
+    both = []
+    for network in (result.infected.network, result.network):
+        chances = predict_logits(network, images).softmax(1).max(1)
+        both.append([Answer(int(label), float(chance)) for chance, label in zip(*chances, strict=True)])
+    return list(zip(*both, strict=True))
 
 
 def _samples(result: "RepairResult") -> tuple[list[Sample], list[Sample], int]:
     """Images of many classes, those whose answer the repair changed, and how many were looked at."""
-    some = _unseen(result).first(LOOKED_AT)
-    before, after = (_answers(network, some.images) for network in (result.infected.network, result.network))
-    labels = some.labels.tolist()
-    turn: dict[int, int] = {}
-    order = []
-    for index, label in enumerate(labels):  # the first of each class, then the second, ...
-        turn[label] = turn.get(label, 0) + 1
-        order.append((turn[label], label, index))
+    images, labels = _unseen(result)
+    answers = _answers(result, images)
 
     def sample(index: int) -> Sample:
-        return Sample([pictures.image_uri(some.images[index])], labels[index], before[index], after[index])
+        return Sample([pictures.image_uri(images[index])], labels[index], *answers[index])
 
-    changed = [index for index in range(len(some)) if before[index].label != after[index].label]
-    varied = [index for _, _, index in sorted(order) if index not in changed]
-    return [sample(index) for index in varied[:SHOWN]], [sample(index) for index in changed], len(some)
+    changed = [index for index, (before, after) in enumerate(answers) if before.label != after.label]
+    # The first of each class, then the second, ...
+    ranks = sorted((labels[:index].count(label), label, index) for index, label in enumerate(labels))
+    varied = [index for *_, index in ranks if index not in changed][:SHOWN]
+    return [sample(index) for index in varied], [sample(index) for index in changed], len(images)
 
 
-def _unseen(result: "RepairResult") -> LabelledImages:
-    """Test images where there are some, else the defender's."""
-    return result.infected.clean if result.infected.test is None else result.infected.test
+def _unseen(result: "RepairResult") -> tuple[Tensor, list[int]]:
+    """Test images where there are some, else the defender's, with their labels."""
+    model = result.infected
+    unseen = (model.clean if model.test is None else model.test).first(LOOKED_AT)
+    return unseen.images, unseen.labels.tolist()
 
 
 def _triggered(result: "RepairResult") -> list[Sample]:
@@ -201,59 +196,47 @@ def _triggered(result: "RepairResult") -> list[Sample]:
     model = result.infected
     if model.trigger is None or model.target is None:
         return []
-    some = _unseen(result).first(LOOKED_AT)
-    wanted = target_labels(some.labels, model.target, model.num_classes)
-    others = torch.nonzero(some.labels != wanted).flatten()[:PAIRS]
-    return _pairs(result, some.images[others], model.trigger(some.images[others].clone()), some.labels[others].tolist())
+    images, labels = _unseen(result)
+    targets = target_labels(torch.tensor(labels), model.target, model.num_classes).tolist()
+    others = [index for index, label in enumerate(labels) if label != targets[index]][:PAIRS]
+    return _pairs(result, images[others], model.trigger(images[others].clone()), [labels[index] for index in others])
 
 
-def _pairs(result: "RepairResult", images: Tensor, changed: Tensor, labels: Iterable[int]) -> list[Sample]:
+def _pairs(result: "RepairResult", images: Tensor, changed: Tensor, labels: list[int]) -> list[Sample]:
+    """Images, what was made of them, and the difference."""
     changed = changed[: len(images)]
-    before, after = (_answers(network, changed) for network in (result.infected.network, result.network))
-    return [
-        Sample([pictures.image_uri(one) for one in (image, made, pictures.difference(image, made))], label, was, now)
-        for image, made, label, was, now in zip(images, changed, labels, before, after, strict=False)
-    ]
+    samples = []
+    for image, other, label, (before, after) in zip(images, changed, labels, _answers(result, changed), strict=False):
+        shown = image, other, pictures.difference(image, other)
+        samples.append(Sample([pictures.image_uri(picture) for picture in shown], label, before, after))
+    return samples
 
 
 def _inverted(result: "RepairResult") -> list[dict[str, Any]]:
     """Of each family of the inverted trigger: its name, samples, and how often it works before and after."""
-    found = None if result.reading is None else result.reading.inverted
-    if found is None:
+    trigger = None if result.reading is None else result.reading.inverted
+    if trigger is None:
         return []
-    clean = found.clean.cpu().contiguous()
+    clean = trigger.clean.cpu().contiguous()
+    labels = predict_logits(result.infected.network, clean).argmax(1).tolist()
     families = []
-    for name, images in zip(found.families, found.images.cpu().split(len(clean)), strict=True):
-        labels = predict_logits(result.infected.network, clean).argmax(1).tolist()
+    for name, images in zip(trigger.families, trigger.images.cpu().split(len(clean)), strict=True):
         works = [
-            (predict_logits(network, images).argmax(1) == found.target).double().mean().item()
+            (predict_logits(network, images).argmax(1) == trigger.target).double().mean().item()
             for network in (result.infected.network, result.network)
         ]
-        families.append(
-            {"name": name, "works": works, "samples": _pairs(result, clean[:PAIRS_INVERTED], images, labels)}
-        )
+        samples = _pairs(result, clean[:PAIRS_INVERTED], images, labels)
+        families.append({"name": name, "works": works, "samples": samples})
     return families
 
 
-def _loading(result: "RepairResult") -> str:
+def _loading(result: "RepairResult", file: str) -> str:
     """Python that loads what ``RepairResult.save`` wrote."""
     if result.complete:
-        return (
-            "from backdoor_gym import load_infected\n\n"
-            'network = load_infected("repaired.safetensors").network.eval()  # images in [0, 1] to logits'
-        )
+        return LOADING_OURS
     if result.infected.layout is not None and hasattr(result.module, "save_pretrained"):
-        return (
-            "from transformers import AutoModelForImageClassification\n\n"
-            'network = AutoModelForImageClassification.from_pretrained(".")'
-        )
-    file = "repaired.safetensors" if result.infected.layout is None else "model.safetensors"
-    return (
-        "from safetensors.torch import load_file\n\n"
-        f"network = {type(result.module).__name__}(...)  # made as you made the original\n"
-        f'network.load_state_dict(load_file("{file}"))\n'
-        "network.eval()"
-    )
+        return LOADING_TRANSFORMERS
+    return LOADING_MODULE.format(name=type(result.module).__name__, file=file)
 
 
 def _repeating(result: "RepairResult") -> str:
@@ -263,9 +246,3 @@ def _repeating(result: "RepairResult") -> str:
         as_object = value is None and key in ("infected", "policy")  # it was no name, but the thing itself
         lines.append(f"    {key}={key if as_object else repr(value)},\n")
     return f"from backdoor_gym import repair\n\nresult = repair(\n{''.join(lines)})"
-
-
-def _facts(result: "RepairResult") -> dict[str, str]:
-    """What the model says of itself."""
-    facts = {"architecture": result.infected.architecture, **result.infected.facts}
-    return {_short(str(key)): _short(str(value), 300) for key, value in facts.items() if value is not None}

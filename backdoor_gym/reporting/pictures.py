@@ -90,12 +90,12 @@ def _svg(figure: Figure, label: str, titles: Mapping[str, Sequence[str]] = Mappi
         figure.savefig(written, format="svg", metadata={"Date": None}, transparent=False)
     root = ElementTree.fromstring(written.getvalue())
     for group in root.iter(f"{{{SVG}}}g"):
-        found = titles.get(group.attrib.pop("id", ""))  # the other ids are the same in every figure
-        if found is not None:
+        texts = titles.get(group.attrib.pop("id", ""))  # the other ids are the same in every figure
+        if texts is not None:
             group.attrib["pointer-events"] = "all"
             dots = list(group.iter(f"{{{SVG}}}use")) or list(group.iter(f"{{{SVG}}}path"))
-            for dot, said in zip(dots, found, strict=True):
-                ElementTree.SubElement(dot, f"{{{SVG}}}title").text = said
+            for dot, text in zip(dots, texts, strict=True):
+                ElementTree.SubElement(dot, f"{{{SVG}}}title").text = text
     for metadata in root.findall(f"{{{SVG}}}metadata"):
         root.remove(metadata)
     for size in ("width", "height"):

@@ -1,6 +1,6 @@
 """Why a neuron was pruned, in words: its features against those of its layer."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,15 +11,8 @@ NOTICED, TOLD = 1.0, 1.5
 MOST_CHIPS, MOST_TOLD = 5, 3
 
 
-@dataclass(frozen=True)
-class Meaning:
-    """What it means that a feature stands out.
-
-    Attributes:
-        label: short name.
-        high: where it is far above the layer's mean; "" where that speaks for nothing.
-        low: the same below the mean.
-    """
+class Meaning(NamedTuple):
+    """A feature's short name, and what it means far above and far below the layer's mean; "" where that speaks for nothing."""
 
     label: str
     high: str = ""
@@ -40,29 +33,16 @@ MEANINGS = {
 UNREMARKABLE = "Nothing stands out by itself."
 
 
-@dataclass(frozen=True)
-class Chip:
-    """One feature of one neuron.
-
-    Attributes:
-        label: short name of the feature.
-        score: how far the neuron lies from its layer's mean, in standard deviations.
-        suspicious: whether that speaks for a backdoor.
-    """
+class Chip(NamedTuple):
+    """A feature of a neuron, its distance from its layer's mean in standard deviations, and whether that is suspicious."""
 
     label: str
     score: float
     suspicious: bool
 
 
-@dataclass(frozen=True)
-class Reasons:
-    """Of one neuron.
-
-    Attributes:
-        chips: its most outstanding features, the farthest first.
-        words: what the suspicious ones among them mean, a sentence.
-    """
+class Reasons(NamedTuple):
+    """The most outstanding features of a neuron, the farthest first, and what the suspicious ones mean, a sentence."""
 
     chips: list[Chip]
     words: str
@@ -72,7 +52,7 @@ def reasons(features: np.ndarray) -> Reasons:
     """Of the static features of one neuron, float (len(STATIC_FEATURES),)."""
     chips, said = [], []
     scores = {name: float(score) for name, score in zip(STATIC_FEATURES, features, strict=True) if name != "depth"}
-    for name, score in sorted(scores.items(), key=lambda one: -abs(one[1])):
+    for name, score in sorted(scores.items(), key=lambda pair: -abs(pair[1])):
         if abs(score) < NOTICED:
             break
         meaning = MEANINGS.get(name, Meaning(name.replace("_", " ")))

@@ -15,8 +15,10 @@ import pytest
 import backdoor_gym
 from backdoor_gym.baselines import BNP, RandomPolicy
 from backdoor_gym.benchmarking import OWN, Result, figures
-from backdoor_gym.benchmarking.cells import CellFile, Conditions, all_cells, make, named, own_budget
+from backdoor_gym.benchmarking.cells import CellFile, Conditions, all_cells
 from backdoor_gym.benchmarking.figures import der_by_attack
+from backdoor_gym.benchmarking.resuming import RowFile, run_tasks
+from backdoor_gym.benchmarking.specifications import make, named, own_budget
 from backdoor_gym.benchmarking.tables import infected_table, markdown, points, write_csv
 from backdoor_gym.errors import DataError, UnknownNameError
 from backdoor_gym.policies.contract import run_episode
@@ -197,7 +199,6 @@ def test_a_killed_run_loses_no_finished_cell(files, tmp_path):
         time.sleep(0.05)
     running.kill()
     running.wait()
-    CellFile(cells).drop_unfinished()
     kept = CellFile(cells).read_all()
     assert 3 <= len(kept) < 30
     subprocess.run(command, check=True, capture_output=True)
@@ -413,12 +414,39 @@ def test_results_have_no_figures_that_are_not_finite():
 def test_half_a_line_of_a_killed_process_does_not_spoil_the_next(tmp_path):
     file = CellFile(tmp_path / "cells.jsonl")
     first, second = result_of(), result_of(attack="x" * 10_000)
-    file.append(first)
-    for half in (second.as_json()[:7], second.as_json()):  # more than what is read at once
+    file.add(first)
+    for half in (second.as_json()[:7], second.as_json()):
         with file.path.open("a", encoding="utf-8") as lines:
             lines.write(half)
-        file.append(second)
+        assert file.read_all()[0] == first
+        file.add(second)
     assert file.read_all() == [first, second, second]
+
+
+def test_a_file_of_somebody_else_is_left_as_it_is(tmp_path):
+    file = CellFile(tmp_path / "cells.jsonl")
+    file.path.write_text('{"mine": 1}')
+    for change in (file.read_all, lambda: file.add(result_of())):
+        with pytest.raises(DataError, match="is not of a benchmark"):
+            change()
+    assert file.path.read_text() == '{"mine": 1}'
+
+
+def square(number, file):
+    file.add(number=number, square=number**2)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_measurement_does_only_what_is_missing(tmp_path, jobs):
+    file = RowFile(tmp_path / "rows.jsonl", ("number",))
+    file.add(number=2, square="known")
+    with file.path.open("a", encoding="utf-8") as lines:
+        lines.write('{"number": 3, "squ')  # killed while it wrote
+    tasks = [(number,) for number in range(1, 5)]
+    assert file.missing(tasks) == [(1,), (3,), (4,)]
+    run_tasks(square, file.missing(tasks), file, jobs)
+    assert {row["number"]: row["square"] for row in file.rows()} == {2: "known", 1: 1, 3: 9, 4: 16}
+    assert file.missing(tasks) == []
 
 
 @pytest.mark.parametrize(
@@ -437,11 +465,10 @@ def test_half_a_line_of_a_killed_process_does_not_spoil_the_next(tmp_path):
 )
 def test_a_line_that_is_no_result_is_refused(tmp_path, change):
     file = CellFile(tmp_path / "cells.jsonl")
-    file.append(Result("digits-clean", "onp", None, 0, "onp", {}, acc=0.9))
+    file.add(Result("digits-clean", "onp", None, 0, "onp", {}, acc=0.9))
     assert [result.acc for result in file.read_all()] == [0.9]
     line = file.path.read_bytes().strip()
     assert change(line) != line
     file.path.write_bytes(change(line) + b"\n")
-    for read in (file.read_all, file.drop_unfinished):
-        with pytest.raises(DataError, match="not a result of a benchmark"):
-            read()
+    with pytest.raises(DataError, match="not a result of a benchmark"):
+        file.read_all()

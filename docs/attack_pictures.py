@@ -1,6 +1,6 @@
 """Draws what each attack does to CIFAR-10 images: clean, triggered, and the difference.
 
-    BACKDOOR_GYM_DATA=... python benchmarks/attack_pictures.py
+    BACKDOOR_GYM_DATA=... python docs/attack_pictures.py
 
 The result is ``docs/pictures/attacks.png``. Label-consistent and input-aware learn with a helper first, here a small network
 trained for a short time on 1,500 images, in half a minute of one core.
@@ -19,7 +19,7 @@ from backdoor_gym.data.datasets import load_images
 from backdoor_gym.models.training import Schedule, train
 from backdoor_gym.networks import build
 
-PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "attacks.png"
+PICTURE = Path(__file__).parent / "pictures" / "attacks.png"
 DATA, TARGET, LEARNED_FROM = "uoft-cs/cifar10", 0, 1500
 SCHEDULE = Schedule(epochs=6, learning_rate=0.05)
 AMPLIFIED = 3
@@ -28,6 +28,7 @@ SHOWN, OF_TARGET = (1, 2), (3, 10)
 
 
 def helper_for(images: Tensor) -> Helper:
+    """A small network for attacks that learn with one."""
     torch.manual_seed(0)
     network = build("small_cnn", num_classes=10, in_channels=3, width=16, blocks=3)
 
@@ -37,10 +38,10 @@ def helper_for(images: Tensor) -> Helper:
     return Helper(network, run)
 
 
-def learned(attack: Attack, images: Tensor, labels: Tensor, wanted: Tensor) -> tuple[Attack, Tensor, Poisoning]:
+def learned(attack: Attack, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Attack, Tensor, Poisoning]:
     """The attack after what it learns, its training images, and which of them are poisoned."""
-    poisoning = Poisoning.draw(labels, wanted, attack, 0.5, torch.Generator().manual_seed(0))
-    prepared, altered = attack.prepare(images, labels, wanted, poisoning, lambda: helper_for(images))
+    poisoning = Poisoning.draw(labels, targets, attack, 0.5, torch.Generator().manual_seed(0))
+    prepared, altered = attack.prepare(images, labels, targets, poisoning, lambda: helper_for(images))
     return prepared, altered, poisoning
 
 
@@ -48,11 +49,11 @@ def rows() -> list[tuple[str, Tensor, Tensor]]:
     """A caption, two images, and the same two with the trigger."""
     test, _ = load_images(DATA, "test", SHOWN)
     images, labels = load_images(DATA, "train", range(LEARNED_FROM))
-    wanted = target_labels(labels, TARGET, 10)
+    targets = target_labels(labels, TARGET, 10)
     drawn = []
     for name in ATTACKS:
         attack = draw_attack(name, (3, 32, 32), torch.Generator().manual_seed(0))
-        attack, altered, poisoning = learned(attack, images, labels, wanted)
+        attack, altered, poisoning = learned(attack, images, labels, targets)
         drawn.append((name, test, attack(test)))
         if isinstance(attack, LabelConsistent):
             two = poisoning.poisoned.nonzero().flatten()[list(OF_TARGET)]
@@ -61,6 +62,7 @@ def rows() -> list[tuple[str, Tensor, Tensor]]:
 
 
 def draw(drawn: list[tuple[str, Tensor, Tensor]]) -> None:
+    """The picture of what ``rows`` gives."""
     kinds: tuple[tuple[str, Callable[[Tensor, Tensor], Tensor]], ...] = (
         ("clean", lambda clean, triggered: clean),
         ("triggered", lambda clean, triggered: triggered),
@@ -81,6 +83,7 @@ def draw(drawn: list[tuple[str, Tensor, Tensor]]) -> None:
 
 
 def main() -> None:
+    """Draw it."""
     torch.set_num_threads(1)
     draw(rows())
 
