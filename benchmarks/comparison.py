@@ -147,7 +147,7 @@ def repair_model(table: str, model: str, few: int | None, cells: list[Cell], fil
         if type(acting[0]) is ONP:
             row["verdict"] = acting[0].verdict(env.reset(seed=0)[0])
         if policy in SIGNS:
-            row["verdict"] = SIGNS[policy][1](env.victim)
+            row["verdict"] = SIGNS[policy][1](env.session.victim)
         file.add(**row)
 
 

@@ -1,85 +1,73 @@
 """What ONP is compared with beside the published rules: rankings, a ridge regression on the same models, and greedy searches."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.nn import functional as F
-from training import ATTACKS, LOOK, POLICIES, TRAINING, attacks_of, guide
+from training import ATTACKS, LOOK, POLICIES, TRAINING, attacks_of, fit_ridge, guide
 
-from backdoor_gym.agents import ONP, LookAhead
+from backdoor_gym.agents import ONP, LookAhead, ScoringPolicy
 from backdoor_gym.agents.finetuning import learn_alone
 from backdoor_gym.agents.training import checkpoint_of
-from backdoor_gym.agents.warm_start import Example, benefits
+from backdoor_gym.agents.warm_start import benefits
 from backdoor_gym.attacks.targets import target_labels
 from backdoor_gym.baselines import Ridge
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
-from backdoor_gym.envs.reward import Transition, accuracy_reward
+from backdoor_gym.envs.reward import accuracy_reward
 from backdoor_gym.masking.masked import MaskedNetwork
 from backdoor_gym.metrics import accuracy, danger, der
 from backdoor_gym.session.masked_model import MaskedVictim
 from backdoor_gym.session.prepared_model import Victim
+from backdoor_gym.session.session import Transition
 
-#: What the ridge sees of a neuron: all that changes with the neuron but the flags.
-COLUMNS = [NODE_FEATURES.index(name) for name in (*STATIC_FEATURES, "pull_now", "harm_now", "clean_pull_now")]
 FITS = Path(__file__).parent / "results" / "onp_ridge.json"
 #: Neurons that a greedy search tries, those whose derivatives promise most; prunes that it makes; prunes without gain that end it.
 CANDIDATES, STEPS, PATIENCE = 60, 100, 15
 #: Steps of learning on one network alone, from nothing and from the policy that comes with the package.
 ALONE, TUNED = 512, 256
 
+
 @dataclass(frozen=True)
 class Column:
     """Scores each unit by one node feature alone, and never stops of its own."""
 
-class Ranking(ONP):
-    """Prunes by a score of each neuron's features and never stops of its own; looks ahead as ONP does."""
+    name: str
 
-    def __init__(
-        self, env: Any, score: Callable[[np.ndarray], np.ndarray], look_ahead: LookAhead | None = None
-    ) -> None:
-        super().__init__(look_ahead=look_ahead, seed=0)
-        self.env, self.score = env, score
-
-    def logits(self, observation: Any) -> np.ndarray:
-        return np.append(self.score(observation["nodes"]), -1e6)[None].astype(np.float32)
+    def scores(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Of one observation or a batch, float32 (n, N + 1)."""
+        sign = -1 if self.name == "log_variance_ratio" else 1
+        column = sign * observation["nodes"][..., NODE_FEATURES.index(self.name)]
+        return np.pad(column.reshape(-1, column.shape[-1]), ((0, 0), (0, 1)), constant_values=-np.inf)
 
 
-def by_column(env: Any, name: str) -> Ranking:
+def by_column(env: Any, name: str) -> ScoringPolicy:
     """By one feature alone."""
-    sign = -1 if name == "log_variance_ratio" else 1
-    return Ranking(env, lambda features: sign * features[:, NODE_FEATURES.index(name)])
+    return ScoringPolicy(Column(name), env)
 
 
-def by_ridge(env: Any, left_out: str | None = None, look_ahead: LookAhead | None = None) -> Ranking:
+def by_ridge(env: Any, left_out: str | None = None, look_ahead: LookAhead | None = None) -> ScoringPolicy:
     """By a ridge regression of the first-order benefit of each prune, fitted on models without one attack."""
-    model, fitted = Ridge(), fits()[str(left_out)]
-    model.coef_, model.intercept_ = np.array(fitted["coefficients"]), fitted["intercept"]
-    return Ranking(env, lambda features: model.predict(features[:, COLUMNS].astype(np.float64)), look_ahead)
+    return ScoringPolicy(fits()[str(left_out)], env, look_ahead=look_ahead)
 
 
 @cache
-def fits() -> dict[str, Any]:
-    """Coefficients of the ridge regressions, on all training models and on those without one attack; made once."""
-    if FITS.is_file():
-        return json.loads(FITS.read_text(encoding="utf-8"))
-    school, attack_of, coefficients = dict(zip(TRAINING, guide(), strict=True)), attacks_of(TRAINING), {}
-    for left_out in (None, *ATTACKS):
-        model = fit_ridge([example for name, example in school.items() if attack_of[name] != left_out])
-        coefficients[str(left_out)] = {"coefficients": model.coef_.tolist(), "intercept": float(model.intercept_)}
-    FITS.write_text(json.dumps(coefficients, indent=1) + "\n", encoding="utf-8")
-    return coefficients
-
-
-def fit_ridge(school: Sequence[Example]) -> Ridge:
-    """Fitted on what ONP's warm start is fitted on: the same states of the same models, with the same preferences."""
-    return Ridge.fit(
-        state for example in school for state in zip(example.observation["nodes"], example.preference, strict=True)
-    )
+def fits() -> dict[str, Ridge]:
+    """The ridge regressions, on all training models and on those without one attack; made once."""
+    if not FITS.is_file():
+        school, attack_of = dict(zip(TRAINING, guide(), strict=True)), attacks_of(TRAINING)
+        made = {
+            str(left_out): asdict(fit_ridge([one for name, one in school.items() if attack_of[name] != left_out]))
+            for left_out in (None, *ATTACKS)
+        }
+        FITS.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    fitted = json.loads(FITS.read_text(encoding="utf-8"))
+    return {key: Ridge(tuple(fit["coefficients"]), fit["intercept"]) for key, fit in fitted.items()}
 
 
 class GreedyReward:
@@ -89,17 +77,17 @@ class GreedyReward:
         self.env = env
 
     def predict(self, observation: dict[str, np.ndarray], *_: Any, **__: Any) -> tuple[int, None]:
-        env, victim = self.env, self.env.victim
-        slopes = victim.slopes(env.pruned)
+        env, victim = self.env, self.env.session.victim
+        slopes = victim.slopes(env.session.state.pruned)
         pull, harm = slopes.pull, slopes.harm
         promise = pull / max(pull.std(), 1e-12) - np.maximum(harm, 0) / max(harm.std(), 1e-12)
         legal = env.action_masks()[:-1][: len(victim)]
         best, action = env.step_cost, env.stop_action
         for unit in np.argsort(-np.where(legal, promise, -np.inf))[: min(CANDIDATES, int(legal.sum()))]:
-            after = env.evaluate_also([int(unit)])
+            after = env.session.peek([int(unit)])
             if observation["globals"][0] + observation["globals"][1] - after.acc > env.accuracy_budget + 1e-6:
                 continue
-            reward = accuracy_reward(Transition(victim, int(unit), env.figures, after))
+            reward = accuracy_reward(Transition(victim, int(unit), env.session.figures, after))
             if reward > best:
                 best, action = reward, int(unit)
         return action, None
@@ -112,7 +100,7 @@ class GreedyReference:
     """
 
     def __init__(self, env: BackdoorPruneEnv) -> None:
-        self.actions = [*greedy_path(env.victim, env.accuracy_budget or 0.0), env.stop_action]
+        self.actions = [*greedy_path(env.session.victim, env.accuracy_budget or 0.0), env.stop_action]
 
     def predict(self, *_: Any, **__: Any) -> tuple[int, None]:
         return self.actions.pop(0), None

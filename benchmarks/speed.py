@@ -71,7 +71,7 @@ def measure_steps(network: str) -> Row:
     """Steps of random episodes, their parts, and the floor; rival (a)."""
     images, prunes, rounds = sizes_of(network)
     env = environment(network, images)
-    victim = env.victim
+    victim = env.session.victim
     module, clean = victim.model.network, victim.clean
     random = np.random.default_rng(0)
     taken = np.zeros((rounds, 4))  # step, suspected danger, accuracy, rival
@@ -82,20 +82,20 @@ def measure_steps(network: str) -> Row:
         env.reset(seed=0)
         gemm.append(gemm_rate())
         for unit in random.permutation(len(victim))[:prunes]:
-            after = env.pruned
+            after = env.session.state.pruned
             after[unit] = True
             mask = victim.neuron_mask(after)
             other = int(random.choice(np.flatnonzero(~after)))  # not the unit, or the step would find its work done
-            row[2] += seconds(lambda other=other: env.clean_also([other]))
-            row[1] += seconds(lambda other=other: env.suspect_also([other]))
+            row[2] += seconds(lambda other=other: env.session.peek_clean([other]))
+            row[1] += seconds(lambda other=other: env.session.peek_danger([other]))
             row[0] += seconds(lambda unit=unit: env.step(int(unit)))
             acc: list[float] = []
             rival = partial(masked_accuracy, module, victim.neurons, mask, clean.images, clean.labels)
             row[3] += seconds(lambda acc=acc, rival=rival: acc.append(rival()))
-            assert abs(acc[0] - env.figures.acc) < 1.5 / len(clean), "the two networks answer differently"
+            assert abs(acc[0] - env.session.figures.acc) < 1.5 / len(clean), "the two networks answer differently"
             floors.append(needed[unit])
     step, suspected, accurate, rivals = (column.tolist() for column in taken.T / prunes)
-    slopes = median(seconds(lambda: env.masked_victim.slopes(env.pruned)) for _ in range(rounds))
+    slopes = median(seconds(lambda: env.session.masked.slopes(env.session.state.pruned)) for _ in range(rounds))
     observe = median(seconds(env.observe) for _ in range(rounds))
     passes = (0 if victim.inverted is None else inverted + len(victim.inverted.clean)) + min(200, len(clean))
     rate, floor = median(gemm), float(np.mean(floors))
@@ -118,7 +118,7 @@ def measure_steps(network: str) -> Row:
 def measure_memory(network: str) -> Row:
     """The largest resident size of a process that begins an episode and prunes eight neurons."""
     env = environment(network, sizes_of(network)[0])
-    for unit in np.random.default_rng(0).permutation(len(env.victim))[:8]:
+    for unit in np.random.default_rng(0).permutation(len(env.session.victim))[:8]:
         env.step(int(unit))
     return {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
 
@@ -190,7 +190,7 @@ def measure_ppo(network: str) -> Row:
 
     def twin() -> gym.Env[Any, Any]:
         options = {"accuracy_budget": 0.05, "score_samples": 0, "clean_samples": images, "max_steps": 100}
-        sharing = BackdoorPruneEnv(env.victim.model, **options)
+        sharing = BackdoorPruneEnv(env.session.victim.model, **options)
         sharing.generator = env.generator
         return sharing
 
@@ -211,7 +211,7 @@ def measure_ppo(network: str) -> Row:
     done, networks = 2 * count * steps, clock.taken["network"]
     rest = sum(rollouts) + sum(updates) - networks
     return {
-        "neurons": len(env.victim),
+        "neurons": len(env.session.victim),
         "steps": count * steps,
         "rollout_s": min(rollouts),
         "update_s": min(updates),
@@ -239,7 +239,7 @@ def measure_vector(network: str) -> Row:
         for env, into in zip((vector, sync), taken, strict=True):
             env.reset(seed=0)
             random = np.random.default_rng(index)
-            actions = [random.permutation(len(first.victim))[:count] for _ in range(steps)]
+            actions = [random.permutation(len(first.session.victim))[:count] for _ in range(steps)]
             answers: list[Any] = []
             into.append(seconds(partial(_play, env, actions, answers)))
             returned.append([answer[0]["nodes"] for answer in answers])
@@ -259,13 +259,13 @@ def measure_scaling(network: str) -> Row:
         model_of(network), accuracy_budget=None, score_samples=0, clean_samples=48 if network == WIDE else 200
     )
     prepared = seconds(lambda: env.reset(seed=0))
-    victim = env.victim
+    victim = env.session.victim
     macs, _ = multiply_adds(victim.neurons, victim.clean.images[:1])
     images = victim.clean.images.contiguous(memory_format=torch.channels_last)
     units = np.random.default_rng(0).permutation(len(victim))[:8].tolist()  # two are followed by derivatives taken anew
     with torch.no_grad():
         forward = median(seconds(lambda: victim.model.network(images)) for _ in range(3))
-    evaluations = [seconds(lambda unit=unit: env.evaluate_also([unit])) for unit in units]
+    evaluations = [seconds(lambda unit=unit: env.session.peek([unit])) for unit in units]
     env.reset(seed=0)
     steps = [seconds(lambda unit=unit: env.step(unit)) for unit in units]
     buffer = GraphRolloutBuffer(64, env.observation_space, env.action_space, "cpu", n_envs=1)
@@ -281,7 +281,7 @@ def measure_scaling(network: str) -> Row:
         "prepare_s": prepared,
         "forward_s": forward,
         "evaluation_s": float(np.mean(evaluations)),
-        "slopes_s": median(seconds(lambda: victim.slopes(env.pruned)) for _ in range(3)),
+        "slopes_s": median(seconds(lambda: victim.slopes(env.session.state.pruned)) for _ in range(3)),
         "step_s": float(np.mean(steps)),
         "observation_bytes": sum(array.nbytes for array in observation.values()),
         "rollout_bytes_a_step": round(sum(array.nbytes for array in stored) / 64),

@@ -17,6 +17,8 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -31,8 +33,9 @@ from backdoor_gym.agents import ONP, EncoderOptions, LookAhead
 from backdoor_gym.agents.training import SCORE_SAMPLES, VERDICT_THRESHOLDS, checkpoint_of, train
 from backdoor_gym.agents.validation import choose_threshold
 from backdoor_gym.agents.warm_start import Example, examples
-from backdoor_gym.baselines import RandomPolicy
+from backdoor_gym.baselines import RandomPolicy, Ridge
 from backdoor_gym.models.training import Schedule
+from backdoor_gym.writing import as_json
 
 HERE = Path(__file__).parent
 POLICIES, RESULTS, EMBEDDED = HERE / "policies", HERE / "results", Path(backdoor_gym.__file__).parent / "embedded"
@@ -40,7 +43,8 @@ ATTACKS = ("badnets", "blended", "sig", "wanet")
 STEPS = 3_072
 #: Chosen on ``digits-val`` with one policy. The inverted trigger, which all but the loss comes from, is one of BN statistics:
 #: the policy without these looks at the loss alone.
-LOOK = LookAhead(10, 3.0, 10.0, 0.09, 15, 0.02)
+LOOK = LookAhead()
+LOSS_ALONE = LookAhead(danger_weight=0.0, done=0.0, patience=0, restore=0.0)
 TRAINING = [f"digits-train/{seed}" for seed in range(300)]
 VALIDATION = [f"digits-val/{seed}" for seed in range(30)]
 #: The threshold is chosen on more: only their verdicts are asked for.
@@ -50,12 +54,14 @@ BN_STATISTICS = (
     "kl", "log_variance_ratio", "mean_shift", "pull", "pull_now", "clean_pull_now",
     "suspected_danger", "suspected_drop", "shift", "inversion_error", "inversion_evidence",
 )  # fmt: skip
-MLP = EncoderOptions(message_passing=False)
+#: The ridge regression that comes with the package; it has no threshold to choose.
+RIDGE = "ridge"
+MLP = EncoderOptions()
 #: Name -> shape of the network, seed, attack that is left out.
 SHAPES: dict[str, tuple[EncoderOptions, int, str | None]] = {
     **{f"mlp-{seed}": (MLP, seed, None) for seed in range(3)},
-    **{f"gnn-{seed}": (EncoderOptions(), seed, None) for seed in range(3)},
-    "no-bn-statistics-0": (EncoderOptions(message_passing=False, ignore=(*MLP.ignore, *BN_STATISTICS)), 0, None),
+    **{f"gnn-{seed}": (EncoderOptions(message_passing=True), seed, None) for seed in range(3)},
+    "no-bn-statistics-0": (EncoderOptions(ignore=(*MLP.ignore, *BN_STATISTICS)), 0, None),
     **{f"without-{attack}": (MLP, 0, attack) for attack in ATTACKS},
 }
 #: MaskablePPO: most prunes of an episode, episodes of a mean.
@@ -85,6 +91,13 @@ def guide(models: list[str] = TRAINING, file: Path = POLICIES / "guide.npz") -> 
     ]
 
 
+def fit_ridge(school: Sequence[Example]) -> Ridge:
+    """Fitted on what ONP's warm start is fitted on: the same states of the same models, with the same preferences."""
+    return Ridge.fit(
+        state for example in school for state in zip(example.observation["nodes"], example.preference, strict=True)
+    )
+
+
 def attacks_of(models: list[str]) -> dict[str, str]:
     """The attack of each model."""
     return {name: backdoor_gym.load_infected(name).facts["attack"] for name in models}
@@ -92,7 +105,11 @@ def attacks_of(models: list[str]) -> dict[str, str]:
 
 def train_policies(names: list[str]) -> None:
     """Train some of ``SHAPES`` as ``backdoor-gym train`` does, with one look-ahead for all."""
-    missing = [name for name in names if not (POLICIES / f"{name}.safetensors").is_file() or _begun(name)]
+    if RIDGE in names:
+        text = as_json(asdict(fit_ridge(guide())), indent=1)
+        (HERE.parent / "baselines/ridge.json").write_text(f"{text}\n", encoding="utf-8")
+    shaped = [name for name in names if name != RIDGE]
+    missing = [name for name in shaped if not (POLICIES / f"{name}.safetensors").is_file() or _begun(name)]
     if not missing:
         return
     school, attack_of = guide(), attacks_of(TRAINING + CALIBRATION)
@@ -108,7 +125,7 @@ def train_policies(names: list[str]) -> None:
             POLICIES / f"{policy}.safetensors",
             seed=seed,
             encoder=encoder,
-            looks=(LookAhead(LOOK.candidates, LOOK.loss_weight) if blind else LOOK,),
+            look_ahead=LOSS_ALONE if blind else LOOK,
             calibration=[name for name in CALIBRATION if attack_of[name] != left_out],
             guide=[example for name, example in zip(TRAINING, school, strict=True) if attack_of[name] != left_out],
             report=partial(_report, policy),
@@ -214,7 +231,7 @@ def train_maskable_ppo(steps: int, seeds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("policies", "thresholds", "maskable-ppo", "embedded"))
-    parser.add_argument("--only", nargs="*", choices=SHAPES, default=list(SHAPES), help="policies")
+    parser.add_argument("--only", nargs="*", choices=[*SHAPES, RIDGE], default=list(SHAPES), help="policies")
     parser.add_argument("--steps", type=int, default=6_000, help="of MaskablePPO")
     parser.add_argument("--seeds", type=int, default=3, help="of MaskablePPO")
     arguments = parser.parse_args()

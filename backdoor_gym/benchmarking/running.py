@@ -23,7 +23,8 @@ from ..models.infected import InfectedModel
 from ..networks.adapting import deep_copy
 from ..neurons.finding import RESIDUAL_MODES
 from ..on_ray.cluster import Kept
-from ..repairing import rating, run_episode
+from ..policies.contract import run_episode
+from ..repairing import rating
 from ..session.generator import MODEL, check_model
 from ..wording import shown
 from ..writing import beside, check_place, write_text
@@ -216,8 +217,8 @@ def run_cell(blank: Result, maker: Maker, ready: Ready, conditions: Conditions) 
     observation, _ = env.reset(seed=0)
     run_episode(policy, env, observation)
     seconds = time.perf_counter() - start + memory.spared - spared
-    mask = env.victim.neuron_mask(env.pruned)
-    after = model.evaluate(write_mask(model.network, env.victim.neurons, mask).to(conditions.device))
+    mask = env.session.victim.neuron_mask(env.session.state.pruned)
+    after = model.evaluate(write_mask(model.network, env.session.victim.neurons, mask).to(conditions.device))
     shares: dict[str, Any] = {f"{name}_before": value for name, value in before.as_dict().items()} | after.as_dict()
     return replace(
         blank,

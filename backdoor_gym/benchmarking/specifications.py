@@ -10,9 +10,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ..baselines.thresholds import BUDGET, parse_threshold
 from ..errors import DataError
-from ..policies import BUDGETS, POLICIES, SUFFIX, check_policy, kind_of_policy, make_policy
+from ..policies.registry import POLICIES, SUFFIX, check_policy, kind_of_policy, make_policy, options_of
+from ..policies.thresholds import BUDGET, parse_threshold
 from ..wording import shown
 
 #: The budget of a policy that runs as it was published: its own stopping rule and its own default guard.
@@ -57,10 +57,10 @@ def make(maker: Maker, env: Any, budget: float | None, seed: int) -> Any:
     if callable(parsed):
         return parsed(env, seed)
     name, options = parsed
-    takes, threshold = POLICIES[kind_of_policy(name)], _threshold_of(name)
-    if threshold in takes and budget is not OWN:
+    threshold = POLICIES[kind_of_policy(name)].threshold
+    if threshold is not None and budget is not OWN:
         options.setdefault(threshold, BUDGET)
-    if "seed" in takes:
+    if "seed" in options_of(name):
         options["seed"] = seed
     return make_policy(name, env, options)
 
@@ -68,7 +68,7 @@ def make(maker: Maker, env: Any, budget: float | None, seed: int) -> Any:
 def own_budget(maker: Maker) -> float | None:
     """The accuracy budget with which a policy runs as ``OWN``: that of its kind, 0.02 for a user's."""
     parsed = _parse(maker)
-    return 0.02 if callable(parsed) else BUDGETS[kind_of_policy(parsed[0])]
+    return 0.02 if callable(parsed) else POLICIES[kind_of_policy(parsed[0])].budget
 
 
 def is_seeded(maker: Maker) -> bool:
@@ -77,7 +77,7 @@ def is_seeded(maker: Maker) -> bool:
     if callable(parsed):
         return True
     kind = kind_of_policy(parsed[0])
-    return "seed" in POLICIES[kind] and (kind not in UNSEEDED or bool(parsed[1].get("finetune")))
+    return "seed" in options_of(kind) and (kind not in UNSEEDED or bool(parsed[1].get("finetune")))
 
 
 def described(maker: Maker) -> str:
@@ -106,24 +106,19 @@ def _parse(maker: Maker) -> tuple[str, dict[str, Any]] | Factory:
     name, *settings = maker.split(":")
     if settings and name not in POLICIES and not name.endswith(SUFFIX):
         return _import(name, ":".join(settings))
-    takes, threshold = POLICIES[kind_of_policy(name)], _threshold_of(name)
+    threshold = POLICIES[kind_of_policy(name)].threshold
     options: dict[str, Any] = {}
     for setting in settings:
         key, is_option, value = setting.rpartition("=")
         if not is_option:
-            key = threshold
-            if key not in takes:
+            if threshold is None:
                 raise DataError(f"{name} takes no threshold, so not {maker}")
+            key = threshold
         if key == "seed":
             raise DataError(f"the seeds of {maker} are those of the benchmark: leave seed= out")
         options[key] = parse_threshold(value) if key == threshold else _value(maker, value)
     check_policy(name, options)
     return name, options
-
-
-def _threshold_of(name: str) -> str:
-    """What a policy calls its threshold."""
-    return "u" if name == "clp" else "threshold"
 
 
 def _value(text: str, value: str) -> Any:

@@ -8,8 +8,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from backdoor_gym.agents.vec_env import ThreadedVecEnv
+from backdoor_gym.envs import prefetch as ahead
 from backdoor_gym.envs.prune import BackdoorPruneEnv
-from backdoor_gym.session import prefetch as ahead
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
