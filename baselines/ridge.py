@@ -1,7 +1,8 @@
 """A ridge regression in place of ONP's network: what a linear score of each neuron's features can do.
 
 It is fitted on the examples of ONP's warm start, and with the same look-ahead it is level with ONP. The weights in
-``ridge.json`` are those of ``python benchmarks/training.py policies --only ridge``: all of ``digits-train/0`` to ``299``.
+``ridge.json`` are those of ``benchmarks/results/onp_ridge.json``, fitted on ``digits-train/0`` to ``299``;
+``python benchmarks/training.py policies --only ridge`` fits them anew.
 """
 
 import json
