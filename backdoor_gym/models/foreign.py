@@ -14,7 +14,8 @@ from ..arguments import check_kind, check_options
 from ..data.datasets import MOST_SIDE
 from ..data.own_images import OwnImages, Source, all_images, own_images
 from ..errors import DataError, ModelFileError, UnknownNameError
-from ..files.checkpoints import Checkpoint, beginnings, fit_weights, read_checkpoint
+from ..files.checkpoints import Checkpoint, read_checkpoint
+from ..files.fitting import beginnings, fit_weights
 from ..networks import ARCHITECTURES, build
 from ..networks.preprocessing import Normalise, Preprocessed
 from .infected import InfectedModel, check_finite, check_preprocess

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..data.datasets import MOST_SIDE, LabelledImages
 from ..data.own_images import Source, _is_image_folder, all_images, own_images
 from ..errors import BackdoorGymError, DataError, ModelFileError, WeightsError
-from ..files.checkpoints import COUNTER, Checkpoint, fit_weights, read_checkpoint
+from ..files.checkpoints import Checkpoint, read_checkpoint
+from ..files.fitting import COUNTER, fit_weights
 from ..files.schemas import plain
 from ..files.sizes import counted, within
 from ..files.tensors import check_names, is_pickle, read_safetensors

@@ -19,7 +19,8 @@ from torch import nn
 
 from backdoor_gym import load_infected
 from backdoor_gym.errors import ModelFileError, WeightsError
-from backdoor_gym.files.checkpoints import Checkpoint, beginnings, fit_weights, read_checkpoint
+from backdoor_gym.files.checkpoints import Checkpoint, read_checkpoint
+from backdoor_gym.files.fitting import beginnings, fit_weights
 from backdoor_gym.files.tensors import MOST_HEADER
 
 
