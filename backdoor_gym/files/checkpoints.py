@@ -1,7 +1,7 @@
 """Other people's checkpoints: weights out of safetensors and torch files, without running anything that came with them.
 
 torch files are read by torch's restricted reader (``weights_only=True``). What it does not know (numpy numbers, an
-``argparse.Namespace``, a pickled class, ...) is neither imported nor called: inert stand-ins take its place, and the result names it.
+``argparse.Namespace``, a pickled class, ...) is neither imported nor called: an inert stand-in takes its place, and it is named.
 """
 
 import os

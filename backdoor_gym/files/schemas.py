@@ -102,9 +102,9 @@ def checked(metadata: Any, schema: type[Schema], what: str) -> Schema:
         ModelFileError: a field is missing, unknown, of another type, or out of its range.
     """
     try:
-        if is_dataclass(schema) and isinstance(metadata, dict):
-            if unknown := sorted(metadata.keys() - {field.name for field in fields(schema)}):
-                raise ValueError(f"it has no {unknown[0]}")
+        names = {field.name for field in fields(schema)} if is_dataclass(schema) else ()
+        if names and isinstance(metadata, dict) and (unknown := sorted(metadata.keys() - names)):
+            raise ValueError(f"it has no {unknown[0]}")
         return msgspec.convert(plain(metadata), schema)
     except (msgspec.ValidationError, ValueError, TypeError) as error:
         raise ModelFileError(f"{what} is not what such a file must be: {error}") from error

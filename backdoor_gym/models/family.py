@@ -5,7 +5,7 @@ another. Attack, shape, number of neurons and depth are drawn once; trigger, tar
 division of the images anew at each attempt, until the network is accurate and the attack works. One in five models is
 clean.
 
-In half of the models the defender's clean images are shifted a little, by JPEG or in brightness (``corruptions.py``), as
+In half of the models the defender's clean images are shifted a little, by JPEG or in brightness (``data/corruptions.py``), as
 happens in life; training and test images are not.
 
 Networks are trained when they are first asked for, in some seconds, and cached. Rounding differs between kinds of
@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from platformdirs import user_cache_dir
 
-from ..data.datasets import DIGITS
+from ..data.corruptions import corrupt, draw_corruption
+from ..data.datasets import DIGITS, LabelledImages
 from ..errors import BackdoorGymError, TrainingError
 from ..writing import locked, replacing
-from .corruptions import corrupted, draw_corruption
 from .infected import InfectedModel
 from .infecting import CLEAN, infect
 from .training import Schedule
@@ -125,6 +125,17 @@ def corruption(name: str) -> dict[str, Any]:
     """What happened to the clean images of that model: kind and level."""
     split, _, seed = name.partition("/")
     return draw_corruption(np.random.default_rng((RECIPE_VERSION, SPLITS[split], int(seed), 3, 1)))
+
+
+def corrupted(model: InfectedModel, kind: str, level: float) -> InfectedModel:
+    """The model with the defender's clean images after a corruption (see ``corrupt``); its test images stay as they are."""
+    if kind == "none":
+        return model
+    clean = LabelledImages(corrupt(model.clean.images, kind, level), model.clean.labels)
+    facts = {**model.facts, "corruption": kind, "corruption_level": level}
+    return InfectedModel(
+        model.network, clean, model.test, model.trigger, model.target, model.architecture, facts, model.name
+    )
 
 
 def cache_path(name: str) -> Path:

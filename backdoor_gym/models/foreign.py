@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_kind, check_options
-from ..data.datasets import MOST_SIDE
 from ..data.own_images import OwnImages, Source, all_images, own_images
+from ..data.pictures import MOST_SIDE
 from ..errors import DataError, ModelFileError, UnknownNameError
 from ..files.checkpoints import Checkpoint, read_checkpoint
 from ..files.fitting import beginnings, fit_weights

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..attacks import Attack, attack_from_state
 from ..attacks.targets import Target, check_target
+from ..data.channels import fit_channels
 from ..data.datasets import DIGITS, DataSource, LabelledImages, check_labels, fingerprint, named_in_file
-from ..data.own_images import Source, all_images, fit_channels, own_images
+from ..data.own_images import Source, all_images, own_images
 from ..errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from ..files.schemas import MOST_NAME, ImagesFields, ModelFields, checked
 from ..files.sizes import within

@@ -20,8 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..data.datasets import MOST_SIDE, LabelledImages
-from ..data.own_images import Source, _is_image_folder, all_images, own_images
+from ..data.datasets import LabelledImages
+from ..data.folders import is_image_folder
+from ..data.own_images import Source, all_images, own_images
+from ..data.pictures import MOST_SIDE
 from ..errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from ..files.checkpoints import Checkpoint, read_checkpoint
 from ..files.fitting import COUNTER, fit_weights
@@ -580,7 +582,7 @@ def _relabelled(source: Source, images: LabelledImages, labels: Mapping[str, int
     """Images with the network's labels, where they are of a folder whose subfolders have the names of the network's classes."""
     folder = Path(source).expanduser() if isinstance(source, str | Path) else None
     places = {_alike(name): place for name, place in labels.items()}
-    if folder is None or not folder.is_dir() or not _is_image_folder(folder) or len(places) < len(labels):
+    if folder is None or not folder.is_dir() or not is_image_folder(folder) or len(places) < len(labels):
         return images
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not all(_alike(name) in places for name in names):
