@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from .encoder import OBSERVED, as_tensors
 from .graph_policy import GraphPolicy
 
+#: Gradient steps before each rollout, and models in each step.
+STEPS, BATCH_SIZE = 4, 32
+
 
 class VerdictReplay(BaseCallback):
     """Keeps the first observation of each training model, and before each rollout fits on a few whether to stop at once.
@@ -20,16 +23,13 @@ class VerdictReplay(BaseCallback):
     that are known to be clean or not.
 
     Args:
-        steps: gradient steps before each rollout.
-        batch_size: models in each.
         seed: of their choice.
     """
 
     model: Any
 
-    def __init__(self, steps: int = 4, batch_size: int = 32, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self.steps, self.batch_size = steps, batch_size
         self._random = np.random.default_rng(seed)
         #: Name of a model -> its first observation, and whether it is clean.
         self._seen: dict[str, tuple[dict[str, np.ndarray], bool]] = {}
@@ -47,7 +47,7 @@ class VerdictReplay(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         if len({clean for _, clean in self._seen.values()}) == 2:
-            losses = [self._fit() for _ in range(self.steps)]
+            losses = [self._fit() for _ in range(STEPS)]
             self.logger.record("train/verdict_loss", float(np.mean(losses)))
 
     def _remember(self, observations: Any, index: int) -> None:
@@ -71,7 +71,7 @@ class VerdictReplay(BaseCallback):
         self._random.bit_generator.state = progress["random"]
 
     def _fit(self) -> float:
-        names = self._random.choice(sorted(self._seen), self.batch_size)
+        names = self._random.choice(sorted(self._seen), BATCH_SIZE)
         observations, clean = zip(*(self._seen[str(name)] for name in names), strict=True)
         policy = self.model.policy
         assert isinstance(policy, GraphPolicy)

@@ -41,6 +41,8 @@ STATES = (0, 4, 10, 20, 35, 55)
 STATES_AFTER_DONE = (0, 5, 10)
 #: Discount of rewards, here and in the reinforcement that follows.
 GAMMA = 0.97
+#: Models and largest step size of the fit.
+BATCH_SIZE, LEARNING_RATE = 8, 2e-3
 _EDGES = ("edges", "edge_links")
 _PULL, _HARM = (NODE_FEATURES.index(name) for name in ("pull_now", "harm_now"))
 
@@ -90,7 +92,6 @@ def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
 
 def examples(
     infected: Sequence[Any],
-    seed: int = 0,
     *,
     oracle: bool = True,
     jobs: int = 1,
@@ -102,7 +103,6 @@ def examples(
 
     Args:
         infected: names or models.
-        seed: of the noise that makes repairs differ from the best.
         oracle: whether the triggers are known.
         jobs: processes of one core each; they change nothing but the time.
         ray: address of a Ray cluster that makes the examples instead.
@@ -110,7 +110,7 @@ def examples(
         options: of the environment; ``accuracy_budget`` replaces the ``BUDGETS`` that the models take in turn.
     """
     tasks = [
-        (name, {"accuracy_budget": BUDGETS[index % len(BUDGETS)], **options}, [seed, index], oracle)
+        (name, {"accuracy_budget": BUDGETS[index % len(BUDGETS)], **options}, index, oracle)
         for index, name in enumerate(infected)
     ]
     if jobs == 1 and ray is None:
@@ -119,12 +119,12 @@ def examples(
         return list(bar(pool.map(_example, *zip(*tasks, strict=True)), "examples", len(tasks), progress))
 
 
-def _example(name: Any, options: dict[str, Any], seed: list[int], oracle: bool) -> Example:
-    """The example of one repair, which goes on for a while after it is done."""
+def _example(name: Any, options: dict[str, Any], index: int, oracle: bool) -> Example:
+    """The example of one repair, which goes on for a while after it is done; noise by ``index`` makes it differ from the best."""
     env = BackdoorPruneEnv([name], reward="oracle" if oracle else "acc", **options)
     observation, _ = env.reset(seed=0)
     victim, count = env.session.victim, len(env.session.victim)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng([0, index])
     noise = random.gumbel(size=count)
     order = benefits(victim) + noise if oracle and random.random() < 0.5 else None
     edges = int(observation["num_edges"][0])
@@ -206,8 +206,6 @@ def warm_start(
     network: GraphActorCritic,
     school: Sequence[Example],
     epochs: int = 50,
-    batch_size: int = 8,
-    learning_rate: float = 2e-3,
     seed: int = 0,
     progress: bool = False,
 ) -> list[float]:
@@ -217,9 +215,9 @@ def warm_start(
     """
     network.train()
     random = np.random.default_rng(seed)
-    batches = -(-len(school) // batch_size)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * batches)
+    batches = -(-len(school) // BATCH_SIZE)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * batches)
     losses = []
     for _ in bar(range(epochs), "warm start", epochs, progress):
         total = 0.0

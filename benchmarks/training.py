@@ -66,7 +66,7 @@ SHAPES: dict[str, tuple[EncoderOptions, int, str | None]] = {
 }
 #: MaskablePPO: most prunes of an episode, episodes of a mean.
 MAX_STEPS, EPISODES = 40, 20
-#: Of each embedded model: attack, target and seed. That of BadNets was looked for among twelve (results/embedded_seeds.json).
+#: Of each embedded model: attack, target and seed. That of BadNets was looked for among twelve.
 MODELS = (("badnets", 3, 3), ("blended", 7, 0), ("clean", 0, 0))
 SCHEDULE = Schedule(epochs=40, batch_size=64, learning_rate=0.2, weight_decay=0.01, augment=False)
 

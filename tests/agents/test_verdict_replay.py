@@ -22,10 +22,12 @@ def make(models):
     return gym.make("BackdoorPrune-v0", infected=models, reward="oracle", max_steps=6, score_samples=32, max_units=112)
 
 
-def test_reinforcement_keeps_telling_clean_from_infected(infected, harmless):
+def test_reinforcement_keeps_telling_clean_from_infected(infected, harmless, monkeypatch):
     """The steps of reinforcement are far too few here for the verdict to be learned from them."""
+    monkeypatch.setattr("backdoor_gym.agents.verdict_replay.STEPS", 30)
+    monkeypatch.setattr("backdoor_gym.agents.verdict_replay.BATCH_SIZE", 8)
     verdicts = []
-    for callback in (None, VerdictReplay(steps=30, batch_size=8)):
+    for callback in (None, VerdictReplay()):
         vector = DummyVecEnv([lambda: make([infected]), lambda: make([harmless])])
         onp = ONP(vector, seed=0, n_steps=8, batch_size=8, n_epochs=1, learning_rate=3e-3)
         onp.learn(32, callback=callback)

@@ -5,7 +5,7 @@ import torch
 from backdoor_gym.agents.encoder import EncoderOptions, GraphActorCritic, as_tensors
 from backdoor_gym.agents.finetuning import learn_alone
 from backdoor_gym.agents.onp import ONP
-from backdoor_gym.agents.warm_start import Example, benefits, examples, padded, warm_start
+from backdoor_gym.agents.warm_start import Example, _example, benefits, examples, padded, warm_start
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.errors import DataError
@@ -62,9 +62,9 @@ def test_half_of_the_repairs_are_by_what_is_seen(planted, monkeypatch):
 
     monkeypatch.setattr("backdoor_gym.agents.warm_start._seen_benefits", seen)
     counts = []
-    for seed in range(8):
+    for index in range(8):
         followed.clear()
-        examples([planted], seed=seed)
+        _example(planted, {"accuracy_budget": 0.01}, index, oracle=True)
         counts.append(len(followed))
     assert 0 in counts
     assert max(counts) > 0
@@ -109,11 +109,13 @@ def test_a_batch_holds_what_its_examples_hold(infected, plain_infected):
         torch.testing.assert_close(logits[row, -1], alone[0, -1], atol=1e-4, rtol=1e-4)
 
 
-def test_it_fits(planted, infected):
+def test_it_fits(planted, infected, monkeypatch):
+    monkeypatch.setattr("backdoor_gym.agents.warm_start.BATCH_SIZE", 2)
+    monkeypatch.setattr("backdoor_gym.agents.warm_start.LEARNING_RATE", 1e-2)
     torch.manual_seed(0)
     network = GraphActorCritic(EncoderOptions(message_passing=True))
     school = examples([planted, infected], score_samples=50)
-    losses = warm_start(network, school, epochs=60, batch_size=2, learning_rate=1e-2)
+    losses = warm_start(network, school, epochs=60)
     assert losses[-1] < losses[0] - 1
     env = BackdoorPruneEnv([planted, infected])
     logits, _ = network.eval()(as_tensors(env.reset(seed=0, options={"infected": planted})[0]))
@@ -122,7 +124,7 @@ def test_it_fits(planted, infected):
 
 
 def test_examples_are_reproducible(infected):
-    first, second = (examples([infected], seed=1, score_samples=50)[0] for _ in range(2))
+    first, second = (examples([infected], score_samples=50)[0] for _ in range(2))
     assert isinstance(first, Example)
     assert np.array_equal(first.preference, second.preference)
 
