@@ -1,6 +1,5 @@
 """Errors that a user can cause, one class a kind; each message says what was wrong and what is allowed."""
 
-import copyreg
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -59,7 +58,7 @@ class UnknownNameError(BackdoorGymError, ValueError):
         super().__init__("; ".join(part for part in (what, choices, hint) if part))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return copyreg.__newobj__, (type(self), *self.args)  # another process makes it of its message, not of a name
+        return type(self).__new__, (type(self), *self.args)  # another process makes it of its message, not of a name
 
 
 def check_name(kind: str, name: Any, allowed: Iterable[str], hint: str = "") -> None:

@@ -27,13 +27,7 @@ PREFIX = ".backdoor-gym-"
 #: In such a folder: the lock that its process holds, the new files, and the old ones while the new ones are moved.
 LOCK, NEW, OLD = "lock", "new", "old"
 
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 
 
 @contextmanager
@@ -48,12 +42,16 @@ def beside(folder: Path) -> Iterator[Path]:
     with telling(folder):
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
-        with _temporary(folder) as temporary:
+        temporary, lock = _temporary(folder)
+        try:
             new, old = temporary / NEW, temporary / OLD
             new.mkdir()
             old.mkdir()
             yield new
             _move(new, folder, old)
+        finally:
+            lock.release()
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -91,7 +89,7 @@ def check_place(path: Path) -> None:
                 raise OSError(errno.EEXIST, "it is a link to nothing; remove it, or name another") from None
             return
         if not stat.S_ISREG(mode):
-            kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+            kind = _KINDS.get(stat.S_IFMT(mode), "a device")
             raise OSError(errno.EEXIST, f"it is {kind}, and only regular files are replaced")
 
 
@@ -149,22 +147,16 @@ def telling(what: Path | str) -> Iterator[None]:
         raise WriteError(errno.EILSEQ, "the locale has no such characters for names of files", str(what)) from error
 
 
-@contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside another, locked while the block lasts."""
+def _temporary(folder: Path) -> tuple[Path, FileLock]:
+    """A new temporary folder inside another, and its lock, which is held."""
     while True:
         made = Path(mkdtemp(prefix=PREFIX, dir=folder))
         lock = FileLock(made / LOCK)
         with suppress(FileNotFoundError):  # another process swept the folder away before it was locked
             lock.acquire()
             if (made / LOCK).exists():
-                break
+                return made, lock
             lock.release()
-    try:
-        yield made
-    finally:
-        lock.release()
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _move(new: Path, folder: Path, old: Path) -> None:

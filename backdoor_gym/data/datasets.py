@@ -71,12 +71,12 @@ class LabelledImages:
     @property
     def images(self) -> Tensor:
         """float32 (n, C, H, W) in [0, 1]."""
-        return self._loaded()[0]
+        return self._read()[0]
 
     @property
     def labels(self) -> Tensor:
         """int64 (n,)."""
-        return self._loaded()[1]
+        return self._read()[1]
 
     def first(self, count: int | None) -> "LabelledImages":
         """The first ``count`` of them (all where None or fewer)."""
@@ -86,12 +86,12 @@ class LabelledImages:
             return LabelledImages.from_source(replace(self.source, indices=self.source.indices[:count]))
         return LabelledImages(self.images[:count], self.labels[:count])
 
-    def _loaded(self) -> tuple[Tensor, Tensor]:
+    def _read(self) -> tuple[Tensor, Tensor]:
         if self._data is None:
             assert self.source is not None
             data = load_images(self.source.dataset, self.source.split, self.source.indices)
             check_images(*data)
-            self._data = data
+            self._data = data  # only now: what is refused once is refused again
         return self._data
 
 
@@ -103,10 +103,9 @@ def check_images(images: Tensor, labels: Tensor) -> None:
     check_plain("labels", labels)
     if images.ndim != 4:
         raise DataError(f"images must have the shape (n, C, H, W), not {tuple(images.shape)}")
-    if len(images) == 0:
-        raise DataError("there is no image; at least one is needed")
     if images.numel() == 0:
-        raise DataError(f"the images have no pixels: their shape is {tuple(images.shape)}")
+        what = "the images have no pixels" if len(images) else "there is no image; at least one is needed"
+        raise DataError(f"{what}: their shape is {tuple(images.shape)}")
     if images.dtype != torch.float32:
         raise DataError(f"images must be float32 in [0, 1], not {images.dtype}")
     if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
@@ -134,11 +133,6 @@ def load_images(dataset: str, split: str, indices: Sequence[int] | None = None) 
 
     Raises:
         DataError: the data set, the split or an index does not exist, or it holds no labelled images.
-
-    Example:
-        >>> images, labels = load_images("digits", "all", [0, 1])
-        >>> images.shape, labels.tolist()
-        (torch.Size([2, 1, 8, 8]), [0, 1])
     """
     size = split_size(dataset, split)
     if indices is not None and len(indices) and not 0 <= min(indices) <= max(indices) < size:
@@ -179,7 +173,7 @@ def splits(dataset: str) -> tuple[str, str]:
     """The names of the split to train on and of the one to test on."""
     if dataset == DIGITS:
         return "all", "all"
-    available = hub.split_names(dataset)
+    available = hub.all_splits(dataset)
     test = next((name for name in ("test", "validation", "valid") if name in available), None)
     if "train" not in available or test is None:
         raise DataError(f"{dataset} needs the splits train and test (or validation); it has {', '.join(available)}")
@@ -207,5 +201,4 @@ def _digits() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images = torch.from_numpy(data.images).float().div_(16).unsqueeze(1)
-    return images, torch.from_numpy(data.target).long()
+    return torch.from_numpy(data.images).float().div_(16).unsqueeze(1), torch.from_numpy(data.target).long()

@@ -52,12 +52,7 @@ class Reading(NamedTuple):
 
     @classmethod
     def of(cls, dataset: str) -> "Reading":
-        """The parts of a name.
-
-        Raises:
-            UnknownNameError: no such option.
-            DataError: an unusable value.
-        """
+        """The parts of a name; raise ``UnknownNameError`` for an unknown option, ``DataError`` for an unusable value."""
         name, sign, text = dataset.partition("?")
         if name == DIGITS:
             raise DataError(f"{DIGITS} has no options, so not {dataset}")
@@ -78,30 +73,21 @@ class Reading(NamedTuple):
         return cls(name, **options)
 
 
-def split_names(dataset: str) -> list[str]:
-    """The names of all splits."""
-    return list(_all_splits(dataset))
+def all_splits(dataset: str) -> Any:
+    """The splits by name, as the library ``datasets`` gives them (see ``load``)."""
+    name = Reading.of(dataset).name
+    return load(_location(name), name)
 
 
 def split_of(dataset: str, split: str) -> Any:
-    """A split, as the library ``datasets`` gives it.
-
-    Raises:
-        UnknownNameError: no such split.
-        DataError: no such data set.
-    """
-    available = _all_splits(dataset)
+    """The split of that name; raise ``UnknownNameError`` where there is none."""
+    available = all_splits(dataset)
     check_name(f"split of {dataset}", split, available)
     return available[split]
 
 
 def columns(dataset: str, split: str) -> tuple[str, str]:
-    """The names of the image column and of the label column.
-
-    Raises:
-        UnknownNameError: no column of the name that the option says.
-        DataError: no image column, or not one label column.
-    """
+    """The names of the image and the label column; raise ``DataError`` where there is no such, or several label columns."""
     import datasets
 
     features, reading = split_of(dataset, split).features, Reading.of(dataset)
@@ -156,11 +142,6 @@ def labels_of(dataset: str, split: str) -> np.ndarray:
     return _integers(dataset, split_of(dataset, split)[columns(dataset, split)[1]][:])
 
 
-def _all_splits(dataset: str) -> Any:
-    name = Reading.of(dataset).name
-    return load(_location(name), name)
-
-
 def _location(name: str) -> str:
     """Where to read it: a local folder, a local copy of a Hub id, or the name itself where it has the form of a Hub id.
 
@@ -185,11 +166,7 @@ def _location(name: str) -> str:
 
 @lru_cache(maxsize=4)
 def load(location: str, name: str) -> Any:
-    """The splits at a location, by name, as the library ``datasets`` gives them.
-
-    Raises:
-        DataError: the library is not installed, or cannot read them.
-    """
+    """The splits at a location; raise ``DataError`` where the library is not installed, or cannot read them."""
     try:
         import datasets
     except ImportError as error:
@@ -213,8 +190,8 @@ def _is_grey(dataset: str) -> bool:
     channels = Reading.of(dataset).channels
     if channels is not None:
         return channels == 1
-    names = split_names(dataset)
-    split = "train" if "train" in names else names[0]
+    available = all_splits(dataset)
+    split = "train" if "train" in available else next(iter(available))
     return split_of(dataset, split)[0][columns(dataset, split)[0]].mode in GREY
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ..errors import DataError
-from ..files.npz import Member, members
-from ..wording import first_line
+from ..files.npz import members, naming
 from .arrays import as_images, as_labels
 from .datasets import check_images
 from .pictures import as_tensor, plain
@@ -80,29 +79,18 @@ def array_items(images: Any, labels: Any) -> Items:
 
 
 def npz_items(path: Path) -> Items:
-    """The arrays ``images`` and ``labels`` of an .npz (see ``as_images`` and ``as_labels``); the labels are read now.
-
-    Raises:
-        DataError: no such file, a damaged one, or other arrays; pickled objects are refused.
-    """
+    """The arrays ``images`` and ``labels`` of an .npz (see ``as_images`` and ``as_labels``); pickled objects are refused."""
     images, labels = members(path, ("images", "labels"))
-
-    def read(member: Member, chosen: list[int] | None, convert: Callable[[Any], Tensor]) -> Tensor:
-        try:
-            return convert(member.read(chosen))
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
-        except Exception as error:  # whatever a damaged archive makes its readers raise
-            raise DataError(f"{path} cannot be read as an .npz without pickled objects: {first_line(error)}") from error
-
-    numbers = read(labels, None, as_labels)
-    if 0 in images.shape or images.shape[:1] != tuple(numbers.shape):
-        raise DataError(
-            f"{path}: labels must be one for each image, and images must have pixels, not {len(numbers)} and {images.shape}"
-        )
+    with naming(path):
+        numbers = as_labels(labels.read())
+        if 0 in images.shape or images.shape[:1] != tuple(numbers.shape):
+            raise DataError(
+                f"labels must be one for each image, and images must have pixels, not {len(numbers)} and {images.shape}"
+            )
 
     def fetch(chosen: list[int]) -> tuple[Tensor, Tensor]:
-        return read(images, chosen if len(chosen) < len(numbers) else None, as_images), numbers[chosen]
+        with naming(path):
+            return as_images(images.read(chosen if len(chosen) < len(numbers) else None)), numbers[chosen]
 
     return Items(fetch, len(numbers), numbers.tolist())
 

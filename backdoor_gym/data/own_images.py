@@ -174,5 +174,5 @@ def _check_size(size: Any) -> None:
         raise DataError(f"the size of images must be (height, width), not {shown(size)}")
     for side in size:
         check_whole("a side that images are resized to", side, 1)
-        if side > MOST_SIDE:
-            raise DataError(f"images may be resized to {MOST_SIDE} pixels a side at most, not {shown(size)}")
+    if max(size) > MOST_SIDE:
+        raise DataError(f"images may be resized to {MOST_SIDE} pixels a side at most, not {shown(size)}")

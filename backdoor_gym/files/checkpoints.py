@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,10 @@ def _read_torch(path: Path) -> tuple[Any, tuple[str, ...]]:
 
 
 def _facts(content: Any) -> dict[str, Any]:
-    """What the file says about itself, of the right types and of bearable length."""
+    """The ``FACTS`` of the right types and of bearable length."""
     said = {key: content.get(key) for key in FACTS} if isinstance(content, Mapping) else {}
-    return {
-        key: value
-        for key, value in said.items()
-        if isinstance(value, FACTS[key]) and (isinstance(value, int) or len(value) <= MOST_NAME)
-    }
+    typed = {key: value for key, value in said.items() if isinstance(value, FACTS[key])}
+    return {key: value for key, value in typed.items() if isinstance(value, int) or len(value) <= MOST_NAME}
 
 
 def _find_weights(path: Path, content: Any, depth: int = 0) -> dict[str, Tensor]:
@@ -216,24 +214,20 @@ def _own_tensors(path: Path, content: Any) -> dict[str, Tensor]:
     for key in content:
         if isinstance(key, str) and "_packed_params" in key:
             raise _quantised(path, key)
-    own = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    own = {key: value for key, value in content.items() if _is_weight(key, value)}
     return own if any(tensor.ndim for tensor in own.values()) else {}
 
 
 def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and len(value) > 0
-        and all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())
-    )
+    return isinstance(value, Mapping) and len(value) > 0 and all(starmap(_is_weight, value.items()))
+
+
+def _is_weight(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor)
 
 
 def _of_module(network: _StandIn) -> dict[str, Tensor]:
-    """Names and tensors of a pickled ``nn.Module``.
-
-    Raises:
-        ValueError: more than ``MOST_MODULES`` or ``MOST_PARTS``: modules that share or hold each other spell out any number.
-    """
+    """Names and tensors of a pickled ``nn.Module``; a ``ValueError`` for modules that share or hold each other without end."""
     weights: dict[str, Tensor] = {}
     front, visited, parts = [("", network)], 0, 0
     while front:
@@ -244,9 +238,7 @@ def _of_module(network: _StandIn) -> dict[str, Tensor]:
         visited += 1
         parts += sum(len(state.get(part) or ()) for part in ("_parameters", "_buffers", "_modules"))
         if visited > MOST_MODULES or parts > MOST_PARTS or len(prefix) > MOST_NAME:
-            raise ValueError(
-                f"more than {MOST_MODULES} modules, {MOST_PARTS} parts, or {MOST_NAME} characters of a name"
-            )
+            raise ValueError("more modules, parts, or characters of a name than any network has")
         passing = state.get("_non_persistent_buffers_set") or ()
         for part in ("_parameters", "_buffers"):
             for name, tensor in (state.get(part) or {}).items():

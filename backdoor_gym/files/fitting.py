@@ -47,7 +47,7 @@ def fit_weights(network: nn.Module, checkpoint: Checkpoint) -> list[str]:
         "of no whole numbers where those are needed": [],
     }
     _, unexpected, reshaped, not_floats, not_whole = problems.values()
-    beside = []
+    beside: list[str] = []
     for name in weights:
         if name not in taken:
             left_out = name.startswith(copies) or _is_beside(name, weights[name], prefix, own)

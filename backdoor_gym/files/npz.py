@@ -2,6 +2,8 @@
 
 import math
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple, Self
 
@@ -17,15 +19,7 @@ AT_ONCE = 1 << 24
 
 
 class Member(NamedTuple):
-    """An array of an .npz, not read.
-
-    Attributes:
-        path: of the file.
-        name: of the array in it.
-        shape: of the array.
-        dtype: of its plain numbers.
-        fortran: whether the first axis runs fastest.
-    """
+    """An array of an .npz, not read; ``fortran`` says whether its first axis runs fastest."""
 
     path: Path
     name: str
@@ -35,11 +29,7 @@ class Member(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, archive: zipfile.ZipFile, name: str) -> Self:
-        """The array of that name, by its header.
-
-        Raises:
-            DataError: not of numbers, packed beyond measure, or not as large as its header says.
-        """
+        """That array; raise ``DataError`` where it is no numbers, packed beyond measure, or not as large as its header says."""
         entry = archive.getinfo(f"{name}.npy")
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise DataError(f"{name} is packed in a way that numpy does not use")
@@ -60,11 +50,7 @@ class Member(NamedTuple):
         return cls(path, name, shape, dtype, fortran)
 
     def read(self, chosen: list[int] | None = None) -> np.ndarray:
-        """All of it, or the chosen rows of the first axis, which ascend; in C order no other rows are kept.
-
-        Raises:
-            Exception: whatever a damaged archive makes its readers raise.
-        """
+        """All of it, or the chosen rows of the first axis, which ascend; in C order no other rows are kept (see ``naming``)."""
         with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.name}.npy") as file:
             _header(file)
             if not chosen or self.fortran:
@@ -95,13 +81,19 @@ def members(path: Path, names: tuple[str, ...]) -> list[Member]:
     """
     if not path.is_file():
         raise DataError(f"{path} cannot be read: there is no such file")
+    with naming(path), zipfile.ZipFile(path) as archive:
+        held = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        if not set(names) <= set(held):
+            listed = ", ".join(map(cut, held[:6])) or "none"
+            raise DataError(f"it must hold the arrays {' and '.join(names)}, and holds {listed}")
+        return [Member.of(path, archive, name) for name in names]
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A block that reads an .npz: every error in it becomes a ``DataError`` that names the file."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            held = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-            if not set(names) <= set(held):
-                listed = ", ".join(map(cut, held[:6])) or "none"
-                raise DataError(f"it must hold the arrays {' and '.join(names)}, and holds {listed}")
-            return [Member.of(path, archive, name) for name in names]
+        yield
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except Exception as error:  # whatever a damaged archive makes its readers raise

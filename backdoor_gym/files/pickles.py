@@ -69,7 +69,7 @@ class _Named(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """A storage: its bytes as the file says, and the bytes of each of its numbers."""
+    """A storage: its bytes as the file says, and those of one number."""
 
     size: int
     item: int
@@ -98,11 +98,7 @@ class _Tuple(tuple[Any, ...]):
 
 
 def check_torch_file(path: Path) -> None:
-    """Check a zip that ``torch.save`` wrote, or a pickle, before it is read.
-
-    Raises:
-        ModelFileError: reading it would take far more than the file is worth, or would read beyond its end.
-    """
+    """Raise ``ModelFileError`` for a torch file whose reading would take far more than it is worth, or go beyond its end."""
     try:
         if is_zip(path):
             _check_zip(path)
@@ -168,12 +164,7 @@ def _check_old(path: Path) -> None:
 
 
 class _Reader:
-    """torch's reader with sizes in place of contents: its stack, and its memory.
-
-    Args:
-        path: of the file.
-        sizes: bytes of each storage in the file, by key; None where they are not known yet.
-    """
+    """torch's reader with sizes in place of contents; ``sizes`` has the bytes of each storage in the file, where known."""
 
     def __init__(self, path: Path, sizes: Mapping[str, int] | None) -> None:
         self.path, self.sizes = path, sizes
@@ -186,12 +177,7 @@ class _Reader:
         self._memory: dict[int, Any] = {}
 
     def follow(self, pickled: Any) -> None:
-        """Follow a pickle in a binary file up to its end.
-
-        Raises:
-            ModelFileError: an instruction asks for too much.
-            Exception: an instruction is not of a file of weights, or finds nothing on the stack.
-        """
+        """Follow a pickle to its end; raise ``ModelFileError`` for what is too much, and anything for what is damaged."""
         start = pickled.tell()
         for count, (instruction, argument, place) in enumerate(pickletools.genops(pickled)):
             if count > MOST_STEPS or place - start > MOST_PICKLED:
@@ -208,10 +194,8 @@ class _Reader:
                 self._push(self._memory[argument])
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINSTRING":
                 self._push(argument)
-            case "NONE":
-                self._push(None)
-            case "NEWTRUE" | "NEWFALSE":
-                self._push(name == "NEWTRUE")
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                self._push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
             case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
                 self._push(_Made())
             case "EMPTY_TUPLE":
@@ -223,14 +207,10 @@ class _Reader:
                 self._stack = []
             case "TUPLE":
                 self._push(_Tuple(self._since_mark()))
-            case "APPEND":
-                self._fill(self._pop(1))
-            case "APPENDS":
-                self._fill(self._since_mark())
-            case "SETITEM":
-                self._fill(self._pop(2), keys=True)
-            case "SETITEMS":
-                self._fill(self._since_mark(), keys=True)
+            case "APPEND" | "APPENDS":
+                self._fill(self._pop(1) if name == "APPEND" else self._since_mark())
+            case "SETITEM" | "SETITEMS":
+                self._fill(self._pop(2) if name == "SETITEM" else self._since_mark(), keys=True)
             case "GLOBAL":
                 module, _, attribute = argument.partition(" ")
                 called = f"{'builtins' if module == '__builtin__' else module}.{attribute}"  # as of Python 2
@@ -316,10 +296,8 @@ class _Reader:
         """A tensor must lie in its storage: otherwise torch makes the storage larger, or reads what lies behind it."""
         stored, offset, size, strides = arguments[:4]
         item = _item_size(arguments[6]) if name.endswith("_v3") else stored.item
-        numbers = (offset, *size, *strides)
-        if not len(size) == len(strides) <= MOST_DIMENSIONS or not all(
-            type(number) is int and number >= 0 for number in numbers
-        ):
+        known = all(type(number) is int and number >= 0 for number in (offset, *size, *strides))
+        if not known or not len(size) == len(strides) <= MOST_DIMENSIONS:
             raise ValueError("a tensor is described in an unknown way")
         last = offset + sum((length - 1) * stride for length, stride in zip(size, strides, strict=True))
         if 0 not in size and (last + 1) * item > stored.size:

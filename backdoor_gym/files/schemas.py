@@ -91,15 +91,10 @@ class ModelFields(Fields):
 
 
 def checked(metadata: Any, schema: type[Schema], what: str) -> Schema:
-    """Metadata of JSON's types as an object of the schema, with ``plain`` texts.
-
-    Args:
-        metadata: what was read.
-        schema: a class of msgspec, a dataclass, or any type that msgspec converts to.
-        what: the file, for the message.
+    """Metadata of JSON's types as an object of any type that msgspec converts to, with ``plain`` texts.
 
     Raises:
-        ModelFileError: a field is missing, unknown, of another type, or out of its range.
+        ModelFileError: a field is missing, unknown, of another type, or out of its range; ``what`` names the file.
     """
     try:
         names = {field.name for field in fields(schema)} if is_dataclass(schema) else ()
@@ -111,11 +106,7 @@ def checked(metadata: Any, schema: type[Schema], what: str) -> Schema:
 
 
 def plain(value: Any, level: int = 0) -> Any:
-    """The same value with printable texts of at most ``MOST_TEXT`` characters.
-
-    Raises:
-        ValueError: it is nested deeper than ``MOST_LEVELS``.
-    """
+    """The same value with printable texts of ``MOST_TEXT`` characters; a ``ValueError`` where it is nested too deep."""
     if level > MOST_LEVELS:
         raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep")
     if isinstance(value, str):
