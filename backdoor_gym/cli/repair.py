@@ -136,6 +136,11 @@ def repair(
     if infected.layout is not None:
         output.say(f"{folder} holds the network in the form that it came in.")
     elif infected.checkpoint is not None:
+        if result.norms_off:
+            output.say(
+                "The repaired weights are plain ones, without the weight norms and other parametrizations of your class; take "
+                f"those off before it loads them (import torch):\n{result.norms_off.rstrip()}"
+            )
         output.say(
             f'Your own class takes the repaired weights: network.load_state_dict(safetensors.torch.load_file("{written[0]}")).'
         )

@@ -18,6 +18,7 @@ from backdoor_gym.errors import DataError, UntraceableError
 from backdoor_gym.pruning.applying import write_mask
 from backdoor_gym.pruning.cutting import cut_channels
 from backdoor_gym.pruning.neurons import find_neurons
+from backdoor_gym.reporting.page import _loading
 from backdoor_gym.zoo.adapting import unwrapped
 
 from .test_architectures import check_masks
@@ -440,6 +441,27 @@ def test_wrappers_are_taken_off():
     assert unwrapped(Mine(model=inner, loss=nn.CrossEntropyLoss())) is inner
     with pytest.raises(DataError, match="the part that is the classifier"):
         unwrapped(Mine(a=inner, b=nn.Linear(2, 2)))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "norm", [old_weight_norm, old_spectral_norm, parametrizations.weight_norm, parametrizations.spectral_norm]
+)
+def test_norms_of_weights_are_taken_off_as_the_report_says(norm, tmp_path):
+    def made():
+        return nn.Sequential(conv(3), nn.ReLU(), norm(conv()), nn.ReLU(), nn.Flatten(), nn.Linear(384, 3)).eval()
+
+    result = repair(InfectedModel.from_module(made(), clean=(IMAGES, LABELS)), policy="clp", u=0.5)
+    result.save(tmp_path)
+    network = made()
+    with pytest.raises(RuntimeError):
+        network.load_state_dict(result.module.state_dict())
+    assert result.norms_off in _loading(result)
+    code = _loading(result).replace("Sequential(...)", "given()").replace("repaired.s", f"{tmp_path}/repaired.s")
+    found = {"given": made}
+    exec(code, found)  # what the page tells the user to write
+    with torch.no_grad():
+        torch.testing.assert_close(found["network"](IMAGES), result.module(IMAGES))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
