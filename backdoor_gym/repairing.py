@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 from torch import nn
 
-from .arguments import check_callable
+from .arguments import check_callable, check_path
 from .devices import find_device
 from .envs.drawing import Snapshot, frame
 from .envs.prune import BackdoorPruneEnv
@@ -191,6 +191,7 @@ class RepairResult:
         """
         from matplotlib.image import imsave
 
+        check_path("the folder", folder)
         folder = Path(folder)
         page, picture = render(self, command), frame(self.snapshot)
         with beside(folder) as new:

@@ -31,7 +31,7 @@ from ..repairing import rating, run_episode
 from ..wording import shown
 from ..writing import beside, check_place, write_text
 from ..zoo.adapting import deep_copy
-from ..zoo.catalogue import load_infected, resolve
+from ..zoo.catalogue import check_complete, load_infected, resolve
 from . import figures, tables
 from .cells import (
     OWN,
@@ -158,6 +158,9 @@ def benchmark(
         raise DataError("models of your own need names that differ: InfectedModel.from_module(..., name=...)")
     names = ([one.name] if isinstance(one, InfectedModel) else resolve(str(one))[:most] for one in given)
     models = list(dict.fromkeys(name for some in names for name in some))
+    for name in models:
+        if name not in own:
+            check_complete(name)
     if not models:
         raise DataError("no infected model was given")
     conditions = Conditions(clean_samples, test_samples, max_steps, max_failures, residual, data, device)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import CompactionError
 from ..zoo.adapting import deep_copy
+from ..zoo.preprocessing import own_module
 from .applying import write_mask
 from .channels import UNKNOWN, WEIGHTED, ZERO, Channels, Kind, module_of, operation
 from .lowering import Lowered
@@ -71,7 +72,7 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
             expected = masked(images.clone())
     except Exception as error:  # the user's code, which can raise anything
         raise CompactionError(
-            f"{type(network).__name__} cannot take these images, to check a cut with: {error}"
+            f"{type(own_module(network)).__name__} cannot take these images, to check a cut with: {error}"
         ) from error
     plan = _Plan(masked, neurons, mask)
     groups = plan.groups()

@@ -12,6 +12,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 import backdoor_gym
 from backdoor_gym.baselines import BNP, RandomPolicy
@@ -52,6 +53,13 @@ def test_a_process_that_dies_is_a_failed_cell_and_stops_no_other(files, tmp_path
     (failed,) = done.failed
     assert (failed.policy, Path(failed.model)) == ("crash", Path(files[0]))
     assert "SIGSEGV" in failed.error
+
+
+def test_weights_alone_are_refused_before_any_cell(infected, files, tmp_path):
+    torch.save(infected.network.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(DataError, match=r"load_infected\(.*w\.pth"):
+        backdoor_gym.benchmark([*files, str(tmp_path / "w.pth")], ["clp"], [0.05], out=tmp_path / "out", jobs=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_script_without_a_guard_is_told_of_it(files, tmp_path):
