@@ -76,6 +76,8 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
         ) from error
     plan = _Plan(masked, neurons, mask)
     groups = plan.groups()
+    if not groups and not mask.all() and not plan.stops():
+        return Cut(masked, (_none_alone(neurons, mask),))
     compact, reason = _attempt(masked, [piece for group in groups.values() for piece in group], images, expected)
     if compact is not None:
         return Cut(compact, tuple(plan.stops()))
@@ -89,6 +91,16 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
         else:
             compact, accepted = smaller, [*accepted, *group]
     return Cut(masked if compact is None else compact, tuple(stops))
+
+
+def _none_alone(neurons: Neurons, mask: np.ndarray) -> str:
+    """Why nothing was cut where each pruned channel meets one that was kept."""
+    names = [layer.name for layer in neurons.layers if not mask[layer.neurons].all()]
+    few = f"{', '.join(names[:4])}{', ...' if names[4:] else ''}"
+    return (
+        f"no pruned channel could be cut out: those of {few} are added to channels that were kept, or multiply them as gates, so "
+        'that they are needed there, as zeros; residual="group" prunes what is added together'
+    )
 
 
 def _attempt(

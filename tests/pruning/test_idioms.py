@@ -531,6 +531,24 @@ def test_tokens_that_stand_among_the_images_are_normalised_as_positions():
     assert np.isfinite(result.features).all()
 
 
+def squeezed_and_added(m, x):
+    y = m.a(x)
+    return y * torch.sigmoid(m.g(F.relu(m.f(y.mean((2, 3), keepdim=True))))) + m.s(x)
+
+
+@pytest.mark.parametrize("layer", ["g", "s", "a"])
+def test_a_cut_of_nothing_says_why(layer):
+    layers = {"a": conv(), "s": nn.Conv2d(6, 6, 1), "f": nn.Conv2d(6, 6, 1), "g": nn.Conv2d(6, 6, 1)}
+    network = net(squeezed_and_added, **layers)
+    neurons = find_neurons(network, IMAGES)
+    mask = np.ones(len(neurons), dtype=bool)
+    place = next(one for one in neurons.layers if one.name == layer)
+    mask[place.start : place.start + 2] = False
+    cut = cut_channels(network, neurons, mask, IMAGES)
+    sizes = [sum(one.numel() for one in some.parameters()) for some in (network, cut.network)]
+    assert sizes[0] > sizes[1] or any(layer in stop for stop in cut.stops)
+
+
 def test_a_cut_that_groups_of_a_convolution_stop_is_said():
     network = net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(), b=conv(groups=2))
     neurons = find_neurons(network, IMAGES)
