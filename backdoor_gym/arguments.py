@@ -1,10 +1,10 @@
 """Arguments of calls, checked before anything is done with them: their type, whether they are finite, and their range."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from .errors import DataError
 from .wording import shown
@@ -60,6 +60,24 @@ def check_options(name: str, value: Any) -> None:
     check_kind(name, value, Mapping, "a dict", may_be_none=True)
     for key in value or {}:
         check_kind(f"a name in {name}", key, str, "a text")
+
+
+def check_option_kinds(what: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise ``DataError`` where an option is a number, a text or a bool for ``function`` and here something else."""
+    kinds = {
+        int: (Integral, "a whole number"),
+        float: (Real, "a number"),
+        str: (str, "a text"),
+        bool: (bool, "true or false"),
+    }
+    hints = get_type_hints(function)
+    for name, value in options.items():
+        wanted = set(get_args(hints.get(name)) or (hints.get(name),)) - {type(None)}
+        if len(wanted) != 1 or value is None:
+            continue
+        kind, said = kinds.get(wanted.pop(), (object, ""))
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind in (Integral, Real)):
+            raise DataError(f"the option {name} of {what} must be {said}, not {shown(value)}")
 
 
 def check_callable(name: str, value: Any, *, may_be_none: bool = False) -> None:

@@ -1,5 +1,6 @@
 """An infected model: a network, the defender's clean images, and, for scoring only, test images, trigger and target."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ import torch
 from msgspec import UNSET
 from torch import Tensor, nn
 
+from .arguments import check_path
 from .errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from .metrics import Metrics, evaluate
 from .wording import one_line
@@ -104,7 +106,8 @@ class InfectedModel:
         Args:
             module: from images, or what ``preprocess`` makes of them, to logits (n, classes), or to an answer that holds them: as
                 ``logits``, or as its first tensor of that form. ``DataParallel``, ``torch.compile`` and the like are taken off. It
-                is not copied, unless weights are of another type than float32; then a copy in float32 is computed with.
+                is put into eval mode, and not copied, unless weights are of another type than float32; then a copy in float32 is
+                computed with.
             clean: the defender's images: a pair (images float32 (n, C, H, W) in [0, 1], labels int64 (n,)), a ``Dataset`` or
                 ``DataLoader`` of these, or a file, a folder or the name of a data set (see ``zoo.own_images.own_images``). Grey
                 images for a network of colours get three equal channels, and the other way round.
@@ -127,18 +130,15 @@ class InfectedModel:
 
     def _adapt(self) -> None:
         """Take the network out of its wrappers, and compute in float32; ``num_classes`` finds the logits in its answer."""
-        if not isinstance(self.network, nn.Module):
-            what = (
-                f"the class {self.network.__name__}"
-                if isinstance(self.network, type)
-                else f"a {type(self.network).__name__}"
-            )
+        given = own_module(self.network)
+        if not isinstance(given, nn.Module):
+            what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
             raise DataError(
                 f"the network must be a torch.nn.Module, not {what}; make one of its class, and load_state_dict its weights into it"
             )
         if any(nn.parameter.is_lazy(one) for one in (*self.network.parameters(), *self.network.buffers())):
             raise DataError("the network has lazy layers that were never called; call it once with some images before")
-        module, dtypes = in_float32(unwrapped(own_module(self.network)).eval())
+        module, dtypes = in_float32(unwrapped(given).eval())
         self.dtypes = dtypes or self.dtypes
         if not isinstance(self.network, Preprocessed):
             self.network = module
@@ -160,8 +160,9 @@ class InfectedModel:
                 device = next((parameter.device for parameter in self.network.parameters()), "cpu")
                 self.network = giving_logits(self.network, images.to(device), int(self.clean.labels.max()) + 1)
                 entry = getattr(self.network, "entry", None)
-                if entry not in (None, LOGITS[0]):
+                if entry not in (None, LOGITS[0]) and "logits" not in self.facts:
                     self.facts = {**self.facts, "logits": f"entry {entry!r} of the network's answer"}
+                    warnings.warn(f"The logits are taken from entry {entry!r} of the network's answer.", stacklevel=6)
                 logits = self.network(images.clone().to(device))
         except BackdoorGymError:
             raise
@@ -232,6 +233,7 @@ class InfectedModel:
                 the file.
             OSError: the file cannot be written.
         """
+        check_path("the file", path)
         if self.architecture is None:
             raise ModelFileError(
                 "only a model whose architecture is known by name can be saved as an infected model; "
@@ -352,6 +354,15 @@ def check_trigger(trigger: Callable[[Tensor], Tensor], images: Tensor) -> None:
         raise DataError(f"the trigger must give images of shape {tuple(images.shape[1:])} with values in [0, 1]")
 
 
+def refuse_module(thing: Any) -> None:
+    """Raise ``DataError`` for a network where a model, which has clean images beside it, is asked for."""
+    if isinstance(thing, nn.Module):
+        raise DataError(
+            f"a {type(thing).__name__} alone has no clean images: make a model of both, with "
+            "InfectedModel.from_module(network, clean=(images, labels))"
+        )
+
+
 def check_preprocess(preprocess: Callable[[Tensor], Tensor], images: Tensor) -> None:
     """Raise ``DataError`` unless it makes finite floats of these images, as many as there are, the same each time."""
     try:
@@ -418,6 +429,11 @@ def _pack_images(images: LabelledImages, role: str, tensors: dict[str, Tensor]) 
 
 def _unpack_images(fields: ImagesFields, role: str, tensors: Mapping[str, Tensor], data: str | None) -> LabelledImages:
     if fields.dataset is UNSET or fields.split is UNSET:
+        if data is not None:
+            raise DataError(
+                f"the model holds its {role} images itself, and names no data set that another could stand for: leave --data "
+                "(data=) out"
+            )
         return LabelledImages(tensors[f"{role}.images"], tensors[f"{role}.labels"])
     dataset, split = data or named_in_file(fields.dataset), fields.split
     digest = fingerprint(dataset, split)

@@ -59,7 +59,9 @@ def check_policy(name: str, options: dict[str, Any]) -> None:
     """
     kind = kind_of_policy(name)
     for option in options:
-        check_name(f"option of {kind}", option, POLICIES[kind])
+        owners = [known for known, takes in POLICIES.items() if option in takes]
+        hint = f"{option} is an option of {', '.join(owners)}" if owners else ""
+        check_name(f"option of {kind}", option, POLICIES[kind], hint)
     for option, least in (("finetune", 0), ("steps", 1), ("candidates", 1), ("seed", 0)):
         check_whole(option, options.get(option, least), least)
     check_kind("look_ahead", options.get("look_ahead", True), bool, "True or False")

@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 from torch import nn
 
-from .arguments import check_callable
+from .arguments import check_callable, check_path
 from .devices import find_device
 from .envs.drawing import Snapshot, frame
 from .envs.prune import BackdoorPruneEnv
@@ -24,6 +24,7 @@ from .metrics import Metrics, der
 from .policies import BUDGETS, PredictingPolicy, check_policy, finish, kind_of_policy, make_policy
 from .progress import Watch
 from .pruning.applying import write_mask
+from .pruning.copying import taking_norms_off
 from .pruning.cutting import cut_channels
 from .pruning.neurons import Neurons
 from .reporting import render
@@ -113,7 +114,8 @@ class RepairResult:
     def module(self) -> nn.Module:
         """The repaired network without what stands in front of it: the class that was given to ``from_module``.
 
-        Its weights are of the types that they were of there.
+        Its weights are of the types that they were of there. Weight norm, spectral norm and other parametrizations are taken off:
+        its state dict has the plain weights, so take them off another network (``norms_off``) before that loads it.
         """
         return in_own_types(own_module(self.network), self.infected.dtypes)
 
@@ -121,6 +123,11 @@ class RepairResult:
     def complete(self) -> bool:
         """Whether ``save`` writes an infected model; the state dict of ``module`` alone otherwise."""
         return self.infected.architecture is not None and self.infected.checkpoint is None
+
+    @property
+    def norms_off(self) -> str:
+        """Python that takes weight norm and the like off another ``network`` of the class, which then loads these weights."""
+        return taking_norms_off(self.infected.module)
 
     @property
     def coverage(self) -> float:
@@ -184,6 +191,7 @@ class RepairResult:
         """
         from matplotlib.image import imsave
 
+        check_path("the folder", folder)
         folder = Path(folder)
         page, picture = render(self, command), frame(self.snapshot)
         with beside(folder) as new:

@@ -78,6 +78,10 @@ class CLP(Rule):
             UntraceableError: the network's neurons cannot be found.
             DataError: an unusable threshold, or "auto" without clean images.
         """
+        if isinstance(u, tuple | list | Tensor):
+            raise DataError(
+                "the second argument of CLP is u, its threshold: it needs no images, and takes them as clean=(images, labels)"
+            )
         check_threshold(u)
         rule = cls(accuracy_budget=accuracy_budget)
         rule.threshold = u

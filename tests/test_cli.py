@@ -261,6 +261,19 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(run, monkeyp
 COMMANDS = ("repair", "benchmark", "train", "infect", "list", "inspect", "zoo build")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("onp", "--u", 3), "--threshold (--u) is an option of clp, bnp"),
+        (("clp", "--finetune", 8), "--finetune is an option of onp, and not of clp"),
+    ],
+)
+def test_options_of_other_policies(run, options, said):
+    code, _, err = run("repair", "--policy", *options)
+    assert code == 2
+    assert said in err
+
+
 def test_help_is_quick_and_complete():
     code = (
         "import sys; from backdoor_gym.cli import main; sys.argv = ['backdoor-gym', *sys.argv[1:]]\n"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,14 @@ from ..envs.prune import BackdoorPruneEnv
 from ..errors import DataError, WriteError, check_name
 from ..infected import InfectedModel
 from ..metrics import Metrics
-from ..processes import died, workers
+from ..processes import counter, died, end_of_process, workers
 from ..pruning.applying import write_mask
 from ..pruning.neurons import RESIDUAL_MODES
 from ..repairing import rating, run_episode
 from ..wording import shown
 from ..writing import beside, check_place, write_text
 from ..zoo.adapting import deep_copy
-from ..zoo.catalogue import load_infected, resolve
+from ..zoo.catalogue import check_complete, load_infected, resolve
 from . import figures, tables
 from .cells import (
     OWN,
@@ -157,6 +158,9 @@ def benchmark(
         raise DataError("models of your own need names that differ: InfectedModel.from_module(..., name=...)")
     names = ([one.name] if isinstance(one, InfectedModel) else resolve(str(one))[:most] for one in given)
     models = list(dict.fromkeys(name for some in names for name in some))
+    for name in models:
+        if name not in own:
+            check_complete(name)
     if not models:
         raise DataError("no infected model was given")
     conditions = Conditions(clean_samples, test_samples, max_steps, max_failures, residual, data, device)
@@ -200,20 +204,84 @@ def _run(work: Sequence[Work], file: CellFile, jobs: int, ray: str | None, progr
                 torch.set_num_threads(threads)
             return
         _check_importable(work)
-        with workers(jobs, ray) as pool:
-            store = pool.keeper(file) if isinstance(pool, ClusterPool) else file
-            waiting = {pool.submit(run_model, *one, store): one for one in work}
-            try:
-                for done in as_completed(waiting):
-                    done.result()
-                    bar.advance(task, len(waiting[done][0]))
-            except Exception as error:
-                if not died(error):
-                    raise
-                raise DataError(
-                    'a process died (out of memory, or a script without `if __name__ == "__main__":`?); call again, with '
-                    f"fewer jobs: finished cells are kept ({type(error).__name__})"
-                ) from error
+        left = list(work)
+        while left:
+            finished: set[int] = set()
+            with workers(jobs, ray) as pool:
+                store = pool.keeper(file) if isinstance(pool, ClusterPool) else file
+                try:
+                    waiting = {pool.submit(run_model, *one, store): place for place, one in enumerate(left)}
+                    for done in as_completed(waiting):
+                        done.result()
+                        finished.add(waiting[done])
+                        bar.advance(task, len(left[waiting[done]][0]))
+                except Exception as error:
+                    if not died(error):
+                        raise
+                    if ray is not None:
+                        raise DataError(
+                            "the processes of a task died on every machine that tried it (out of memory, or a fault in native "
+                            f"code); call again: finished cells are kept ({type(error).__name__})"
+                        ) from error
+            # One that dies takes the others with it. Work is begun in order, so those that ran are the first ones left.
+            left = [one for place, one in enumerate(left) if place not in finished]
+            for one in left[:jobs]:
+                _run_alone(*one, file)
+                bar.advance(task, len(one[0]))
+            left = left[jobs:]
+
+
+def _run_alone(
+    cells: list[Cell],
+    makers: dict[str, str | Factory],
+    conditions: Conditions,
+    own: InfectedModel | None,
+    file: CellFile,
+) -> None:
+    """The cells of one model in a process of their own; one during which it dies has failed, and the next process goes on.
+
+    Raises:
+        DataError: no process can begin.
+    """
+    done = file.done(conditions)
+    left = [cell for cell in cells if cell not in done]
+    while left:
+        counting = _Counting(file.path, counter(), left)
+        why = end_of_process(partial(_run_counted, left, makers, conditions, own, counting))
+        if why is None:
+            return
+        over = counting.counter.value
+        if over < 0:
+            raise DataError(
+                f'a process ended before it began ({why}): a script needs `if __name__ == "__main__":` around the call; or '
+                "pass jobs=1"
+            )
+        cell, left = left[over], left[over + 1 :]
+        blank = Result(cell.model, cell.policy, cell.budget, cell.seed, cell.source, asdict(conditions))
+        file.append(replace(blank, error=f"its process died: {why}"))
+
+
+@dataclass(frozen=True)
+class _Counting(CellFile):
+    """A file that counts in ``counter``, which another process may read, the cells of a list that are over."""
+
+    counter: Any
+    cells: Sequence[Cell]
+
+    def append(self, result: Result) -> None:
+        super().append(result)
+        self.counter.value = self.cells.index(result.cell) + 1
+
+
+def _run_counted(
+    cells: list[Cell],
+    makers: dict[str, str | Factory],
+    conditions: Conditions,
+    own: InfectedModel | None,
+    file: _Counting,
+) -> None:
+    file.counter.value = 0  # this process has begun
+    run_model(cells, makers, conditions, own, file)
 
 
 @dataclass(frozen=True)

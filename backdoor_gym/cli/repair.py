@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..errors import DataError
 from ..wording import path_component, printable
 from . import own_network
 from .common import (
@@ -77,10 +78,22 @@ def repair(
     """Repair a network and write it, a report to look at, and the list of pruned neurons."""
     from .. import repairing
     from ..baselines.thresholds import parse_threshold
-    from ..policies import BUDGETS, check_policy, kind_of_policy
+    from ..policies import BUDGETS, POLICIES, check_policy, kind_of_policy
 
     output = Output(as_json, quiet)
     options: dict[str, Any] = {}
+    for flag, given, option in (("--threshold (--u)", threshold, "threshold"), ("--finetune", finetune, "finetune")):
+        if (
+            given is not None
+            and option not in POLICIES[kind_of_policy(policy)]
+            and (policy, option) != ("clp", "threshold")
+        ):
+            owners = [
+                name
+                for name, takes in POLICIES.items()
+                if {option, "u" if option == "threshold" else option} & {*takes}
+            ]
+            raise DataError(f"{flag} is an option of {', '.join(owners)}, and not of {policy}")
     if threshold is not None:
         options["u" if policy == "clp" else "threshold"] = parse_threshold(threshold)
     if finetune is not None:
@@ -136,6 +149,11 @@ def repair(
     if infected.layout is not None:
         output.say(f"{folder} holds the network in the form that it came in.")
     elif infected.checkpoint is not None:
+        if result.norms_off:
+            output.say(
+                "The repaired weights are plain ones, without the weight norms and other parametrizations of your class; take "
+                f"those off before it loads them (import torch):\n{result.norms_off.rstrip()}"
+            )
         output.say(
             f'Your own class takes the repaired weights: network.load_state_dict(safetensors.torch.load_file("{written[0]}")).'
         )

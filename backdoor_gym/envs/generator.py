@@ -11,7 +11,7 @@ import numpy as np
 
 from ..arguments import check_kind
 from ..errors import DataError
-from ..infected import InfectedModel
+from ..infected import InfectedModel, refuse_module
 from ..pruning.neurons import find_neurons
 from ..zoo.catalogue import load_infected, max_neurons, resolve
 from .victim import Victim, VictimOptions
@@ -86,6 +86,7 @@ class InfectedGenerator:
 
 def check_model(entry: Any) -> None:
     """Raise ``DataError`` unless it is the name or the file of a model, or a model."""
+    refuse_module(entry)
     check_kind(
         "infected", entry, MODEL, "the name or the file of an infected model, an InfectedModel, or a list of these"
     )

@@ -261,9 +261,11 @@ def _loading(result: "RepairResult") -> str:
             'network = AutoModelForImageClassification.from_pretrained(".")'
         )
     file = "repaired.safetensors" if result.infected.layout is None else "model.safetensors"
+    off = result.norms_off
     return (
-        "from safetensors.torch import load_file\n\n"
+        f"{'import torch' + chr(10) if off else ''}from safetensors.torch import load_file\n\n"
         f"network = {type(result.module).__name__}(...)  # made as you made the original\n"
+        f"{'# The repaired weights are plain ones, so these norms have to go first.' + chr(10) if off else ''}{off}"
         f'network.load_state_dict(load_file("{file}"))\n'
         "network.eval()"
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..arguments import check_callable, check_kind, check_options, check_path
 from ..errors import DataError, ModelFileError, UnknownNameError
-from ..infected import FORMAT, InfectedModel
+from ..infected import FORMAT, InfectedModel, refuse_module
 from . import family
 from .checkpoints import refuse_archive
 from .files import WEIGHTS_ALONE, holds, is_pickle
@@ -22,6 +22,8 @@ from .own_images import Source
 from .pretrained import CONFIG, WEIGHTS, is_pretrained, load_pretrained, load_timm
 
 SUFFIX = ".safetensors"
+#: What names of files with weights end in.
+FILES = (SUFFIX, ".pt", ".pth", ".tar", ".bin", ".ckpt", ".pkl", ".npz", ".onnx", ".h5")
 #: Of a name or a path; longer ones are none.
 MOST_CHARACTERS = 4096
 
@@ -66,7 +68,7 @@ def resolve(name: str) -> list[str]:
         return found
     if name in _embedded() or family.is_member(name):
         return [name]
-    if name.endswith(SUFFIX) or "\\" in name or name.startswith((".", "/", "~")):
+    if name.endswith(FILES) or "\\" in name or name.startswith((".", "/", "~")):
         raise ModelFileError(f"there is no file {name}")
     known = [*_embedded(), *(f"{split}/0" for split in family.SPLITS)]
     raise UnknownNameError(
@@ -107,9 +109,11 @@ def load_infected(
 
     Raises:
         UnknownNameError: no such name.
+        DataError: ``data`` for what names no data set.
         ModelFileError, WeightsError, DataError: a file that cannot be used (see ``InfectedModel.load``, ``load_foreign``,
             ``load_pretrained`` and ``load_timm``).
     """
+    refuse_module(name)
     check_path("the name of an infected model", name)
     check_path("data", data, may_be_none=True)
     check_kind("architecture", architecture, str, "a name", may_be_none=True)
@@ -129,11 +133,15 @@ def load_infected(
     }
     given = [key for key, value in {**own, "timm": timm}.items() if value is not None]
     path = Path(os.path.expanduser(text))
+    if data is not None and (is_pretrained(text) or (_is_file(text) and _is_foreign(path, bool(given)))):
+        raise DataError(
+            f"{text} names no images that others could stand for: clean ones are given with --clean (clean=), not --data (data=)"
+        )
     if is_pretrained(text):
         return load_pretrained(text, **own, timm=timm)
     if _is_file(text):
         refuse_archive(path)
-    if _is_file(text) and (is_pickle(path) or holds(path) in WEIGHTS_ALONE or (given and holds(path) != FORMAT)):
+    if _is_file(text) and _is_foreign(path, bool(given)):
         return load_foreign(path, **own) if timm is None else load_timm(path, timm, **own)
     if os.path.isdir(path) and text not in _embedded() and not family.is_member(text):
         raise ModelFileError(
@@ -145,7 +153,9 @@ def load_infected(
             f"{text} is an infected model of this package, complete as it is; {given[0]} is for other weights"
         )
     if text in _embedded():
-        return InfectedModel.load(_embedded()[text])
+        return InfectedModel.load(_embedded()[text], data)
+    if family.is_member(text) and data is not None:
+        raise DataError(f"{text} is made of the images that its name says; leave --data (data=) out")
     if family.is_member(text):
         return family.load(text)
     if found != [text]:
@@ -156,6 +166,25 @@ def load_infected(
 def max_neurons(name: str) -> int | None:
     """The most neurons that a model can have, where its family declares it; None where it must be loaded."""
     return family.MAX_NEURONS if family.is_member(name) else None
+
+
+def check_complete(name: str) -> None:
+    """Find out before the work that a model needs more than its name to be loaded.
+
+    Raises:
+        DataError: a file of weights alone, or a folder of transformers or timm.
+    """
+    path = Path(os.path.expanduser(name))
+    if is_pretrained(name) or (_is_file(name) and _is_foreign(path, False)):
+        raise DataError(
+            f"{name} holds a network alone, and no clean images: load it first, with load_infected({name!r}, clean=..., and "
+            "architecture= or module= where it is weights alone), and give the model; or save that, and name its file"
+        )
+
+
+def _is_foreign(path: Path, described: bool) -> bool:
+    """Whether a file holds anybody's weights; one that nothing tells of does where the caller has described them."""
+    return is_pickle(path) or holds(path) in WEIGHTS_ALONE or (described and holds(path) != FORMAT)
 
 
 def _is_file(name: str) -> bool:

@@ -289,6 +289,10 @@ class _StandIn:
 
 def _read_torch(path: Path) -> tuple[Any, tuple[str, ...]]:
     """What a torch file holds, with stand-ins, and the names of what they stand for."""
+    if is_zip(path) and _is_torchscript(path):
+        raise ModelFileError(
+            f"{path} is TorchScript, which does not show its layers: give the state dict of the Python module that it was made from"
+        )
     check_torch_file(path)
     try:
         with path.open("rb") as file:  # of a path, torch would look at the name and not at what it is
@@ -305,6 +309,16 @@ def _read_torch(path: Path) -> tuple[Any, tuple[str, ...]]:
             f"{path} is damaged, or cannot be read without running what it holds, and is not opened ({reason}); where it can "
             "do no harm, load it and save its state_dict() alone, best with safetensors.torch.save_file"
         ) from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether a zip of torch holds programs."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+    return any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names)
 
 
 def _quantised(path: Path, name: str) -> ModelFileError:

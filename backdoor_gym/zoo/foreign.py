@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..arguments import check_kind, check_options
 from ..errors import DataError, ModelFileError, UnknownNameError
 from ..infected import InfectedModel, check_finite, check_preprocess
+from .adapting import unwrapped
 from .architectures import ARCHITECTURES, build
 from .checkpoints import Checkpoint, beginnings, fit_weights, read_checkpoint
 from .datasets import MOST_SIDE
@@ -95,7 +96,7 @@ def load_foreign(
         spec = _spec(architecture, checkpoint, images, {**published, **(options or {})})
         network = build(**spec)
     elif module is not None:
-        network = make_module(module)
+        network = unwrapped(make_module(module))
     unused = beginnings(fit_weights(network, checkpoint))
     facts = {**checkpoint.facts, "unread": list(checkpoint.unread), "unused": unused}
     check_finite(network)

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,16 +99,21 @@ def own_images(source: Source, count: int | None = None, size: tuple[int, int] |
         if count is None or count >= len(source):
             return OwnImages(source, classes=source.classes)
         items = _arrays(source.images, source.labels)._replace(classes=source.classes)
+    elif isinstance(source, Mapping | Tensor | np.ndarray) or _are_arrays(source):
+        length = f" of {len(source)}" if isinstance(source, tuple) else ""
+        raise DataError(
+            f"images need their labels, and nothing else: give a pair (images, labels), not a {type(source).__name__}{length}"
+        )
     elif _is_pair(source):
         pair: Any = source
         items = _arrays(*pair)
     elif isinstance(source, DataLoader):
         items = _loader_items(source, count)
     elif _is_map(source) and hasattr(source, "__len__"):
-        items = _Items(lambda chosen: _collect(source[index] for index in chosen), len(source), _known_labels(source))
+        items = _Items(lambda chosen: _collect(_asked(source, chosen)), len(source), _known_labels(source))
     elif isinstance(source, Dataset):
         stream: Any = source  # it has no length
-        items = _arrays(*_collect(stream))
+        items = _arrays(*_collect(_each(stream, "item")))
     else:
         raise DataError(
             f"images must be a pair of tensors, a Dataset, a DataLoader, a path or a name, not {type(source).__name__}"
@@ -502,6 +507,13 @@ def _draw(items: _Items, count: int | None) -> list[int]:
     return sorted(order[:count])
 
 
+def _are_arrays(source: Any) -> bool:
+    """Whether it is images without labels, or with more than these."""
+    if not isinstance(source, tuple) or len(source) == 2:  # a list may hold items
+        return False
+    return bool(source) and all(isinstance(one, Tensor | np.ndarray) for one in source)
+
+
 def _is_pair(source: Any) -> bool:
     """Whether it is images and labels; a list of two may also be a data set of two items."""
     return isinstance(source, tuple | list) and len(source) == 2 and not isinstance(source[0], tuple | list)
@@ -527,13 +539,14 @@ def _loader_items(loader: DataLoader[Any], count: int | None) -> _Items:
     """The batches of a DataLoader; where some are drawn, the items that its sampler may give, put together as it does it."""
     data, batches = loader.dataset, loader.batch_sampler
     if count is None or batches is None or not _is_map(data):
-        return _arrays(*_collect(loader, batched=True))
+        return _arrays(*_collect(_each(loader, "batch"), batched=True))
     places = sorted({int(index) for batch in batches for index in batch})
     known = _known_labels(data)
     labels = None if known is None else [known[place] for place in places]
 
     def fetch(chosen: list[int]) -> tuple[Tensor, Tensor]:
-        return _collect((loader.collate_fn([data[places[index]]]) for index in chosen), batched=True)
+        items = _asked(data, [places[index] for index in chosen], lambda item: loader.collate_fn([item]))
+        return _collect(items, batched=True)
 
     return _Items(fetch, len(places), labels)
 
@@ -557,6 +570,36 @@ def _known_labels(source: Any) -> list[int] | None:
         if len(found) == len(source) > 0:
             return found
     return None
+
+
+def _asked(source: Any, chosen: Iterable[int], made: Callable[[Any], Any] = lambda item: item) -> Iterator[Any]:
+    """Items of a Dataset, by their places; what its own code raises is told."""
+    for place in chosen:
+        try:
+            item = made(source[place])
+        except Exception as error:  # the user's code, which can raise anything
+            raise DataError(
+                f"item {place} of the {type(source).__name__} cannot be read: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        yield item
+
+
+def _each(source: Iterable[Any], what: str) -> Iterator[Any]:
+    """All items or batches in order, likewise."""
+    place = 0
+    try:
+        for item in source:
+            yield item
+            place += 1
+    except DataError:
+        raise
+    except Exception as error:  # the user's code, which can raise anything
+        said = [line for line in str(error).strip().splitlines() if line] or [
+            ""
+        ]  # a process of a DataLoader tells it last
+        raise DataError(
+            f"{what} {place} of the {type(source).__name__} cannot be read: {type(error).__name__}: {said[-1]}"
+        ) from error
 
 
 def _collect(source: Iterable[Any], batched: bool = False) -> tuple[Tensor, Tensor]:

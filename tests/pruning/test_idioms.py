@@ -18,6 +18,7 @@ from backdoor_gym.errors import DataError, UntraceableError
 from backdoor_gym.pruning.applying import write_mask
 from backdoor_gym.pruning.cutting import cut_channels
 from backdoor_gym.pruning.neurons import find_neurons
+from backdoor_gym.reporting.page import _loading
 from backdoor_gym.zoo.adapting import unwrapped
 
 from .test_architectures import check_masks
@@ -442,6 +443,27 @@ def test_wrappers_are_taken_off():
         unwrapped(Mine(a=inner, b=nn.Linear(2, 2)))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "norm", [old_weight_norm, old_spectral_norm, parametrizations.weight_norm, parametrizations.spectral_norm]
+)
+def test_norms_of_weights_are_taken_off_as_the_report_says(norm, tmp_path):
+    def made():
+        return nn.Sequential(conv(3), nn.ReLU(), norm(conv()), nn.ReLU(), nn.Flatten(), nn.Linear(384, 3)).eval()
+
+    result = repair(InfectedModel.from_module(made(), clean=(IMAGES, LABELS)), policy="clp", u=0.5)
+    result.save(tmp_path)
+    network = made()
+    with pytest.raises(RuntimeError):
+        network.load_state_dict(result.module.state_dict())
+    assert result.norms_off in _loading(result)
+    code = _loading(result).replace("Sequential(...)", "given()").replace("repaired.s", f"{tmp_path}/repaired.s")
+    found = {"given": made}
+    exec(code, found)  # what the page tells the user to write
+    with torch.no_grad():
+        torch.testing.assert_close(found["network"](IMAGES), result.module(IMAGES))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_types_are_computed_in_float32_and_written_back(dtype):
     module = net(lambda m, x: m.n(m.a(x)), a=conv(), n=nn.BatchNorm2d(6)).to(dtype)
@@ -507,6 +529,24 @@ def test_tokens_that_stand_among_the_images_are_normalised_as_positions():
     layer = next(layer for layer in result.neurons.layers if layer.name == "a")
     assert layer.normalised
     assert np.isfinite(result.features).all()
+
+
+def squeezed_and_added(m, x):
+    y = m.a(x)
+    return y * torch.sigmoid(m.g(F.relu(m.f(y.mean((2, 3), keepdim=True))))) + m.s(x)
+
+
+@pytest.mark.parametrize("layer", ["g", "s", "a"])
+def test_a_cut_of_nothing_says_why(layer):
+    layers = {"a": conv(), "s": nn.Conv2d(6, 6, 1), "f": nn.Conv2d(6, 6, 1), "g": nn.Conv2d(6, 6, 1)}
+    network = net(squeezed_and_added, **layers)
+    neurons = find_neurons(network, IMAGES)
+    mask = np.ones(len(neurons), dtype=bool)
+    place = next(one for one in neurons.layers if one.name == layer)
+    mask[place.start : place.start + 2] = False
+    cut = cut_channels(network, neurons, mask, IMAGES)
+    sizes = [sum(one.numel() for one in some.parameters()) for some in (network, cut.network)]
+    assert sizes[0] > sizes[1] or any(layer in stop for stop in cut.stops)
 
 
 def test_a_cut_that_groups_of_a_convolution_stop_is_said():

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ...arguments import check_option_kinds
 from ...errors import BackdoorGymError, DataError, WeightsError, check_name
 from ...wording import shown
 from .convnext import convnext, convnext_tiny
@@ -54,6 +55,7 @@ def build(name: str, num_classes: int, in_channels: int, **options: Any) -> nn.M
     known = set(inspect.signature(factory).parameters) - {"num_classes", "in_channels"}
     for option in options:
         check_name(f"option of {name}", option, known)
+    check_option_kinds(name, factory, options)
     try:
         return factory(num_classes=num_classes, in_channels=in_channels, **options)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

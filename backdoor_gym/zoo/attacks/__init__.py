@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...arguments import check_option_kinds
 from ...errors import BackdoorGymError, DataError, check_name
 from ...wording import shown
 from .attack import Alter, Attack, Helper, ImageShape
@@ -66,6 +67,7 @@ def draw_attack(name: str, shape: ImageShape, generator: torch.Generator, **para
     known = set(inspect.signature(attack.draw).parameters) - {"shape", "generator"}
     for parameter in parameters:
         check_name(f"option of {name}", parameter, known)
+    check_option_kinds(name, attack.draw, parameters)
     try:
         return attack.draw(shape, generator, **parameters)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
