@@ -159,10 +159,6 @@ class InfectedModel:
             with torch.no_grad():
                 device = next((parameter.device for parameter in self.network.parameters()), "cpu")
                 self.network = giving_logits(self.network, images.to(device), int(self.clean.labels.max()) + 1)
-                entry = getattr(self.network, "entry", None)
-                if entry not in (None, LOGITS[0]) and "logits" not in self.facts:
-                    self.facts = {**self.facts, "logits": f"entry {entry!r} of the network's answer"}
-                    warnings.warn(f"The logits are taken from entry {entry!r} of the network's answer.", stacklevel=6)
                 logits = self.network(images.clone().to(device))
         except BackdoorGymError:
             raise
@@ -180,6 +176,10 @@ class InfectedModel:
             raise WeightsError(
                 "the network answers clean images with logits that are not finite: its weights are damaged"
             )
+        entry = getattr(self.network, "entry", None)
+        if entry not in (None, LOGITS[0]) and "logits" not in self.facts:
+            self.facts = {**self.facts, "logits": f"entry {entry!r} of the network's answer"}
+            warnings.warn(f"The logits are taken from entry {entry!r} of the network's answer.", stacklevel=7)
         return logits.shape[1]
 
     def _check_test(self, test: LabelledImages) -> None:

@@ -405,8 +405,12 @@ class Output:
 )
 def test_answers_of_several_parts(form):
     inner = net(lambda m, x: m.n(m.a(x)), a=conv(), n=nn.BatchNorm2d(6))
-    infected = InfectedModel.from_module(Answering(inner, form), clean=(IMAGES, LABELS))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        infected = InfectedModel.from_module(Answering(inner, form), clean=(IMAGES, LABELS))
     assert infected.num_classes == 3
+    said = [str(one.message) for one in told if "The logits are taken from entry" in str(one.message)]
+    assert len(said) == ("logits" in infected.facts)
     result = repair(infected, policy="clp", u=1.0)
     with torch.no_grad():
         torch.testing.assert_close(infected.network(IMAGES), inner(IMAGES))
