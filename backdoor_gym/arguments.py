@@ -4,10 +4,11 @@ Each check raises ``DataError`` where the value does not pass; ``may_be_none`` l
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .errors import DataError
 from .wording import shown
@@ -50,6 +51,25 @@ def check_options(name: str, value: Any) -> None:
     check_kind(name, value, Mapping, "a dict", may_be_none=True)
     for key in value or {}:
         check_kind(f"a name in {name}", key, str, "a text")
+
+
+def check_option_kinds(what: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Each option is of the type that ``function`` declares for it, where that is a number, a text or a bool."""
+    kinds = {
+        int: (Integral, "a whole number"),
+        float: (Real, "a number"),
+        str: (str, "a text"),
+        bool: (bool, "true or false"),
+    }
+    parameters = signature(function, eval_str=True).parameters
+    for name, value in options.items():
+        annotation = parameters[name].annotation
+        declared = set(get_args(annotation) or (annotation,)) - {type(None)}
+        if len(declared) != 1 or value is None:
+            continue
+        kind, said = kinds.get(declared.pop(), (object, ""))
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool and kind is not object):
+            raise DataError(f"the option {name} of {what} must be {said}, not {shown(value)}")
 
 
 def check_callable(name: str, value: Any, *, may_be_none: bool = False) -> None:

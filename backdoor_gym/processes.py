@@ -1,13 +1,15 @@
 """Work that is spread over processes, of this machine or of a cluster."""
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from threading import Thread
+from typing import Any
 
 import torch
 
@@ -43,6 +45,30 @@ def workers(jobs: int, ray: str | None = None) -> Iterator[Executor]:
 def died(error: Exception) -> bool:
     """Whether an error says that the process of a task died, rather than what the task did."""
     return isinstance(error, BrokenProcessPool) or type(error).__module__.startswith("ray.")
+
+
+def counter() -> Any:
+    """A whole number as ``value``, -1 at first, that a process of ``end_of_process`` shares with this one."""
+    return get_context("spawn").Value("q", -1)
+
+
+def end_of_process(work: Callable[[], None]) -> str | None:
+    """Do work in a process of its own; None, or what that process died of, in words."""
+    process = get_context("spawn").Process(target=_work, args=(work,))
+    process.start()
+    process.join()
+    code = process.exitcode or 0
+    if code >= 0:
+        return f"it ended with exit code {code}" if code else None
+    names = {known.value: known.name for known in signal.Signals}
+    hints = {"SIGKILL": ", as the system does where memory runs out", "SIGSEGV": ", a fault in native code"}
+    name = names.get(-code, f"signal {-code}")
+    return f"it was ended by {name}{hints.get(name, '')}"
+
+
+def _work(work: Callable[[], None]) -> None:
+    _begin()
+    work()
 
 
 def _begin() -> None:

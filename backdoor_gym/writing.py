@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryFile, mkdtemp
 from typing import Any
 
 from filelock import FileLock
@@ -39,8 +39,7 @@ def beside(folder: Path) -> Iterator[Path]:
     Raises:
         WriteError: the disk is full, the folder is read-only, or a place is taken by something else than a regular file.
     """
-    with telling(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with telling(folder), made(folder):
         sweep(folder)
         temporary, lock = _temporary(folder)
         try:
@@ -52,6 +51,41 @@ def beside(folder: Path) -> Iterator[Path]:
         finally:
             lock.release()
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def made(folder: Path, keep: bool = True) -> Iterator[None]:
+    """While a folder is there, made if needed; what was made goes again where the block fails, or ``keep`` is False.
+
+    Raises:
+        OSError: it cannot be made, or is no folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OSError(errno.EEXIST, "it is no folder, and a folder is needed")
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        keep = False
+        raise
+    finally:
+        with suppress(OSError):  # somebody else put something into it
+            for parent in missing if not keep else ():
+                parent.rmdir()
+
+
+def check_room(path: Path, size: int) -> None:
+    """Find out before the work that there is no room for a file of so many bytes.
+
+    Raises:
+        WriteError: the disk is full, say.
+    """
+    with telling(path), made(path.parent, keep=False), TemporaryFile(dir=path.parent, buffering=0) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.write(bytes(size))
 
 
 @contextmanager

@@ -62,6 +62,10 @@ class CLP(Rule):
         accuracy_budget: float = ACCURACY_BUDGET,
     ) -> nn.Module:
         """``Rule.prune`` with ``u`` for the threshold; ``clean`` is needed for "auto" alone."""
+        if isinstance(u, tuple | list | Tensor):
+            raise DataError(
+                "the second argument of CLP is u, its threshold: it needs no images, and takes them as clean=(images, labels)"
+            )
         check_threshold(u)
         rule = cls(accuracy_budget=accuracy_budget)
         rule.threshold = u

@@ -205,9 +205,9 @@ def test_bad_input_is_one_line_and_exit_code_2(run, infected_file, tmp_path):
         (("repair", "bad.safetensors"), "finite"),
         (("repair", "digits-badnet"), "did you mean 'digits-badnets'"),
         (("repair", "--policy", "clpp"), "did you mean 'clp'"),
-        (("repair", "--threshold", "three"), "a threshold must be"),
-        (("repair", "--u", "3"), "unknown option of onp 'threshold'"),
-        (("repair", "--policy", "clp", "--finetune", "10"), "unknown option of clp 'finetune'"),
+        (("repair", "--policy", "bnp", "--threshold", "three"), "a threshold must be"),
+        (("repair", "--u", "3"), "--threshold (--u) is an option of clp"),
+        (("repair", "--policy", "clp", "--finetune", "10"), "--finetune is an option of onp"),
         (("repair", "--policy", "absent.safetensors"), "no file absent.safetensors"),
         (("train", "--infected", "digits-trian/*"), "digits-trian"),
         (("train", "--most", "3"), "lower envs"),
@@ -225,11 +225,11 @@ def test_bad_input_is_one_line_and_exit_code_2(run, infected_file, tmp_path):
         (("infect", "--attack-option", "sise=3"), "size"),
         (("infect", "--clean-images", "5000"), "clean images"),
         (("infect", "--arch", "vgg16"), "cannot take images"),
-        (("infect", "--arch-option", "width=abc"), "cannot be built"),
+        (("infect", "--arch-option", "width=abc"), "width of small_cnn must be a whole number"),
         (("infect", "--arch-option", "width=-1"), "cannot be built"),
         (("infect", "--arch-option", "num_classes=5"), "num_classes"),
-        (("infect", "--attack-option", "row=1.5"), "trigger"),
-        (("infect", "--attack", "sig", "--attack-option", "amplitude=abc"), "trigger"),
+        (("infect", "--attack-option", "row=1.5"), "row of badnets must be a whole number"),
+        (("infect", "--attack", "sig", "--attack-option", "amplitude=abc"), "amplitude of sig must be a number"),
         (("infect", "--device", "cpux"), "device"),
         (("zoo", "build", "digits-badnets"), "not made on demand"),
         (("repair", "--budgit", "1"), "--budgit"),
@@ -259,6 +259,34 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(run, monkeyp
 
 
 COMMANDS = ("repair", "benchmark", "train", "infect", "list", "inspect", "zoo build")
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_where_logits_come_from_is_told(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "dict_net.py").write_text(
+        "from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self):\n"
+        "        super().__init__(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))\n"
+        "    def forward(self, images):\n        return {'out': super().forward(images)}\n"
+    )
+    torch.manual_seed(0)
+    torch.save(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).state_dict(), "n.pth")
+    code, _, err = run("inspect", "n.pth", "--module", "dict_net:Net", "--clean", "digits")
+    assert code == 0
+    assert "The logits are taken from entry 'out' of the network's answer" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("onp", "--u", 3), "--threshold (--u) is an option of clp, bnp"),
+        (("clp", "--finetune", 8), "--finetune is an option of onp, and not of clp"),
+    ],
+)
+def test_options_of_other_policies(run, options, said):
+    code, _, err = run("repair", "--policy", *options)
+    assert code == 2
+    assert said in err
 
 
 def test_help_is_quick_and_complete():

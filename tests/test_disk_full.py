@@ -77,6 +77,22 @@ def test_a_full_disk_is_one_line_and_the_old_files_stay(run, old, what):
     assert listing(old) - {"cells.jsonl"} == {name}
 
 
+def test_infect_finds_out_before_it_trains(run, old, monkeypatch):
+    monkeypatch.setattr("backdoor_gym.models.training._save", lambda *_: pytest.fail("it trained an epoch"))
+    with full_disk(10_000):
+        code, _, err = run("infect", "--epochs", 1, "--width", 16, "--out", "old/m.safetensors", "--quiet")
+    assert code == 2
+    assert "File too large" in err
+
+
+@pytest.mark.parametrize("out", ["new", "new/er"])
+def test_work_that_fails_leaves_no_empty_folder(run, tmp_path, out):
+    with full_disk(20_000):
+        code, _, err = run("repair", "--policy", "clp", "--out", out, "--quiet")
+    assert (code, "File too large" in err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_cache_is_one_line_and_stops_the_building(run, tmp_path, monkeypatch):
     monkeypatch.setenv(family.CACHE_VARIABLE, str(tmp_path / "cache"))
     sizes = {seed: family.recipe("digits-train", seed) for seed in range(100)}

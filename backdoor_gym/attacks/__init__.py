@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import check_option_kinds
 from ..errors import BackdoorGymError, DataError, check_name
 from ..wording import shown
 from .attack import Alter, Attack, Helper, ImageShape
@@ -51,6 +52,7 @@ def draw_attack(name: str, shape: ImageShape, generator: torch.Generator, **para
         check_name(
             f"option of {name}", parameter, inspect.signature(attack.draw).parameters.keys() - {"shape", "generator"}
         )
+    check_option_kinds(name, attack.draw, parameters)
     try:
         return attack.draw(shape, generator, **parameters)
     except BackdoorGymError:

@@ -19,6 +19,13 @@ from ..writing import as_json, locked, telling
 
 Row = dict[str, Any]
 
+PROCESS_DIED = (
+    'a process died (out of memory, or a script without `if __name__ == "__main__":`?); call again, with fewer jobs'
+)
+MACHINES_FAILED = (
+    "the processes of a task died on every machine that tried it (out of memory, or a fault in native code); call again"
+)
+
 
 @dataclass(frozen=True)
 class LineFile:
@@ -97,10 +104,12 @@ def run_tasks(
     ray: str | None = None,
     progress: bool = False,
     sizes: Sequence[int] | None = None,
+    alone: Callable[..., None] | None = None,
 ) -> None:
     """Call ``run(*task, file)`` for each task, which appends to the file, in ``jobs`` processes of one core or on a Ray cluster.
 
-    With one job it is this process, on one core. ``sizes`` are how far each task moves the bar, 1 by default.
+    With one job it is this process, on one core. ``sizes`` are how far each task moves the bar, 1 by default. A process that dies
+    ends all, unless ``alone(*task, file)`` says what becomes of a task: it is called here for each one that was running.
 
     Raises:
         DataError: a process died, or there is no cluster.
@@ -119,17 +128,27 @@ def run_tasks(
             finally:
                 torch.set_num_threads(threads)
             return
-        with workers(jobs, ray) as pool:
-            store = pool.keeper(file) if isinstance(pool, ClusterPool) else file
-            waiting = {pool.submit(run, *task, store): size for task, size in zip(tasks, sizes, strict=True)}
-            try:
-                for done in as_completed(waiting):
-                    done.result()
-                    bar.advance(shown, waiting[done])
-            except Exception as error:
-                if not died(error):
-                    raise
-                raise DataError(
-                    'a process died (out of memory, or a script without `if __name__ == "__main__":`?); call again, with '
-                    f"fewer jobs: finished cells are kept ({type(error).__name__})"
-                ) from error
+        left = list(range(len(tasks)))
+        while left:
+            finished: set[int] = set()
+            with workers(jobs, ray) as pool:
+                store = pool.keeper(file) if isinstance(pool, ClusterPool) else file
+                try:
+                    waiting = {pool.submit(run, *tasks[place], store): place for place in left}
+                    for done in as_completed(waiting):
+                        done.result()
+                        finished.add(waiting[done])
+                        bar.advance(shown, sizes[waiting[done]])
+                except Exception as error:
+                    if not died(error):
+                        raise
+                    if ray is not None or alone is None:
+                        reason = PROCESS_DIED if ray is None else MACHINES_FAILED
+                        raise DataError(f"{reason}: finished cells are kept ({type(error).__name__})") from error
+            # A process that dies takes the others with it. Work is begun in order: those that ran are the first ones left.
+            left = [place for place in left if place not in finished]
+            if alone is not None:
+                for place in left[:jobs]:
+                    alone(*tasks[place], file)
+                    bar.advance(shown, sizes[place])
+                left = left[jobs:]

@@ -5,6 +5,7 @@ import pickle
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from ..envs.prune import BackdoorPruneEnv
 from ..errors import DataError, WriteError, check_name
 from ..masking.export import write_mask
 from ..metrics import Metrics
-from ..models.catalogue import load_infected, resolve
+from ..models.catalogue import check_complete, load_infected, resolve
 from ..models.infected import InfectedModel
 from ..networks.adapting import deep_copy
 from ..neurons.finding import RESIDUAL_MODES
 from ..on_ray.cluster import Kept
 from ..policies.contract import run_episode
+from ..processes import counter, end_of_process
 from ..repairing import rating
 from ..session.generator import MODEL, check_model
 from ..wording import shown
@@ -143,6 +145,9 @@ def benchmark(
             models[item.name] = item
         else:
             models |= {name: models.get(name) for name in resolve(str(item))[:most]}
+    for name, model in models.items():
+        if model is None:
+            check_complete(name)
     if not models:
         raise DataError("no infected model was given")
     conditions = Conditions(clean_samples, test_samples, max_steps, max_failures, residual, data, device)
@@ -158,7 +163,7 @@ def benchmark(
     if work and (jobs > 1 or ray is not None):
         _check_importable({name: models[name] for name, cells in missing.items() if cells})
         _check_importable(makers)
-    run_tasks(run_model, work, file, jobs, ray, progress, [len(cells) for cells, *_ in work])
+    run_tasks(run_model, work, file, jobs, ray, progress, [len(cells) for cells, *_ in work], run_alone)
 
     # A failure after a success is that of a process that worked on where another had finished.
     latest = {result.cell: result for result in sorted(file.read(conditions), key=lambda result: not result.error)}
@@ -193,7 +198,7 @@ def run_model(
     for cell in cells:
         if cell in done:
             continue
-        blank = Result(cell.model, cell.policy, cell.budget, cell.seed, cell.source, asdict(conditions))
+        blank = _blank(cell, conditions)
         try:
             ready = ready or make_ready(cell.model if own is None else own, conditions)
             memory = PeakMemory()
@@ -204,6 +209,62 @@ def run_model(
         except Exception as error:  # whatever went wrong with one, the others go on
             result = replace(blank, error=f"{type(error).__name__}: {error}")
         file.add(result)
+
+
+def run_alone(
+    cells: list[Cell],
+    makers: dict[str, Maker],
+    conditions: Conditions,
+    own: InfectedModel | None,
+    file: CellFile,
+) -> None:
+    """As ``run_model``, in a process of its own; a cell during which that dies has failed, and the next process goes on.
+
+    Raises:
+        DataError: no process can begin.
+    """
+    done = file.done(conditions)
+    left = [cell for cell in cells if cell not in done]
+    while left:
+        counting = _CountingFile(file.path, counter(), left)
+        why = end_of_process(partial(_run_counted, left, makers, conditions, own, counting))
+        if why is None:
+            return
+        over = counting.counter.value
+        if over < 0:
+            raise DataError(
+                f'a process ended before it began ({why}): a script needs `if __name__ == "__main__":` around the call; or '
+                "pass jobs=1"
+            )
+        cell, left = left[over], left[over + 1 :]
+        file.add(replace(_blank(cell, conditions), error=f"its process died: {why}"))
+
+
+@dataclass(frozen=True)
+class _CountingFile(CellFile):
+    """A file that counts, in a ``counter`` that another process may read, how many of these cells are over."""
+
+    counter: Any
+    cells: Sequence[Cell]
+
+    def add(self, result: Result) -> None:
+        super().add(result)
+        self.counter.value = self.cells.index(result.cell) + 1
+
+
+def _run_counted(
+    cells: list[Cell],
+    makers: dict[str, Maker],
+    conditions: Conditions,
+    own: InfectedModel | None,
+    file: _CountingFile,
+) -> None:
+    file.counter.value = 0  # this process has begun
+    run_model(cells, makers, conditions, own, file)
+
+
+def _blank(cell: Cell, conditions: Conditions) -> Result:
+    return Result(cell.model, cell.policy, cell.budget, cell.seed, cell.source, asdict(conditions))
 
 
 def run_cell(blank: Result, maker: Maker, ready: Ready, conditions: Conditions) -> Result:

@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 from ..errors import DataError
 from ..progress import Watch, watched
 from ..wording import printable
-from ..writing import as_json, check_place, sweep, telling
+from ..writing import as_json, check_place, made, sweep, telling
 
 # Names out of files are shown as they are: nothing in them is markup.
 console = Console(markup=False, emoji=False, highlight=False)
@@ -117,10 +117,9 @@ def check_writable(*files: Path) -> None:
             of the file that is not to be replaced.
     """
     for folder in dict.fromkeys(file.parent for file in files):
-        with telling(f"the folder {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
+        with telling(f"the folder {folder}"), made(folder, keep=False):  # work that fails leaves none behind
             TemporaryFile(dir=folder).close()  # permissions alone do not tell: the superuser has them all
-        sweep(folder)
+            sweep(folder)
     for file in files:
         check_place(file)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..errors import DataError
 from ..wording import path_component, printable
 from . import own_network
 from .common import (
@@ -67,15 +68,20 @@ def repair(
 ) -> None:
     """Repair a network and write it, a report to look at, and the list of pruned neurons."""
     from .. import repairing
-    from ..policies.registry import POLICIES, check_policy, kind_of_policy
+    from ..policies.registry import POLICIES, check_policy, kind_of_policy, options_of
     from ..policies.thresholds import parse_threshold
     from ..reporting.result import files_of
 
     output = Output(as_json, quiet)
     options: dict[str, Any] = {}
     if threshold is not None:
-        options[POLICIES[kind_of_policy(policy)].threshold or "threshold"] = parse_threshold(threshold)
+        symbol = POLICIES[kind_of_policy(policy)].threshold
+        if symbol is None:
+            raise _no_option_of(policy, "--threshold (--u)", [name for name in POLICIES if POLICIES[name].threshold])
+        options[symbol] = parse_threshold(threshold)
     if finetune is not None:
+        if "finetune" not in options_of(policy):
+            raise _no_option_of(policy, "--finetune", [name for name in POLICIES if "finetune" in options_of(name)])
         options["finetune"] = finetune
     check_policy(policy, options)
     infected = own_network.read_model(output, model, data, network)
@@ -113,6 +119,11 @@ def repair(
     if infected.layout is not None:
         output.say(f"{folder} holds the network in the form that it came in.")
     elif infected.checkpoint is not None:
+        if result.norms_off:
+            output.say(
+                "The repaired weights are plain ones, without the weight norms and other parametrizations of your class; take "
+                f"those off before it loads them (import torch):\n{result.norms_off.rstrip()}"
+            )
         output.say(
             f'Your own class takes the repaired weights: network.load_state_dict(safetensors.torch.load_file("{written[0]}")).'
         )
@@ -141,6 +152,10 @@ def result_table(name: str, policy: str, before: "Metrics", after: "Metrics", de
         table.add_row(label, *("unknown" if value is None else f"{value:.3f}" for value in values))
     table.add_row("DER", "", "unknown" if der is None else f"{der:.3f}")
     return table
+
+
+def _no_option_of(policy: str, flag: str, owners: list[str]) -> DataError:
+    return DataError(f"{flag} is an option of {', '.join(owners)}, and not of {policy}")
 
 
 def _said(settings: dict[str, Any]) -> str:

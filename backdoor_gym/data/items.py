@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ..errors import DataError
 from ..files.npz import members, naming
+from ..wording import first_line
 from .arrays import as_images, as_labels
 from .datasets import check_images
 from .pictures import as_tensor, plain
@@ -99,12 +100,13 @@ def loader_items(loader: DataLoader[Any], count: int | None) -> Items:
     """All batches of a DataLoader, or, where ``count`` are to be drawn, the items of its sampler, collated as it does."""
     data, batches = loader.dataset, loader.batch_sampler
     if count is None or batches is None or not has_items(data):
-        return array_items(*_collect(loader, batched=True))
+        return array_items(*_collect(_each(loader, "batch"), batched=True))
     places = sorted({int(index) for batch in batches for index in batch})
     labels = _known_labels(data)
 
     def fetch(chosen: list[int]) -> tuple[Tensor, Tensor]:
-        return _collect((loader.collate_fn([data[places[index]]]) for index in chosen), batched=True)
+        items = _chosen(data, [places[index] for index in chosen], lambda item: loader.collate_fn([item]))
+        return _collect(items, batched=True)
 
     return Items(fetch, len(places), None if labels is None else [labels[place] for place in places])
 
@@ -112,8 +114,8 @@ def loader_items(loader: DataLoader[Any], count: int | None) -> Items:
 def dataset_items(source: Any) -> Items:
     """The items of a Dataset or a sequence, or of a stream, which is read to its end."""
     if not (has_items(source) and hasattr(source, "__len__")):
-        return array_items(*_collect(source))
-    return Items(lambda chosen: _collect(source[index] for index in chosen), len(source), _known_labels(source))
+        return array_items(*_collect(_each(source, "item")))
+    return Items(lambda chosen: _collect(_chosen(source, chosen)), len(source), _known_labels(source))
 
 
 def has_items(source: Any) -> bool:
@@ -140,6 +142,34 @@ def _known_labels(source: Any) -> list[int] | None:
         if len(labels) == len(source) > 0:
             return labels
     return None
+
+
+def _chosen(source: Any, places: list[int], form: Callable[[Any], Any] = lambda item: item) -> Iterator[Any]:
+    """Items of a Dataset by their places, in a form; ``DataError`` names the one at which its own code fails."""
+    for place in places:
+        try:
+            item = form(source[place])
+        except Exception as error:  # the user's code, which can raise anything
+            raise _unreadable(source, f"item {place}", error, first_line(error)) from error
+        yield item
+
+
+def _each(source: Iterable[Any], what: str) -> Iterator[Any]:
+    """All items or batches in order, likewise."""
+    place = 0
+    try:
+        for item in source:
+            yield item
+            place += 1
+    except DataError:
+        raise
+    except Exception as error:  # the user's code, which can raise anything
+        lines = str(error).strip().splitlines() or [""]  # a process of a DataLoader says it in the last one
+        raise _unreadable(source, f"{what} {place}", error, lines[-1]) from error
+
+
+def _unreadable(source: Any, what: str, error: Exception, said: str) -> DataError:
+    return DataError(f"{what} of the {type(source).__name__} cannot be read: {type(error).__name__}: {said}")
 
 
 def _collect(source: Iterable[Any], batched: bool = False) -> tuple[Tensor, Tensor]:

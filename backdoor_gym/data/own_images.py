@@ -1,11 +1,14 @@
 """Labelled images from what people have: tensors, a Dataset, a DataLoader, an .npz, a folder, or a named data set."""
 
 import os
+from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..arguments import check_kind, check_whole
@@ -88,6 +91,11 @@ def _items(source: Any, count: int | None, size: tuple[int, int] | None) -> Item
         return folder_items(path, size) if path.is_dir() else npz_items(path)
     if isinstance(source, LabelledImages):
         return array_items(source.images, source.labels)._replace(classes=source.classes)
+    if isinstance(source, Mapping | Tensor | np.ndarray) or _are_arrays(source):
+        length = f" of {len(source)}" if isinstance(source, tuple) else ""
+        raise DataError(
+            f"images need their labels, and nothing else: give a pair (images, labels), not a {type(source).__name__}{length}"
+        )
     if isinstance(source, tuple | list) and len(source) == 2 and not isinstance(source[0], tuple | list):
         return array_items(*source)  # a list of two may also be a data set of two items
     if isinstance(source, DataLoader):
@@ -97,6 +105,13 @@ def _items(source: Any, count: int | None, size: tuple[int, int] | None) -> Item
     raise DataError(
         f"images must be a pair of tensors, a Dataset, a DataLoader, a path or a name, not {type(source).__name__}"
     )
+
+
+def _are_arrays(source: Any) -> bool:
+    """Whether it is a tuple of images without labels, or of more than these; a list may hold items."""
+    if not isinstance(source, tuple) or len(source) == 2:
+        return False
+    return bool(source) and all(isinstance(part, Tensor | np.ndarray) for part in source)
 
 
 def _named(dataset: str, count: int | None, size: tuple[int, int] | None) -> OwnImages:

@@ -101,12 +101,17 @@ def is_archive(path: Path) -> bool:
         return True
     if not start.startswith(b"PK"):
         return False
+    names = _names_in_zip(path)
+    return bool(names) and not any(name.count("/") <= 1 and name.rpartition("/")[2] == TORCH_PICKLE for name in names)
+
+
+def _names_in_zip(path: Path) -> list[str]:
+    """Names of the files in a zip, none where it cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            return archive.namelist()
     except (OSError, ValueError, zipfile.BadZipFile):
-        return False
-    return not any(name.count("/") <= 1 and name.rpartition("/")[2] == TORCH_PICKLE for name in names)
+        return []
 
 
 def refuse_archive(path: Path) -> None:
@@ -133,6 +138,11 @@ class _StandIn:
 
 def _read_torch(path: Path) -> tuple[Any, tuple[str, ...]]:
     """The content of a torch file, with stand-ins, and the names of what they stand for."""
+    names = _names_in_zip(path) if is_zip(path) else []
+    if any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names):
+        raise ModelFileError(
+            f"{path} is TorchScript, which does not show its layers: give the state dict of the Python module that it was made from"
+        )
     check_torch_file(path)
     try:
         with path.open("rb") as file:  # of a path, torch would look at the name and not at what it is

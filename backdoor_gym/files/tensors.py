@@ -87,7 +87,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            length, brace = int.from_bytes(file.read(8), "little"), file.read(1)
+        if not path.stat().st_size:
+            raise ModelFileError(f"{path} is empty")
+        if brace != b"{" and path.suffix != ".safetensors":
+            raise ModelFileError(
+                f"{path} is no file of weights: it begins neither as safetensors nor as what torch.save writes"
+            )
         if MOST_HEADER < length <= path.stat().st_size:  # a longer one is none
             raise ModelFileError(f"{path} has a header of {length:,} bytes; {MOST_HEADER:,} is the most")
         with safe_open(str(path), framework="pt") as opened:

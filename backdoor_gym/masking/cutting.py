@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import CompactionError
 from ..networks.adapting import deep_copy
+from ..networks.preprocessing import own_module
 from ..neurons.channel_origin import classes, is_depthwise
 from ..neurons.channels import UNKNOWN, WEIGHTED, ZERO, Channels, Kind, module_of, operation
 from ..neurons.finding import Neurons
@@ -71,10 +72,12 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
             expected = masked(images.clone())
     except Exception as error:  # the user's code, which can raise anything
         raise CompactionError(
-            f"{type(network).__name__} cannot take these images, to check a cut with: {error}"
+            f"{type(own_module(network)).__name__} cannot take these images, to check a cut with: {error}"
         ) from error
     plan = _Plan(masked, neurons, mask)
     groups = plan.groups()
+    if not groups and not mask.all() and not plan.stops():
+        return Cut(masked, (_none_alone(neurons, mask),))
     compact, reason = _attempt(masked, [piece for group in groups.values() for piece in group], images, expected)
     if compact is not None:
         return Cut(compact, tuple(plan.stops()))
@@ -88,6 +91,16 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
         else:
             compact, accepted = smaller, [*accepted, *group]
     return Cut(masked if compact is None else compact, tuple(stops))
+
+
+def _none_alone(neurons: Neurons, mask: np.ndarray) -> str:
+    """Why nothing was cut where each pruned channel meets one that was kept."""
+    names = [layer.name for layer in neurons.layers if not mask[layer.neurons].all()]
+    few = f"{', '.join(names[:4])}{', ...' if names[4:] else ''}"
+    return (
+        f"no pruned channel could be cut out: those of {few} are added to channels that were kept, or multiply them as gates, so "
+        'that they are needed there, as zeros; residual="group" prunes what is added together'
+    )
 
 
 def _attempt(

@@ -21,12 +21,14 @@ from .checkpoint_spec import CheckpointSpec, Factory
 from .described import CONFIG
 from .foreign import load_foreign
 from .from_timm import load_timm
-from .infected import InfectedModel
+from .infected import InfectedModel, refuse_module
 from .infected_files import FORMAT
 from .layout import WEIGHTS
 from .pretrained import is_pretrained, load_pretrained
 
 SUFFIX = ".safetensors"
+#: What names of files with weights end in.
+FILES = (SUFFIX, ".pt", ".pth", ".tar", ".bin", ".ckpt", ".pkl", ".npz", ".onnx", ".h5")
 #: Of a name or a path; longer ones are none.
 MOST_CHARACTERS = 4096
 
@@ -71,7 +73,7 @@ def resolve(name: str) -> list[str]:
         return models
     if _is_named(name):
         return [name]
-    if name.endswith(SUFFIX) or "\\" in name or name.startswith((".", "/", "~")):
+    if name.endswith(FILES) or "\\" in name or name.startswith((".", "/", "~")):
         raise ModelFileError(f"there is no file {name}")
     known = [*_embedded(), *(f"{split}/0" for split in family.SPLITS)]
     raise UnknownNameError(
@@ -112,6 +114,7 @@ def load_infected(
 
     Raises:
         UnknownNameError: no such name.
+        DataError: ``data`` for what names no data set.
         ModelFileError, WeightsError, DataError: a file that cannot be used (see ``InfectedModel.load``, ``load_foreign``,
             ``load_pretrained`` and ``load_timm``).
 
@@ -119,6 +122,7 @@ def load_infected(
         >>> load_infected("digits-badnets").facts["attack"]
         'badnets'
     """
+    refuse_module(name)
     check_path("the name of an infected model", name)
     check_path("data", data, may_be_none=True)
     spec = CheckpointSpec(architecture, options, module, clean, test, clean_images, image_size, preprocess, timm)
@@ -128,6 +132,10 @@ def load_infected(
 def load_specified(name: str, data: str | None, spec: CheckpointSpec) -> InfectedModel:
     """As ``load_infected`` does it."""
     path = Path(os.path.expanduser(name))
+    if data is not None and is_foreign(name, spec):
+        raise DataError(
+            f"{name} names no images that others could stand for: clean ones are given with --clean (clean=), not --data (data=)"
+        )
     if is_pretrained(name):
         return load_pretrained(name, spec)
     if is_foreign(name, spec):
@@ -142,8 +150,10 @@ def load_specified(name: str, data: str | None, spec: CheckpointSpec) -> Infecte
             f"{name} is an infected model of this package, complete as it is; {spec.said[0]} is for other weights"
         )
     if name in _embedded():
-        return InfectedModel.load(_embedded()[name])
+        return InfectedModel.load(_embedded()[name], data)
     if family.is_member(name):
+        if data is not None:
+            raise DataError(f"{name} is made of the images that its name says; leave --data (data=) out")
         return family.load(name)
     if models != [name]:
         raise UnknownNameError("infected model", name, models, "a pattern stands for several models; name one")
@@ -163,6 +173,20 @@ def is_foreign(name: str, spec: CheckpointSpec) -> bool:
     path = Path(os.path.expanduser(name))
     refuse_archive(path)
     return is_pickle(path) or holds(path) in WEIGHTS_ALONE or (bool(spec.said) and holds(path) != FORMAT)
+
+
+def check_complete(name: str) -> None:
+    """Find out before the work that a model needs more than its name to be loaded.
+
+    Raises:
+        DataError: a file of weights alone, or a folder of transformers or timm.
+        ModelFileError: an archive.
+    """
+    if is_foreign(name, CheckpointSpec()):
+        raise DataError(
+            f"{name} holds a network alone, and no clean images: load it first, with load_infected({name!r}, clean=..., and "
+            "architecture= or module= where it is weights alone), and give the model; or save that, and name its file"
+        )
 
 
 def max_neurons(name: str) -> int | None:

@@ -16,6 +16,7 @@ from ..errors import DataError, ModelFileError, UnknownNameError
 from ..files.checkpoints import Checkpoint, read_checkpoint
 from ..files.fitting import beginnings, fit_weights
 from ..networks import ARCHITECTURES, build
+from ..networks.adapting import unwrapped
 from ..networks.preprocessing import Normalise, Preprocessed, check_preprocess
 from ..networks.weights import check_finite
 from ..wording import first_line
@@ -68,7 +69,7 @@ def load_foreign(path: str | Path, spec: CheckpointSpec) -> InfectedModel:
         described = _description(architecture, checkpoint, clean, {**published, **(spec.options or {})})
         network = build(**described)
     else:
-        network = make_module(spec.module)
+        network = unwrapped(make_module(spec.module))
     unused = beginnings(fit_weights(network, checkpoint))
     facts = {**checkpoint.facts, "unread": list(checkpoint.unread), "unused": unused}
     check_finite(network)

@@ -1,5 +1,6 @@
 """An infected model: a network, the defender's clean images, and, for scoring only, test images, trigger and target."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_path
 from ..attacks import Attack
 from ..attacks.targets import Target, check_target
 from ..data.channels import fit_channels
@@ -100,8 +102,9 @@ class InfectedModel:
 
         Args:
             module: from images, or what ``preprocess`` makes of them, to logits (n, classes), or to an answer that holds them
-                (``networks.adapting.find_logits``). ``DataParallel``, ``torch.compile`` and the like are taken off. It is not
-                copied, unless weights are of another type than float32; then a copy in float32 is computed with.
+                (``networks.adapting.find_logits``). ``DataParallel``, ``torch.compile`` and the like are taken off. It is put
+                into eval mode, and not copied, unless weights are of another type than float32; then a copy in float32 is
+                computed with.
             clean: the defender's images, in any form that ``data.own_images.own_images`` takes. Grey images for a network of
                 colours get three equal channels, and the other way round.
             test: images to score on, in the same forms; by default none, or the rest where ``clean`` names a data set.
@@ -122,15 +125,15 @@ class InfectedModel:
 
     def _adapt(self) -> None:
         """Take the network out of its wrappers, and compute in float32; ``num_classes`` finds the logits in its answer."""
-        if not isinstance(self.network, nn.Module):
-            is_class = isinstance(self.network, type)
-            what = f"the class {self.network.__name__}" if is_class else f"a {type(self.network).__name__}"
+        given = own_module(self.network)
+        if not isinstance(given, nn.Module):
+            what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
             raise DataError(
                 f"the network must be a torch.nn.Module, not {what}; make one of its class, and load_state_dict its weights into it"
             )
         if any(nn.parameter.is_lazy(value) for value in (*self.network.parameters(), *self.network.buffers())):
             raise DataError("the network has lazy layers that were never called; call it once with some images before")
-        module, dtypes = in_float32(unwrapped(own_module(self.network)).eval())
+        module, dtypes = in_float32(unwrapped(given).eval())
         self.dtypes = dtypes or self.dtypes
         if not isinstance(self.network, Preprocessed):
             self.network = module
@@ -151,9 +154,6 @@ class InfectedModel:
             with torch.no_grad():
                 device = next((parameter.device for parameter in self.network.parameters()), "cpu")
                 self.network = giving_logits(self.network, images.to(device), int(self.clean.labels.max()) + 1)
-                entry = getattr(self.network, "entry", None)
-                if entry not in (None, LOGITS[0]):
-                    self.facts = {**self.facts, "logits": f"entry {entry!r} of the network's answer"}
                 logits = self.network(images.clone().to(device))
         except BackdoorGymError:
             raise
@@ -169,6 +169,10 @@ class InfectedModel:
             raise WeightsError(
                 "the network answers clean images with logits that are not finite: its weights are damaged"
             )
+        entry = getattr(self.network, "entry", None)
+        if entry not in (None, LOGITS[0]) and "logits" not in self.facts:
+            self.facts = {**self.facts, "logits": f"entry {entry!r} of the network's answer"}
+            warnings.warn(f"The logits are taken from entry {entry!r} of the network's answer.", stacklevel=7)
         return logits.shape[1]
 
     def _check_test(self, test: LabelledImages) -> None:
@@ -219,6 +223,7 @@ class InfectedModel:
             ModelFileError: nobody could load it: the architecture has no name, or an unknown function stands in front of it.
             WriteError: the file cannot be written.
         """
+        check_path("the file", path)
         write_infected(Path(path), self, half)
         return Path(path)
 
@@ -236,6 +241,15 @@ class InfectedModel:
             DataError: the data set is not there, or does not fit the network.
         """
         return read_infected(Path(path), data, cls)
+
+
+def refuse_module(thing: Any) -> None:
+    """Raise ``DataError`` for a network where a model, which has clean images beside it, is asked for."""
+    if isinstance(thing, nn.Module):
+        raise DataError(
+            f"a {type(thing).__name__} alone has no clean images: make a model of both, with "
+            "InfectedModel.from_module(network, clean=(images, labels))"
+        )
 
 
 def check_trigger(trigger: Callable[[Tensor], Tensor], images: Tensor) -> None:

@@ -119,6 +119,11 @@ def _pack_images(images: LabelledImages, role: str, tensors: dict[str, Tensor]) 
 
 def _unpack_images(fields: ImagesFields, role: str, tensors: Mapping[str, Tensor], data: str | None) -> LabelledImages:
     if fields.dataset is UNSET or fields.split is UNSET:
+        if data is not None:
+            raise DataError(
+                f"the model holds its {role} images itself, and names no data set that another could stand for: leave --data "
+                "(data=) out"
+            )
         return LabelledImages(tensors[f"{role}.images"], tensors[f"{role}.labels"])
     dataset, split = data or named_in_file(fields.dataset), fields.split
     digest = fingerprint(dataset, split)

@@ -23,6 +23,7 @@ from ..attacks import Alter
 from ..errors import ModelFileError, TrainingError
 from ..files.schemas import fits
 from ..files.tensors import read_tensors, write_tensors
+from ..writing import check_room
 
 CHECKPOINT = "backdoor-gym-training/1"
 
@@ -106,6 +107,9 @@ def train(
             warnings.simplefilter("ignore", UserWarning)
             for _ in range(first * batches):
                 scheduler.step()
+    if checkpoint is not None and first < schedule.epochs:  # not after an epoch
+        parameters = sum(value.numel() * value.element_size() for value in network.parameters())
+        check_room(checkpoint, 2 * parameters)
     bf16 = _gains_by_bf16(device)
     columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not progress) as bar:

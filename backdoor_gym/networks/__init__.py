@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..arguments import check_option_kinds
 from ..errors import BackdoorGymError, DataError, WeightsError, check_name
 from ..wording import shown
 from . import convnext, densenet, efficientnet, mobilenet_v3, resnet, vgg, vit
@@ -66,6 +67,7 @@ def build(name: str, num_classes: int, in_channels: int, **options: Any) -> nn.M
         check_name(
             f"option of {name}", option, inspect.signature(factory).parameters.keys() - {"num_classes", "in_channels"}
         )
+    check_option_kinds(name, factory, options)
     try:
         return factory(num_classes=num_classes, in_channels=in_channels, **options)
     except BackdoorGymError:

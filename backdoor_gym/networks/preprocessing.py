@@ -72,6 +72,10 @@ def giving_logits(network: nn.Module, images: Tensor, classes: int = 1) -> nn.Mo
         answer = inside(in_front(images.clone()))
     entry = find_logits(answer, classes)
     logits = pick_logits(answer, entry)
+    if not logits.is_floating_point():
+        raise DataError(
+            f"the network gives labels ({str(logits.dtype).removeprefix('torch.')}), not logits: leave argmax out of its forward"
+        )
     if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[1] == 1):
         raise DataError(
             "the network gives a single logit, as with a sigmoid behind it; classes need one each: of two classes they are "

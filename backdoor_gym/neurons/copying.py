@@ -23,6 +23,10 @@ def plain_copy(network: nn.Module) -> nn.Module:
     copied = deep_copy(network)
     for module, name, kind in list(_old_norms(copied)):
         _OLD_NORMS[kind](module, name)
+        # torch leaves this one, and it asks for the tensors of the norm.
+        for key, hook in list(module._load_state_dict_pre_hooks.items()):
+            if type(getattr(hook, "hook", hook)).__name__ == "SpectralNormLoadStateDictPreHook":
+                del module._load_state_dict_pre_hooks[key]
     for module in list(copied.modules()):
         if parametrize.is_parametrized(module):
             made = type(module)  # for the original, which would lose its weight with the copy
@@ -40,11 +44,27 @@ def computed_weights(network: nn.Module) -> list[str]:
     ]
 
 
-def _old_norms(network: nn.Module) -> list[tuple[nn.Module, str, str]]:
+def taking_norms_off(network: nn.Module) -> str:
+    """Python that makes the weights of another ``network`` of this kind plain, as those of the copy are; "" where all are."""
+    taken: dict[str, list[str]] = {}
+    for name, module in network.named_modules():
+        for _, tensor, kind in _old_norms(module, below=False):
+            call = f'torch.nn.utils.{_OLD_NORMS[kind].__name__}(layer, "{tensor}")'
+            if kind == "SpectralNorm":
+                call += "\n    layer._load_state_dict_pre_hooks.clear()  # of the norm"
+            taken.setdefault(call, []).append(name)
+        if parametrize.is_parametrized(module):
+            for tensor in module.parametrizations:
+                call = f'torch.nn.utils.parametrize.remove_parametrizations(layer, "{tensor}")'
+                taken.setdefault(call, []).append(name)
+    return "".join(f"for layer in map(network.get_submodule, {names}):\n    {call}\n" for call, names in taken.items())
+
+
+def _old_norms(network: nn.Module, below: bool = True) -> list[tuple[nn.Module, str, str]]:
     """Modules with such a hook, the name of the weight, and the hook's class."""
     return [
         (module, hook.name, type(hook).__name__)
-        for module in network.modules()
+        for module in (network.modules() if below else [network])
         for hook in module._forward_pre_hooks.values()
         if type(hook).__name__ in _OLD_NORMS and hasattr(hook, "name")
     ]

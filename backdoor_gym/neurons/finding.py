@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import UnknownNameError, UntraceableError, check_name
-from ..networks.preprocessing import Preprocessed
+from ..networks.preprocessing import Preprocessed, own_module
 from .channel_origin import Source, classes, heads, last_layers, sources
 from .channels import PRODUCTS_OF_MATRICES, Channels, Kind, mask_channels, module_of, operation
 from .copying import computed_weights, plain_copy
@@ -261,7 +261,7 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
     prefix = (
         Preprocessed.PREFIX if isinstance(network, Preprocessed) else ""
     )  # names are those of the network behind it
-    neurons = _Finder(graph_module, type(network).__name__, prefix).find()
+    neurons = _Finder(graph_module, type(own_module(network)).__name__, prefix).find()
     unused = _unused(network, graph_module)
     if unused:
         neurons.notes += (f"No pass uses the weights of {', '.join(unused[:5])}{', ...' if unused[5:] else ''}.",)

@@ -46,6 +46,21 @@ _DEFAULTS = {
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
+class GroupNorm(nn.GroupNorm):
+    """The same where torch would end the process: its backward pass on the CPU, for weights and bias alone.
+
+    Of channels-last values whose own gradient is not asked for, as where masks are learned on the first normalisation of a
+    frozen network, torch 2.13 writes that gradient all the same, to address 0.
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        learned = any(value is not None and value.requires_grad for value in (self.weight, self.bias))
+        if learned and torch.is_grad_enabled():
+            # Not ``contiguous()``: values of one channel are of both orders at once, and torch takes them for channels-last.
+            values = values.clone(memory_format=torch.contiguous_format)
+        return super().forward(values)
+
+
 @dataclass(frozen=True)
 class Lowered:
     """Where a layer of the graph comes from.
@@ -123,7 +138,7 @@ def _make(kind: str, bound: Mapping[str, Any], tensors: Mapping[str, Tensor | No
         elif weight is None:
             return None
         elif kind == "group_norm":
-            norm = nn.GroupNorm(bound["num_groups"], len(weight), bound["eps"])
+            norm = GroupNorm(bound["num_groups"], len(weight), bound["eps"])
         else:
             if not bound.get("use_input_stats", True) or rank not in (3, 4):
                 return None

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import UntraceableError
-from ..networks.preprocessing import Preprocess
+from ..networks.adapting import pick_logits
+from ..networks.preprocessing import Preprocess, own_module
 
 
 @dataclass(frozen=True)
@@ -143,19 +144,20 @@ class Recorder(TorchFunctionMode):
         self._alive: list[Any] = [images]  # so that no id is given twice
         self._paused = False
 
-    def run(self, network: nn.Module, images: Tensor) -> Tape:
-        """Record the pass.
+    def run(self, network: nn.Module, images: Tensor, entry: str | int | None = None) -> Tape:
+        """Record the pass; ``entry`` is where the logits are in the answer, None where it is a tensor (``find_logits``).
 
         Raises:
             UntraceableError: something in it cannot be recorded; the message names the module.
         """
         with torch.no_grad(), self._watching(network), torch.compiler.set_stance("force_eager"), self:
             output = network(images)
+            output = output if entry is None else pick_logits(output, entry)
         self.tape.output = self._refer(output)
         if not isinstance(self.tape.output, Ref):
             raise UntraceableError(
-                f"{type(network).__name__} must give one tensor of logits computed from the images by operations of PyTorch, "
-                f"not {type(output).__name__}"
+                f"{type(own_module(network)).__name__} must give one tensor of logits computed from the images by "
+                f"operations of PyTorch, not {type(output).__name__}"
             )
         return self.tape
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import UntraceableError
+from ..errors import DataError, UntraceableError
+from ..networks.adapting import find_logits, pick_logits
+from ..networks.preprocessing import own_module
 from .copying import plain_copy
 from .lowering import Lowered, lower
 from .parameters import Parameters, result_of
@@ -60,15 +62,19 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
     with torch.no_grad():
         try:
             expected = copied(three.clone())  # also fills what the network keeps for later
+            entry = None if isinstance(expected, Tensor) else find_logits(expected)
+            expected = expected if entry is None else pick_logits(expected, entry)
+        except DataError as error:
+            raise UntraceableError(str(error)) from error
         except Exception as error:  # the user's code, which can raise anything
-            raise UntraceableError(_cannot_take(type(network).__name__, three, error)) from error
+            raise UntraceableError(_cannot_take(type(own_module(network)).__name__, three, error)) from error
     made = [name for name in named_tensors(copied) if name not in known]
     if made:
         raise UntraceableError(
             f"the network makes {made[0]} when it is first called; call it once with some images before"
         )
     try:
-        graph_module = _Build(copied, _record(copied, three[:2]), _record(copied, three)).run()
+        graph_module = _Build(copied, _record(copied, three[:2], entry), _record(copied, three, entry)).run()
         _check(graph_module, expected, three)
     except UntraceableError as error:
         if _is_random(copied, three, expected):
@@ -97,11 +103,11 @@ def _three(images: Tensor) -> Tensor:
     return three * torch.tensor([1, 0.9, 0.8]).view(-1, *[1] * (three.ndim - 1))
 
 
-def _record(network: nn.Module, images: Tensor) -> Tape:
+def _record(network: nn.Module, images: Tensor, entry: str | int | None) -> Tape:
     images = images.clone()
     recorder = Recorder(network, images)
     try:
-        return recorder.run(network, images)
+        return recorder.run(network, images, entry)
     except UntraceableError:
         raise
     except Exception as error:  # the user's code, which can raise anything
@@ -129,8 +135,8 @@ def _guess(network: nn.Module) -> Tensor:
                 if not isinstance(answer, Tensor) or len(answer) == len(images):  # not where positions became images
                     return images
     raise UntraceableError(
-        f"{type(network).__name__} takes no images of a usual size; show it some: clean=(images, labels), or --clean and "
-        "--image-size on the command line"
+        f"{type(own_module(network)).__name__} takes no images of a usual size; show it some: clean=(images, labels), or --clean "
+        "and --image-size on the command line"
     )
 
 

@@ -80,8 +80,11 @@ def check_policy(name: str, options: dict[str, Any]) -> None:
         UnknownNameError: no such policy, or it has no such option.
         DataError: an unusable option.
     """
+    known = options_of(name)
     for option in options:
-        check_name(f"option of {kind_of_policy(name)}", option, options_of(name))
+        owners = [] if option in known else [other for other in POLICIES if option in options_of(other)]
+        hint = f"{option} is an option of {', '.join(owners)}" if owners else ""
+        check_name(f"option of {kind_of_policy(name)}", option, known, hint)
     for option, least in (("finetune", 0), ("steps", 1), ("candidates", 1), ("seed", 0)):
         check_whole(option, options.get(option, least), least)
     check_kind("look_ahead", options.get("look_ahead", True), bool, "True or False")

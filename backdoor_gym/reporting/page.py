@@ -39,10 +39,10 @@ from transformers import AutoModelForImageClassification
 
 network = AutoModelForImageClassification.from_pretrained(".")"""
 LOADING_MODULE = """\
-from safetensors.torch import load_file
+{torch}from safetensors.torch import load_file
 
 network = {name}(...)  # made as you made the original
-network.load_state_dict(load_file("{file}"))
+{norms_off}network.load_state_dict(load_file("{file}"))
 network.eval()"""
 
 
@@ -236,7 +236,13 @@ def _loading(result: "RepairResult", file: str) -> str:
         return LOADING_OURS
     if result.infected.layout is not None and hasattr(result.module, "save_pretrained"):
         return LOADING_TRANSFORMERS
-    return LOADING_MODULE.format(name=type(result.module).__name__, file=file)
+    off = result.norms_off
+    return LOADING_MODULE.format(
+        torch="import torch\n" if off else "",
+        name=type(result.module).__name__,
+        norms_off=f"# The repaired weights are plain ones, so these norms have to go first.\n{off}" if off else "",
+        file=file,
+    )
 
 
 def _repeating(result: "RepairResult") -> str:

@@ -9,12 +9,14 @@ import numpy as np
 from torch import nn
 
 from ..analysis.bn_evidence import Reading
+from ..arguments import check_path
 from ..files.tensors import STATE_DICT, write_tensors
 from ..masking.cutting import cut_channels
 from ..metrics import Metrics
 from ..models.infected import InfectedModel
 from ..networks.adapting import in_own_types
 from ..networks.preprocessing import Preprocessed, own_module
+from ..neurons.copying import taking_norms_off
 from ..neurons.finding import Neurons
 from ..rendering.drawing import Snapshot, frame
 from ..writing import as_json, beside, finite, write_text
@@ -96,7 +98,8 @@ class RepairResult:
     def module(self) -> nn.Module:
         """The repaired network without what stands in front of it: the class that was given to ``from_module``.
 
-        Its weights are of the types that they were of there.
+        Its weights are of the types that they were of there. Weight norm, spectral norm and other parametrizations are taken
+        off: take them off another network of the class (``norms_off``) before it loads this state dict.
         """
         return in_own_types(own_module(self.network), self.infected.dtypes)
 
@@ -104,6 +107,11 @@ class RepairResult:
     def complete(self) -> bool:
         """Whether ``save`` writes an infected model; the state dict of ``module`` alone otherwise."""
         return self.infected.architecture is not None and self.infected.checkpoint is None
+
+    @property
+    def norms_off(self) -> str:
+        """Python that takes weight norm and the like off another ``network`` of the class, which then loads these weights."""
+        return taking_norms_off(self.infected.module)
 
     @property
     def coverage(self) -> float:
@@ -167,6 +175,7 @@ class RepairResult:
         """
         from matplotlib.image import imsave
 
+        check_path("the folder", folder)
         folder = Path(folder)
         page, picture = render(self, command), frame(self.snapshot)
         with beside(folder) as new:

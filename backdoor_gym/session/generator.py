@@ -12,7 +12,7 @@ import numpy as np
 from ..arguments import check_kind
 from ..errors import DataError
 from ..models.catalogue import load_infected, max_neurons, resolve
-from ..models.infected import InfectedModel
+from ..models.infected import InfectedModel, refuse_module
 from ..neurons.finding import find_neurons
 from .prepared_model import Victim, VictimOptions
 
@@ -86,6 +86,7 @@ class InfectedGenerator:
 
 def check_model(entry: Any) -> None:
     """Raise ``DataError`` unless it is the name or the file of a model, or a model."""
+    refuse_module(entry)
     check_kind(
         "infected", entry, MODEL, "the name or the file of an infected model, an InfectedModel, or a list of these"
     )

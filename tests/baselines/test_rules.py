@@ -235,6 +235,19 @@ def test_soft_masks_of_ones_and_zeros_are_the_network_and_that_without_those_wei
         assert masks.loss(defender.images, defender.labels).item() == pytest.approx(without.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("rule", ["anp", "rnp"])
+@pytest.mark.parametrize("front", [[], [nn.Conv2d(1, 8, 3, 1, 1)]], ids=["first", "after a convolution"])
+def test_masks_are_learned_where_a_group_normalisation_comes_first(rule, front):
+    made, options = RULES[rule]
+    channels = 8 if front else 1
+    norm = nn.GroupNorm(min(4, channels), channels)
+    layers = [*front, norm, nn.ReLU(), nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    defender = defender_of(nn.Sequential(*layers, nn.Linear(8, 10)).eval(), torch.rand(20, 1, 8, 8))
+    scores = made(None, **options).scores(defender)
+    assert scores.shape == (len(defender.neurons),)
+    assert np.isfinite(scores).all()
+
+
 def test_unlearning_forgets_the_clean_images(defender):
     network = training_copy(defender)
     share = unlearn(network, defender, torch.Generator().manual_seed(0))

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 import backdoor_gym
 from backdoor_gym.baselines import BNP, RandomPolicy
@@ -37,6 +39,37 @@ def mine(env, seed):
 
 def broken(env, seed):
     raise ValueError("it never worked")
+
+
+def crashing(env, seed):
+    """A policy that takes its process with it, on one of the two models."""
+    if env.victim.model.facts["attack"] == "badnets":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return RandomPolicy(seed)
+
+
+def test_a_process_that_dies_is_a_failed_cell_and_stops_no_other(files, tmp_path):
+    policies = {"clp": "clp", "crash": crashing, "random": "random"}
+    done = backdoor_gym.benchmark(files, policies, [0.05], out=tmp_path, jobs=2)
+    assert len(done.results) == 6
+    (failed,) = done.failed
+    assert (failed.policy, Path(failed.model)) == ("crash", Path(files[0]))
+    assert "SIGSEGV" in failed.error
+
+
+def test_weights_alone_are_refused_before_any_cell(infected, files, tmp_path):
+    torch.save(infected.network.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(DataError, match=r"load_infected\(.*w\.pth"):
+        backdoor_gym.benchmark([*files, str(tmp_path / "w.pth")], ["clp"], [0.05], out=tmp_path / "out", jobs=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_script_without_a_guard_is_told_of_it(files, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import backdoor_gym\nbackdoor_gym.benchmark({files!r}, ['clp'], [0.05], out='out', jobs=2)\n")
+    ended = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert "DataError" in ended.stderr.splitlines()[-1]
+    assert "__main__" in ended.stderr.splitlines()[-1]
 
 
 def test_every_cell_is_what_repair_does(files, tmp_path):

@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from backdoor_gym import load_infected, repair
 from backdoor_gym.data import datasets
+from backdoor_gym.data.datasets import LabelledImages
 from backdoor_gym.data.own_images import all_images, own_images
 from backdoor_gym.errors import DataError, ModelFileError, UnknownNameError, WeightsError
 from backdoor_gym.files.checkpoints import Checkpoint
@@ -57,6 +59,44 @@ def ours(infected, tmp_path):
 
 
 OPTIONS = {"width": 16, "blocks": 2, "shape": "residual"}
+
+
+def test_wrappers_around_a_network_of_ones_own_are_taken_off(own, tmp_path):
+    images = torch.rand(20, 1, 8, 8)
+    for wrapped in (nn.DataParallel(own), torch.compile(own, backend="eager")):
+        for weights in (own, wrapped):
+            torch.save(weights.state_dict(), "w.pth")
+            model = load_infected("w.pth", module=lambda: wrapped, clean=(images, torch.arange(20) % 10))  # noqa: B023
+            assert type(model.network) is type(own)
+
+
+@pytest.mark.parametrize("data", ["./nonexistent", "uoft-cs/cifar10"])
+def test_data_is_used_or_refused_and_never_ignored(own, infected, data, tmp_path):
+    pair = infected.clean.images, infected.clean.labels
+    held = InfectedModel(infected.network, LabelledImages(*pair), architecture=infected.architecture).save(
+        tmp_path / "held"
+    )
+    for name in ("digits-badnets", "digits-test/3", held):
+        with pytest.raises((DataError, UnknownNameError)):
+            load_infected(name, data)
+    with pytest.raises(DataError, match="--clean"):
+        load_infected("own.pth", data, module="own_net:Net", clean=pair)
+    assert load_infected("digits-badnets", "digits").name == "digits-badnets"
+
+
+def test_files_that_hold_no_weights_are_called_what_they_are(own):
+    Path("empty.pth").touch()
+    Path("few.pth").write_bytes(b"abc")
+    torch.jit.script(own).save("script.pt")
+    for name, words in (
+        ("empty.pth", "is empty"),
+        ("few.pth", "is no file of weights"),
+        ("own_net.py", "is no file of weights"),
+        ("nope.pth", "there is no file nope.pth"),
+        ("script.pt", "is TorchScript"),
+    ):
+        with pytest.raises(ModelFileError, match=words):
+            load_infected(name, module="own_net:Net", clean=(torch.rand(20, 1, 8, 8), torch.arange(20) % 10))
 
 
 def test_weights_of_a_known_architecture_with_a_named_data_set(ours, infected, tmp_path):

@@ -19,6 +19,7 @@ from backdoor_gym.masking.cutting import cut_channels
 from backdoor_gym.masking.export import write_mask
 from backdoor_gym.networks.adapting import unwrapped
 from backdoor_gym.neurons.finding import find_neurons
+from backdoor_gym.reporting.page import _loading
 
 from ..masking.test_architectures import check_masks
 
@@ -404,8 +405,12 @@ class Output:
 )
 def test_answers_of_several_parts(form):
     inner = net(lambda m, x: m.n(m.a(x)), a=conv(), n=nn.BatchNorm2d(6))
-    infected = InfectedModel.from_module(Answering(inner, form), clean=(IMAGES, LABELS))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        infected = InfectedModel.from_module(Answering(inner, form), clean=(IMAGES, LABELS))
     assert infected.num_classes == 3
+    said = sum("The logits are taken from entry" in str(warning.message) for warning in told)
+    assert said == ("logits" in infected.facts)
     result = repair(infected, policy="clp", u=1.0)
     with torch.no_grad():
         torch.testing.assert_close(infected.network(IMAGES), inner(IMAGES))
@@ -440,6 +445,28 @@ def test_wrappers_are_taken_off():
     assert unwrapped(Mine(model=inner, loss=nn.CrossEntropyLoss())) is inner
     with pytest.raises(DataError, match="the part that is the classifier"):
         unwrapped(Mine(a=inner, b=nn.Linear(2, 2)))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "norm", [old_weight_norm, old_spectral_norm, parametrizations.weight_norm, parametrizations.spectral_norm]
+)
+def test_norms_of_weights_are_taken_off_as_the_report_says(norm, tmp_path):
+    def made():
+        return nn.Sequential(conv(3), nn.ReLU(), norm(conv()), nn.ReLU(), nn.Flatten(), nn.Linear(384, 3)).eval()
+
+    result = repair(InfectedModel.from_module(made(), clean=(IMAGES, LABELS)), policy="clp", u=0.5)
+    result.save(tmp_path)
+    network = made()
+    with pytest.raises(RuntimeError):
+        network.load_state_dict(result.module.state_dict())
+    code = _loading(result, "repaired.safetensors")
+    assert result.norms_off in code
+    code = code.replace("Sequential(...)", "given()").replace("repaired.s", f"{tmp_path}/repaired.s")
+    variables = {"given": made}
+    exec(code, variables)  # what the page tells the user to write
+    with torch.no_grad():
+        torch.testing.assert_close(variables["network"](IMAGES), result.module(IMAGES))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -507,6 +534,24 @@ def test_tokens_that_stand_among_the_images_are_normalised_as_positions():
     layer = next(layer for layer in result.neurons.layers if layer.name == "a")
     assert layer.normalised
     assert np.isfinite(result.features).all()
+
+
+def squeezed_and_added(m, x):
+    y = m.a(x)
+    return y * torch.sigmoid(m.g(F.relu(m.f(y.mean((2, 3), keepdim=True))))) + m.s(x)
+
+
+@pytest.mark.parametrize("layer", ["g", "s", "a"])
+def test_a_cut_of_nothing_says_why(layer):
+    layers = {"a": conv(), "s": nn.Conv2d(6, 6, 1), "f": nn.Conv2d(6, 6, 1), "g": nn.Conv2d(6, 6, 1)}
+    network = net(squeezed_and_added, **layers)
+    neurons = find_neurons(network, IMAGES)
+    mask = np.ones(len(neurons), dtype=bool)
+    first = next(part.start for part in neurons.layers if part.name == layer)
+    mask[first : first + 2] = False
+    cut = cut_channels(network, neurons, mask, IMAGES)
+    before, after = (sum(value.numel() for value in part.parameters()) for part in (network, cut.network))
+    assert before > after or any(layer in stop for stop in cut.stops)
 
 
 def test_a_cut_that_groups_of_a_convolution_stop_is_said():
