@@ -1,4 +1,7 @@
-"""Arguments of calls, checked before anything is done with them: their type, whether they are finite, and their range."""
+"""Arguments of calls, checked before the work: type, range, and whether they are finite.
+
+Each check raises ``DataError`` where the value does not pass; ``may_be_none`` lets None pass.
+"""
 
 import math
 from collections.abc import Mapping
@@ -11,36 +14,24 @@ from .wording import shown
 
 
 def check_whole(name: str, value: Any, least: int = 0, most: int | None = None, *, may_be_none: bool = False) -> None:
-    """Raise ``DataError`` unless it is an integer of that range; a bool is none."""
-    if value is None and may_be_none:
-        return
+    """An integer of that range; a bool is none."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        limits = f"of at least {least}" + ("" if most is None else f" and at most {most}")
-        raise DataError(
-            f"{name} must be {'None or ' if may_be_none else ''}a whole number {limits}, not {shown(value)}"
-        )
+    passes = whole and value >= least and (most is None or value <= most)
+    limits = f"of at least {least}" + ("" if most is None else f" and at most {most}")
+    _require(name, value, passes, f"a whole number {limits}", may_be_none)
 
 
 def check_real(
     name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, may_be_none: bool = False
 ) -> None:
-    """Raise ``DataError`` unless it is a finite number of that range; a bool is none."""
-    if value is None and may_be_none:
-        return
-    if not is_finite(value) or not least <= value <= most:
-        limits = (
-            ""
-            if math.isinf(least)
-            else f" of at least {least:g}"
-            if math.isinf(most)
-            else f" from {least:g} to {most:g}"
-        )
-        raise DataError(f"{name} must be {'None or ' if may_be_none else ''}a number{limits}, not {shown(value)}")
+    """A finite number of that range; a bool is none."""
+    upwards = "" if math.isinf(least) else f" of at least {least:g}"
+    limits = upwards if math.isinf(most) else f" from {least:g} to {most:g}"
+    _require(name, value, is_finite(value) and least <= value <= most, f"a number{limits}", may_be_none)
 
 
 def is_finite(value: Any) -> bool:
-    """Whether it is a number that a float can hold."""
+    """Whether it is a number that a float can hold; a bool is none."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
     try:
@@ -50,24 +41,27 @@ def is_finite(value: Any) -> bool:
 
 
 def check_kind(name: str, value: Any, kind: type | tuple[type, ...], what: str, *, may_be_none: bool = False) -> None:
-    """Raise ``DataError`` unless it is of that type, which ``what`` says in words."""
-    if not (value is None and may_be_none) and not isinstance(value, kind):
-        raise DataError(f"{name} must be {what}{' or None' if may_be_none else ''}, not {shown(value)}")
+    """A value of that type, which ``what`` puts into words."""
+    _require(name, value, isinstance(value, kind), what, may_be_none)
 
 
 def check_options(name: str, value: Any) -> None:
-    """Raise ``DataError`` unless it is None, or a mapping from texts."""
+    """None, or a mapping from texts."""
     check_kind(name, value, Mapping, "a dict", may_be_none=True)
     for key in value or {}:
         check_kind(f"a name in {name}", key, str, "a text")
 
 
 def check_callable(name: str, value: Any, *, may_be_none: bool = False) -> None:
-    """Raise ``DataError`` unless it can be called."""
-    if not (value is None and may_be_none) and not callable(value):
-        raise DataError(f"{name} must be a function{' or None' if may_be_none else ''}, not {shown(value)}")
+    """Something that can be called."""
+    _require(name, value, callable(value), "a function", may_be_none)
 
 
 def check_path(name: str, value: Any, *, may_be_none: bool = False) -> None:
-    """Raise ``DataError`` unless it is the path or the name of something, as a text or a ``Path``."""
+    """A path or a name, as a text or a ``Path``."""
     check_kind(name, value, (str, Path), "a text or a Path", may_be_none=may_be_none)
+
+
+def _require(name: str, value: Any, passes: bool, what: str, may_be_none: bool) -> None:
+    if not passes and not (value is None and may_be_none):
+        raise DataError(f"{name} must be {what}{' or None' if may_be_none else ''}, not {shown(value)}")

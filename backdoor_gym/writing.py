@@ -1,7 +1,7 @@
 """Everything that the package writes: whole or not at all, in UTF-8, and JSON that any program reads.
 
-Files are written into a folder beside their places and moved there in the end, all together. Nobody ever sees half of one; where
-the disk is full, or a process is killed, the files that were there are there still.
+Files are written into a folder beside their places and moved there together in the end. Where the disk is full, or a process is
+killed, the old files are still there.
 """
 
 import errno
@@ -22,23 +22,17 @@ from safetensors import SafetensorError
 
 from .errors import WriteError
 
-#: How the folders begin that files are written into; what a killed process left of one, the next one that writes there removes.
+#: Beginning of the names of temporary folders; the next writer removes what a killed process left of one.
 PREFIX = ".backdoor-gym-"
 #: In such a folder: the lock that its process holds, the new files, and the old ones while the new ones are moved.
 LOCK, NEW, OLD = "lock", "new", "old"
 
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 
 
 @contextmanager
 def beside(folder: Path) -> Iterator[Path]:
-    """A new folder inside another, made if needed: what is written into it is moved out in the end, all files or none.
+    """A temporary folder inside another (made if needed), whose files are moved out in the end: all or none.
 
     Only regular files are replaced. A link to one stays, and what it points to is replaced.
 
@@ -48,17 +42,21 @@ def beside(folder: Path) -> Iterator[Path]:
     with telling(folder):
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
-        with _temporary(folder) as temporary:
+        temporary, lock = _temporary(folder)
+        try:
             new, old = temporary / NEW, temporary / OLD
             new.mkdir()
             old.mkdir()
             yield new
             _move(new, folder, old)
+        finally:
+            lock.release()
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what is to become the file of that path once the block ends; see ``beside``."""
+    """The place to write what becomes the file of that path when the block ends; see ``beside``."""
     with telling(path):
         check_place(path)
         real = _real(path)
@@ -67,74 +65,58 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as UTF-8; what is no text, such as a file name that is none, is escaped.
-
-    Raises:
-        WriteError: see ``beside``.
-    """
+    """Write a text file as UTF-8, with surrogates escaped, such as those of broken file names; see ``beside``."""
     with replacing(path) as place:
         place.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def escaped(text: str) -> str:
-    """Text with what is no picture of a character, such as the end of a line, escaped."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+    """Text whose control characters, line ends too, are escaped as Python writes them."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)
 
 
 def check_place(path: Path) -> None:
-    """Find out before the work that a path is taken by what is not to be replaced.
+    """Find out before the work that a file cannot be replaced.
 
     Raises:
-        WriteError: a folder, a device, a pipe or a socket is there, or a link to nothing.
+        WriteError: the path is a folder, a device, a pipe, a socket, or a link to one of these or to nothing.
     """
     with telling(path):
         try:
-            mode = path.lstat().st_mode
+            mode = path.stat().st_mode
         except FileNotFoundError:
+            if path.is_symlink():
+                raise OSError(errno.EEXIST, "it is a link to nothing; remove it, or name another") from None
             return
-        if stat.S_ISLNK(mode):
-            try:
-                mode = path.stat().st_mode
-            except OSError as error:
-                raise OSError(errno.EEXIST, "it is a link to nothing; remove it, or name another") from error
         if not stat.S_ISREG(mode):
-            kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+            kind = _KINDS.get(stat.S_IFMT(mode), "a device")
             raise OSError(errno.EEXIST, f"it is {kind}, and only regular files are replaced")
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """While no other process has this file locked; its folder is made if needed.
+    """A block in which no other process has this file locked; its folder is made if needed.
 
     Raises:
         WriteError: the folder cannot be made or written.
     """
-    lock = FileLock(f"{path}.lock")
     with telling(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    try:
+        held = FileLock(f"{path}.lock").acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left of their writing; what others are writing now stays."""
+    """Remove the temporary folders of killed processes; those of living ones stay."""
     for left in folder.glob(f"{PREFIX}*"):
-        if left.is_symlink() or not left.is_dir():
-            continue
-        lock = FileLock(left / LOCK)
-        with suppress(OSError):  # a process holds the lock, or the folder is not ours to remove
-            lock.acquire(blocking=False)
-            try:
+        if left.is_dir() and not left.is_symlink():
+            with suppress(OSError), FileLock(left / LOCK, timeout=0):  # locked by its process, or not ours to remove
                 shutil.rmtree(left, ignore_errors=True)
-            finally:
-                lock.release()
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """Plain data as JSON; numbers that are not finite are null, as JSON has no word for them."""
+    """Plain data as JSON, with null for numbers that are not finite: JSON has no word for them."""
     return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
@@ -151,14 +133,10 @@ def finite(value: Any) -> Any:
 
 @contextmanager
 def telling(what: Path | str) -> Iterator[None]:
-    """While something is written: every error says what it was, and why it could not be.
-
-    Raises:
-        WriteError: for any other error of the system.
-    """
+    """A block whose errors of the system become a ``WriteError`` that names what was to be written."""
     try:
         yield
-    except SafetensorError as error:  # what the system said stands in its text alone
+    except SafetensorError as error:  # the system's error number stands only in its text
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
@@ -169,29 +147,22 @@ def telling(what: Path | str) -> Iterator[None]:
         raise WriteError(errno.EILSEQ, "the locale has no such characters for names of files", str(what)) from error
 
 
-@contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside another, locked for as long as it is needed."""
+def _temporary(folder: Path) -> tuple[Path, FileLock]:
+    """A new temporary folder inside another, and its lock, which is held."""
     while True:
         made = Path(mkdtemp(prefix=PREFIX, dir=folder))
         lock = FileLock(made / LOCK)
-        with suppress(FileNotFoundError):  # somebody swept it away before it was locked
-            (made / LOCK).touch()
+        with suppress(FileNotFoundError):  # another process swept the folder away before it was locked
             lock.acquire()
             if (made / LOCK).exists():
-                break
+                return made, lock
             lock.release()
-    try:
-        yield made
-    finally:
-        lock.release()
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _move(new: Path, folder: Path, old: Path) -> None:
-    """Move all files out of ``new``; where one cannot be, those that were moved are taken back."""
+    """Move all files out of ``new``; where one cannot be moved, the others are taken back."""
     places = [(file, folder / file.name) for file in sorted(new.iterdir())]
-    usual = stat.S_IMODE((new.parent / LOCK).stat().st_mode)  # some writers make files that only their owner can read
+    usual = stat.S_IMODE(new.stat().st_mode) & 0o666  # some writers make files that only their owner can read
     for file, place in places:
         check_place(place)
         file.chmod(usual)

@@ -25,10 +25,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+
+from backdoor_gym.benchmarking.resuming import Row, RowFile
 
 HERE = Path(__file__).parent
-ROWS, PAGE = HERE / "results" / "compatibility.jsonl", HERE.parent / "docs" / "compatibility.md"
+ROWS, PAGE = (
+    RowFile(HERE / "results" / "compatibility.jsonl", ("package", "name", "version")),
+    HERE.parent / "docs" / "compatibility.md",
+)
 PACKAGES = ("timm", "pytorchcv", "transformers")
 #: Seconds of the processor for one network: quick, with all checks, and with a full repair.
 QUICK, ALL, REPAIR = 180, 600, 1200
@@ -38,7 +42,6 @@ WHOLE = 0.9
 #: Columns of the page's paragraphs.
 WIDTH = 130
 
-Row = dict[str, Any]
 Key = tuple[str, str, str]
 
 
@@ -51,8 +54,7 @@ def key_of(row: Row) -> Key:
 
 def read_rows() -> dict[Key, Row]:
     """The last row of each network."""
-    lines = ROWS.read_text(encoding="utf-8").splitlines() if ROWS.exists() else []
-    return {key_of(row): row for row in map(json.loads, lines)}
+    return {key_of(row): row for row in ROWS.rows()}
 
 
 def sampled(drawn: Sequence[Row]) -> set[tuple[str, str]]:
@@ -280,7 +282,7 @@ def _cells(row: Row) -> Iterable[str]:
 def write(rows: dict[Key, Row], versions: dict[str, str]) -> None:
     """One row a network, in order, and the page of them."""
     ordered = sorted(rows.values(), key=lambda row: (PACKAGES.index(row["package"]), row["family"]))
-    ROWS.write_text("".join(json.dumps(row) + "\n" for row in ordered), encoding="utf-8")
+    ROWS.path.write_text("".join(json.dumps(row) + "\n" for row in ordered), encoding="utf-8")
     PAGE.write_text(page(ordered, versions), encoding="utf-8")
 
 
@@ -310,7 +312,7 @@ def main() -> None:
         ]
         # Of all packages in turn; the sample that takes long comes last.
         asked.sort(key=lambda one: ((one["package"], one["name"]) in repaired, one["family"]))
-        with ThreadPoolExecutor(options.workers) as pool, ROWS.open("a", encoding="utf-8") as file:
+        with ThreadPoolExecutor(options.workers) as pool:
 
             def check(one: Row) -> Row:
                 return run(one, options.quick, (one["package"], one["name"]) in repaired)
@@ -319,8 +321,7 @@ def main() -> None:
             for place, future in enumerate(as_completed(futures), 1):
                 row = future.result()
                 rows[key_of(row)] = row
-                file.write(json.dumps(row) + "\n")
-                file.flush()
+                ROWS.add(**row)
                 told = row.get("not_built") or "; ".join(faults(row)) or "right"
                 print(f"{place}/{len(asked)} {row['package']}/{row['name']}: {told[:200]}", flush=True)
     write(rows, versions)

@@ -21,8 +21,7 @@ from backdoor_gym import InfectedModel
 from backdoor_gym.agents import ONP
 from backdoor_gym.agents.encoder import EncoderOptions
 from backdoor_gym.agents.look_ahead import LookAhead
-from backdoor_gym.agents.onp import CHECKPOINT
-from backdoor_gym.agents.policy_files import check_weights, optimizer_state, read_policy
+from backdoor_gym.agents.policy_files import CHECKPOINT, check_weights, optimizer_state, read_policy
 from backdoor_gym.analysis.features import standardise
 from backdoor_gym.analysis.uclc import uclc
 from backdoor_gym.attacks import BadNets

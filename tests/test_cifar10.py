@@ -9,7 +9,8 @@ import torch
 
 from backdoor_gym import InfectedModel
 from backdoor_gym.baselines import clp
-from backdoor_gym.data.datasets import DATA_VARIABLE, load_images, num_classes, split_size
+from backdoor_gym.data.datasets import load_images, num_classes, split_size
+from backdoor_gym.data.hub import DATA_VARIABLE
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.metrics import evaluate
 

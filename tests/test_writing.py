@@ -214,7 +214,7 @@ WRITERS = {
     "backdoor_gym/benchmarking/memory.py": {"write_text"},  # a file of the system
     "backdoor_gym/cli/common.py": {"open"},  # the null device
     "backdoor_gym/reporting/pictures.py": {"savefig"},  # to memory
-    "backdoor_gym/repairing.py": {"imsave"},
+    "backdoor_gym/reporting/result.py": {"imsave"},
     "backdoor_gym/writing.py": {"write_text", "open"},
     "backdoor_gym/models/family.py": {"write_bytes"},
     "backdoor_gym/files/tensors.py": {"save_file"},

@@ -42,28 +42,24 @@ class Cell:
         source: what makes the policy, and digests of files: with another one it is another cell.
     """
 
-    model: str
-    policy: str
-    budget: float | None
-    seed: int
-    source: str
+    model: Text
+    policy: Text
+    budget: Share | None
+    seed: Count
+    source: Text
 
 
 @dataclass(frozen=True)
-class Result:
-    """What came of a repair. Figures that cannot be known are None; all are where ``error`` says what went wrong.
+class Result(Cell):
+    """A repair and what came of it. Figures that cannot be known are None; all are where ``error`` says what went wrong.
 
     Attributes:
-        model: as in ``Cell``, like ``policy``, ``budget``, ``seed`` and ``source``.
         conditions: the same for all cells.
-        attack: of the model, "" if not known.
-        architecture: of the model, "" if not known.
-        neurons: of the network.
-        pruned: neurons pruned.
-        acc_before: accuracy on test images.
-        asr_before: share of triggered images of other classes that get the target label.
-        ra_before: share of them that get their true label.
-        acc: after the repair, like ``asr`` and ``ra``.
+        attack: of the model, "" if not known, like ``architecture``.
+        neurons: of the network, of which ``pruned`` were pruned.
+        acc_before: accuracy on test images, after the repair ``acc``.
+        asr_before: share of triggered images of other classes that get the target label, after the repair ``asr``.
+        ra_before: share of them that get their true label, after the repair ``ra``.
         der: (max(0, fall of the ASR) - max(0, fall of the ACC) + 1) / 2.
         seconds: of making the model ready and of the repair, without scoring. What was done once for several cells of a model
             counts in each of them.
@@ -71,11 +67,6 @@ class Result:
         error: what went wrong, "" if nothing.
     """
 
-    model: Text
-    policy: Text
-    budget: Share | None
-    seed: Count
-    source: Text
     conditions: dict[Text, Any]
     attack: Text = ""
     architecture: Text = ""

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -121,7 +120,7 @@ def _budgets_and_labels(results: Sequence[Result]) -> tuple[list[float | None], 
     return list(dict.fromkeys(result.budget for result in results)), labels
 
 
-def _add_legend(figure: Figure, panels: Sequence[Axes], place: Any) -> None:
+def _add_legend(figure: Figure, panels: Any, place: Any) -> None:
     """With each policy once, whichever panels it is in."""
     entries: dict[str, Any] = {}
     for axes in panels:

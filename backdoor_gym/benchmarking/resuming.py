@@ -71,12 +71,7 @@ class LineFile:
 
 @dataclass(frozen=True)
 class RowFile(LineFile):
-    """Rows of a measurement, one JSON object a line.
-
-    Attributes:
-        path: of the file; it may be missing.
-        key: the fields that tell rows apart.
-    """
+    """Rows of a measurement, one JSON object a line; ``key`` are the fields that tell them apart."""
 
     key: tuple[str, ...]
 
@@ -103,16 +98,9 @@ def run_tasks(
     progress: bool = False,
     sizes: Sequence[int] | None = None,
 ) -> None:
-    """Call ``run(*task, file)`` for each task, which appends what it finds to the file.
+    """Call ``run(*task, file)`` for each task, which appends to the file, in ``jobs`` processes of one core or on a Ray cluster.
 
-    Args:
-        run: a function of a module where there are several processes.
-        tasks: its arguments.
-        file: what ``run`` gets last; on a cluster something with the same methods.
-        jobs: processes of one core each; 1 is this process, which computes on one core meanwhile.
-        ray: address of a cluster that does the work instead.
-        progress: whether to show a bar.
-        sizes: how far each task moves the bar, 1 by default.
+    With one job it is this process, on one core. ``sizes`` are how far each task moves the bar, 1 by default.
 
     Raises:
         DataError: a process died, or there is no cluster.

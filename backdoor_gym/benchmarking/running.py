@@ -3,7 +3,7 @@
 import os
 import pickle
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -156,7 +156,8 @@ def benchmark(
     work = [(cells, makers, conditions, models[name]) for name, cells in missing.items() if cells]
     jobs = jobs or os.cpu_count() or 1
     if work and (jobs > 1 or ray is not None):
-        _check_importable(makers, {name: models[name] for name, cells in missing.items() if cells})
+        _check_importable({name: models[name] for name, cells in missing.items() if cells})
+        _check_importable(makers)
     run_tasks(run_model, work, file, jobs, ray, progress, [len(cells) for cells, *_ in work])
 
     # A failure after a success is that of a process that worked on where another had finished.
@@ -261,20 +262,13 @@ def digest(model: InfectedModel) -> str:
     return summed.hexdigest()[:12]
 
 
-def _check_importable(makers: dict[str, Maker], models: dict[str, InfectedModel | None]) -> None:
-    """Find out before the work what cannot be sent to another process."""
-    for name, model in models.items():
-        remedy = f"{name} cannot be sent to another process ({{}}): its class must be one of a module; or pass jobs=1"
-        _check_pickled(model, remedy)
-    for name, maker in makers.items():
-        remedy = (
-            f"the factory of {name} cannot be sent to another process: make it a function of a module, or pass jobs=1"
-        )
-        _check_pickled(maker, remedy)
-
-
-def _check_pickled(value: Any, remedy: str) -> None:
-    try:
-        pickle.dumps(value)
-    except Exception as error:  # pickle says it in many ways
-        raise DataError(remedy.replace("{}", type(error).__name__)) from error
+def _check_importable(things: Mapping[str, Any]) -> None:
+    """Find out before the work which models and factories cannot be sent to another process."""
+    for name, thing in things.items():
+        try:
+            pickle.dumps(thing)
+        except Exception as error:  # pickle says it in many ways
+            raise DataError(
+                f"{name} cannot be sent to another process ({type(error).__name__}): its class, or the function itself, must "
+                "be one of a module; or pass jobs=1"
+            ) from error

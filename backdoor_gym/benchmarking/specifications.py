@@ -34,12 +34,13 @@ def named(policies: Policies, budgets: Sequence[float | None]) -> dict[str, Make
     """
     if not isinstance(policies, Iterable) or isinstance(policies, str | bytes):
         raise DataError(f"policies must be a list of specifications, or a mapping, not {shown(policies)}")
-    makers = dict(policies) if isinstance(policies, Mapping) else {policy: policy for policy in policies}
-    if not makers:
-        raise DataError("no policy was given")
-    for name, maker in makers.items():
+    pairs = policies.items() if isinstance(policies, Mapping) else [(policy, policy) for policy in policies]
+    for name, maker in pairs:
         if not isinstance(name, str) or not (isinstance(maker, str) or callable(maker)):
             raise DataError(f"a policy must be a specification, or in a mapping a factory, not {shown(maker)}")
+    makers: dict[str, Maker] = dict(pairs)
+    if not makers:
+        raise DataError("no policy was given")
     for name, maker in makers.items():
         parsed = _parse(maker)
         if OWN in budgets and not callable(parsed) and BUDGET in parsed[1].values() and own_budget(maker) is None:

@@ -110,7 +110,8 @@ def points(budget: float) -> str:
 def infected_table(results: Sequence[Result]) -> list[str]:
     """Means and spreads over models, the best in bold."""
     figures = {
-        policy: [over_seeds(cells, column.figure) for column in COLUMNS] for policy, cells in by_policy(results).items()
+        policy: [over_seeds(cells, column.figure) for column in COLUMNS]
+        for policy, cells in grouped(results, "policy").items()
     }
     tops = []
     for index, column in enumerate(COLUMNS):
@@ -120,7 +121,7 @@ def infected_table(results: Sequence[Result]) -> list[str]:
         f"| policy | models | seeds | {' | '.join(column.heading for column in COLUMNS)} |",
         "|---|---|---|" + "---|" * len(COLUMNS),
     ]
-    for policy, cells in by_policy(results).items():
+    for policy, cells in grouped(results, "policy").items():
         shown = [_mean(*figure) for figure in zip(figures[policy], COLUMNS, tops, strict=True)]
         models, seeds = len({cell.model for cell in cells}), len({cell.seed for cell in cells})
         text.append(f"| {_cell(policy)} | {models} | {seeds} | {' | '.join(shown)} |")
@@ -139,7 +140,7 @@ def _mean(values: list[float], column: Column, top: float | None) -> str:
 def untriggered_table(results: Sequence[Result]) -> list[str]:
     """Accuracy lost where there may be nothing to repair, and how often nothing was pruned."""
     text = ["| policy | models | ACC lost (points) | untouched | pruned |", "|---|---|---|---|---|"]
-    for policy, cells in by_policy(results).items():
+    for policy, cells in grouped(results, "policy").items():
         lost = over_seeds(cells, "acc_lost")
         text.append(
             f"| {_cell(policy)} | {len({cell.model for cell in cells})} | {f'{100 * mean(lost):.2f}' if lost else ''} | "
@@ -148,19 +149,15 @@ def untriggered_table(results: Sequence[Result]) -> list[str]:
     return text
 
 
-def by_policy(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """The results of each policy."""
-    cells: dict[str, list[Result]] = {}
+def grouped(results: Iterable[Result], key: str) -> dict[str, list[Result]]:
+    """The results of each policy, model, or what else ``key`` names."""
+    groups: dict[str, list[Result]] = {}
     for result in results:
-        cells.setdefault(result.policy, []).append(result)
-    return cells
+        groups.setdefault(getattr(result, key), []).append(result)
+    return groups
 
 
 def over_seeds(results: Iterable[Result], figure: str) -> list[float]:
     """A figure of each model, the mean over seeds; those where it is not known are left out."""
-    by_model: dict[str, list[float]] = {}
-    for result in results:
-        value = getattr(result, figure)
-        if value is not None:
-            by_model.setdefault(result.model, []).append(value)
-    return [mean(values) for values in by_model.values()]
+    known = [result for result in results if getattr(result, figure) is not None]
+    return [mean(getattr(cell, figure) for cell in cells) for cells in grouped(known, "model").values()]

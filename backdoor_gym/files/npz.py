@@ -1,7 +1,9 @@
-"""The arrays of an .npz, known by their headers before they are read, and read no further than they are needed."""
+"""The arrays of an .npz, known by their headers before they are read, and read no further than needed."""
 
 import math
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple, Self
 
@@ -17,15 +19,7 @@ AT_ONCE = 1 << 24
 
 
 class Member(NamedTuple):
-    """An array of an .npz, not read.
-
-    Attributes:
-        path: of the file.
-        name: in it.
-        shape: of the array.
-        dtype: of it; plain numbers.
-        fortran: whether the first axis runs fastest.
-    """
+    """An array of an .npz, not read; ``fortran`` says whether its first axis runs fastest."""
 
     path: Path
     name: str
@@ -35,11 +29,7 @@ class Member(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, archive: zipfile.ZipFile, name: str) -> Self:
-        """That array, by its header.
-
-        Raises:
-            DataError: not of numbers, packed beyond measure, or not as large as its header says.
-        """
+        """That array; raise ``DataError`` where it is no numbers, packed beyond measure, or not as large as its header says."""
         entry = archive.getinfo(f"{name}.npy")
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise DataError(f"{name} is packed in a way that numpy does not use")
@@ -60,35 +50,54 @@ class Member(NamedTuple):
         return cls(path, name, shape, dtype, fortran)
 
     def read(self, chosen: list[int] | None = None) -> np.ndarray:
-        """All of it, or those along the first axis, in order; no others are held where the file has them in order."""
+        """All of it, or the chosen rows of the first axis, which ascend; in C order no other rows are kept (see ``naming``)."""
         with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.name}.npy") as file:
             _header(file)
-            if chosen is None or self.fortran or not self.shape or len(chosen) >= self.shape[0]:
+            if not chosen or self.fortran:
                 whole = self._block(file, self.shape)
                 return whole if chosen is None else whole[chosen]
-            picked = np.empty((len(chosen), *self.shape[1:]), self.dtype)
-            row = math.prod(self.shape[1:]) * self.dtype.itemsize
-            many, count_read = max(1, AT_ONCE // max(1, row)), 0
-            places = np.asarray(chosen)
-            for first in range(0, self.shape[0], many):
-                count = min(many, self.shape[0] - first)
-                block = self._block(file, (count, *self.shape[1:]))
-                here = np.flatnonzero((places >= first) & (places < first + count))
-                picked[here] = block[places[here] - first]
-                count_read += len(here)
-                if count_read == len(chosen):
-                    break
-            return picked
+            row = self.shape[1:]
+            count = max(1, AT_ONCE // max(1, math.prod(row) * self.dtype.itemsize))
+            places, picked = np.asarray(chosen), []
+            for first in range(0, chosen[-1] + 1, count):
+                block = self._block(file, (min(count, self.shape[0] - first), *row))
+                picked.append(block[places[(places >= first) & (places < first + count)] - first])
+            return np.concatenate(picked)
 
     def _block(self, file: IO[bytes], shape: tuple[int, ...]) -> np.ndarray:
         numbers = np.empty(math.prod(shape), self.dtype)
-        room = numbers.view(np.uint8).data if numbers.size else memoryview(b"")
+        room = numbers.view(np.uint8).data
         for place in range(0, len(room), AT_ONCE):
-            part = file.read(min(AT_ONCE, len(room) - place))
-            room[place : place + len(part)] = part
-            if len(part) < min(AT_ONCE, len(room) - place):
-                raise DataError(f"{self.name} is truncated")
+            part = room[place : place + AT_ONCE]
+            part[:] = file.read(len(part))  # a ValueError where the file is truncated
         return numbers.reshape(shape, order="F" if self.fortran else "C")
+
+
+def members(path: Path, names: tuple[str, ...]) -> list[Member]:
+    """The arrays of those names in an .npz.
+
+    Raises:
+        DataError: no such file, one that is damaged or no .npz, or other arrays.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} cannot be read: there is no such file")
+    with naming(path), zipfile.ZipFile(path) as archive:
+        held = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        if not set(names) <= set(held):
+            listed = ", ".join(map(cut, held[:6])) or "none"
+            raise DataError(f"it must hold the arrays {' and '.join(names)}, and holds {listed}")
+        return [Member.of(path, archive, name) for name in names]
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A block that reads an .npz: every error in it becomes a ``DataError`` that names the file."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except Exception as error:  # whatever a damaged archive makes its readers raise
+        raise DataError(f"{path} cannot be read as an .npz without pickled objects: {first_line(error)}") from error
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -99,24 +108,3 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     if version == (2, 0):
         return np.lib.format.read_array_header_2_0(file)
     raise DataError(f"an array of numpy's format {version[0]}.{version[1]}, which no plain numbers need")
-
-
-def members(path: Path, names: tuple[str, ...]) -> list[Member]:
-    """Those arrays of an .npz.
-
-    Raises:
-        DataError: no such file, one that is damaged or no .npz, or other arrays.
-    """
-    if not path.is_file():
-        raise DataError(f"{path} cannot be read: there is no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            held = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-            if not set(names) <= set(held):
-                told = ", ".join(map(cut, held[:6])) or "none"
-                raise DataError(f"{path} must hold the arrays {' and '.join(names)}; it holds {told}")
-            return [Member.of(path, archive, name) for name in names]
-    except DataError as error:
-        raise DataError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
-    except Exception as error:  # whatever a damaged archive makes its readers raise
-        raise DataError(f"{path} cannot be read as an .npz without pickled objects: {first_line(error)}") from error

@@ -1,8 +1,8 @@
-"""What a torch file would have its reader do, read off it before it is done.
+"""What a torch file would have its reader do, told from the file before it is read.
 
-torch's restricted reader (``weights_only=True``) imports and calls nothing of a file's own. But what it does call takes sizes from
-the file: a hundred bytes may ask for terabytes, or for a tensor beyond the end of its storage. Here the instructions are followed
-on paper, with sizes in place of contents, in time and memory in proportion to the file.
+torch's restricted reader (``weights_only=True``) imports and calls nothing of a file's own. But what it calls takes sizes from the
+file: a hundred bytes may ask for terabytes, or for a tensor beyond the end of its storage. Here the instructions are followed with
+sizes in place of contents, in time and memory in proportion to the file.
 """
 
 import math
@@ -11,8 +11,7 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,8 +58,8 @@ STORAGES = {
 }  # fmt: skip
 #: Pickles in a row in a file of torch before 1.6, after which come the storages.
 OLD_PICKLES = 5
-#: What a zip ends with: the end of its directory, where that of a large one is, and that.
-ENDING, LARGE_PLACE, LARGE_ENDING = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
+#: The end of a zip's directory, and in front of it the place of the end of a large zip's directory.
+ENDING, LARGE_PLACE = b"PK\x05\x06", b"PK\x06\x07"
 
 
 class _Named(NamedTuple):
@@ -70,41 +69,36 @@ class _Named(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """A storage: its key, how many bytes it is said to have, and bytes of each of its numbers."""
+    """A storage: its bytes as the file says, and those of one number."""
 
-    key: str
     size: int
     item: int
 
 
 class _Made:
-    """A list, a dict, or what a call gave: what copying it takes."""
+    """A list, a dict, or the result of a call; ``size`` is what copying it takes."""
 
     def __init__(self) -> None:
         self.size = 0
 
 
 class _Tensor(_Made):
-    """What a call gave that makes tensors."""
+    """The result of a call that makes tensors."""
 
 
 class _Tuple(tuple[Any, ...]):
-    """A tuple, and what looking it up takes: each part of it as often as it is there, since no tuple remembers its hash."""
+    """A tuple; ``size`` is what looking it up takes: each part as often as it is there, as no tuple remembers its hash."""
 
     size: int
 
     def __new__(cls, values: Iterable[Any]) -> "_Tuple":
         self = super().__new__(cls, values)
-        self.size = min(1 << 60, 1 + sum(_size(value) if isinstance(value, _Tuple) else 1 for value in self))
+        self.size = min(1 << 60, 1 + sum(value.size if isinstance(value, _Tuple) else 1 for value in self))
         return self
 
 
 def check_torch_file(path: Path) -> None:
-    """Raise ``ModelFileError`` where reading a torch file would take more than the file is worth, or is beyond its end.
-
-    Args:
-        path: of a zip that ``torch.save`` wrote, or of a pickle.
-    """
+    """Raise ``ModelFileError`` for a torch file whose reading would take far more than it is worth, or go beyond its end."""
     try:
         if is_zip(path):
             _check_zip(path)
@@ -127,26 +121,25 @@ def _check_zip(path: Path) -> None:
     whole = path.stat().st_size
     _check_ending(path, whole)
     with zipfile.ZipFile(path) as archive:
-        entries = {entry.filename: entry for entry in archive.infolist()}
-        if len(entries) != len(archive.infolist()):
-            raise ModelFileError(f"{path} is damaged: it holds several records of one name")
-        unpacked = sum(entry.file_size for entry in entries.values())
-        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values())
-        if unpacked > (MOST_UNPACKED if packed else 1) * whole:
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        if len(sizes) != len(archive.infolist()):
+            raise _damaged(path, "it holds several records of one name")
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+        if sum(sizes.values()) > (MOST_UNPACKED if packed else 1) * whole:
             raise ModelFileError(
-                f"{path} holds {unpacked:,} bytes in a file of {whole:,}: torch packs nothing; load it where it can do no harm, "
-                "and save its state dict anew"
+                f"{path} holds {sum(sizes.values()):,} bytes in a file of {whole:,}: torch packs nothing; load it where it can "
+                "do no harm, and save its state dict anew"
             )
-        for name in [name for name in entries if name.endswith("data.pkl")]:
-            if entries[name].file_size > MOST_PICKLED:
+        for name in [name for name in sizes if name.endswith("data.pkl")]:
+            if sizes[name] > MOST_PICKLED:
                 raise _too_long(path)
-            folder = name.removesuffix("data.pkl")
-            sizes = {key.removeprefix(f"{folder}data/"): entry.file_size for key, entry in entries.items()}
-            _follow(path, BytesIO(archive.read(name)), sizes)
+            folder = f"{name.removesuffix('data.pkl')}data/"
+            stored = {key.removeprefix(folder): size for key, size in sizes.items()}
+            _Reader(path, stored).follow(BytesIO(archive.read(name)))
 
 
 def _check_ending(path: Path, whole: int) -> None:
-    """Two readers must find the same directory in a zip: this one, whose sizes are checked, and torch's."""
+    """Two readers must find the same directory in a zip: zipfile, whose sizes are checked, and torch's."""
     with path.open("rb") as file:
         file.seek(max(0, whole - (1 << 16) - 22))
         tail = file.read()
@@ -154,89 +147,86 @@ def _check_ending(path: Path, whole: int) -> None:
     start = place + whole - len(tail)
     large = tail[max(0, place - 20) : place]
     if tail.count(ENDING) != 1 or (large[:4] == LARGE_PLACE and struct.unpack("<Q", large[8:16])[0] != start - 76):
-        raise ModelFileError(f"{path} is damaged: a zip has one directory, at its end")
+        raise _damaged(path, "a zip has one directory, at its end")
 
 
 def _check_old(path: Path) -> None:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        stored: dict[str, int] = {}
+        needed: dict[str, int] = {}
         for _ in range(OLD_PICKLES):
             if mapped.tell() < len(mapped):
-                _follow(path, mapped, None, stored)
-        if sum(stored.values()) > len(mapped):
-            raise ModelFileError(f"{path} is damaged: its tensors are larger than what is stored of them")
+                reader = _Reader(path, None)
+                reader.follow(mapped)
+                for key, size in reader.needed.items():
+                    needed[key] = max(size, needed.get(key, 0))
+        if sum(needed.values()) > len(mapped):
+            raise _damaged(path, "its tensors are larger than what is stored of them")
 
 
-def _follow(path: Path, pickled: Any, sizes: Mapping[str, int] | None, stored: dict[str, int] | None = None) -> None:
-    """Follow a pickle up to its end.
+class _Reader:
+    """torch's reader with sizes in place of contents; ``sizes`` has the bytes of each storage in the file, where known."""
 
-    Args:
-        path: of the file.
-        pickled: what to read it from.
-        sizes: of the storages in the file, by key; None where that is not known yet.
-        stored: where the sizes go that storages are said to have.
-    """
-    start = pickled.tell()
-    sheet = _Sheet(path, sizes, {} if stored is None else stored)
-    for count, (instruction, argument, place) in enumerate(pickletools.genops(pickled)):
-        if count > MOST_STEPS or place - start > MOST_PICKLED:
-            raise _too_long(path)
-        sheet.do(instruction.name, argument)
-        if sheet.copied > 2 * (place - start) + SPARE:
-            raise ModelFileError(f"{path} is damaged: its pickle copies the same things again and again")
-
-
-class _Sheet:
-    """The reader's stack and memory on paper."""
-
-    def __init__(self, path: Path, sizes: Mapping[str, int] | None, stored: dict[str, int]) -> None:
-        self.path, self.sizes, self.stored = path, sizes, stored
-        self.copied = self._large = self._asked = 0
+    def __init__(self, path: Path, sizes: Mapping[str, int] | None) -> None:
+        self.path, self.sizes = path, sizes
+        #: Bytes that each storage must have, by key.
+        self.needed: dict[str, int] = {}
+        self._copied = self._large = self._asked = 0
         self._names: set[str] = set()
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []
         self._memory: dict[int, Any] = {}
-        self._ways: dict[str, Callable[[Any], None]] = {
-            "GLOBAL": self._name,
-            "MARK": lambda _: self._mark(),
-            "TUPLE": lambda _: self._push(_Tuple(self._since_mark())),
-            "APPENDS": lambda _: self._fill(self._since_mark()),
-            "SETITEMS": lambda _: self._fill(self._since_mark(), keys=True),
-            "APPEND": lambda _: self._fill(self._pop(1)),
-            "SETITEM": lambda _: self._fill(self._pop(2), keys=True),
-            "BINPUT": self._keep, "LONG_BINPUT": self._keep,
-            "BINGET": lambda place: self._push(self._memory[place]),
-            "LONG_BINGET": lambda place: self._push(self._memory[place]),
-            "BINPERSID": lambda _: self._push(self._storage(*self._pop(1))),
-            "REDUCE": lambda _: self._call(*self._pop(2)),
-            "NEWOBJ": lambda _: self._call(*self._pop(2)),
-            "BUILD": lambda _: self._build(*self._pop(2)),
-            "PROTO": lambda _: None,
-            "STOP": lambda _: None,
-        }  # fmt: skip
-        for name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"):
-            self._ways[name] = self._push
-        for name, value in (("NONE", None), ("NEWTRUE", True), ("NEWFALSE", False), ("EMPTY_TUPLE", _Tuple(()))):
-            self._ways[name] = partial(self._push_this, value)
-        for name in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"):
-            self._ways[name] = lambda _: self._push(_Made())
-        for name, count in (("TUPLE1", 1), ("TUPLE2", 2), ("TUPLE3", 3)):
-            self._ways[name] = partial(self._push_tuple, count)
 
-    def do(self, name: str, argument: Any) -> None:
-        """One instruction.
+    def follow(self, pickled: Any) -> None:
+        """Follow a pickle to its end; raise ``ModelFileError`` for what is too much, and anything for what is damaged."""
+        start = pickled.tell()
+        for count, (instruction, argument, place) in enumerate(pickletools.genops(pickled)):
+            if count > MOST_STEPS or place - start > MOST_PICKLED:
+                raise _too_long(self.path)
+            self._do(instruction.name, argument)
+            if self._copied > 2 * (place - start) + SPARE:
+                raise _damaged(self.path, "its pickle copies the same things again and again")
 
-        Raises:
-            ModelFileError: one that asks for too much.
-            LookupError: one that is not of a file of weights, or finds nothing on the stack.
-        """
-        self._ways[name](argument)
-
-    def _name(self, said: str) -> None:
-        name = _full_name(said)
-        self._names.add(name)
-        self._ask()
-        self._push(_Named(name))
+    def _do(self, name: str, argument: Any) -> None:
+        match name:
+            case "BINPUT" | "LONG_BINPUT":
+                self._memory[argument] = self._stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                self._push(self._memory[argument])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINSTRING":
+                self._push(argument)
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                self._push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
+                self._push(_Made())
+            case "EMPTY_TUPLE":
+                self._push(_Tuple(()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                self._push(_Tuple(self._pop(int(name[-1]))))
+            case "MARK":
+                self._outer.append(self._stack)
+                self._stack = []
+            case "TUPLE":
+                self._push(_Tuple(self._since_mark()))
+            case "APPEND" | "APPENDS":
+                self._fill(self._pop(1) if name == "APPEND" else self._since_mark())
+            case "SETITEM" | "SETITEMS":
+                self._fill(self._pop(2) if name == "SETITEM" else self._since_mark(), keys=True)
+            case "GLOBAL":
+                module, _, attribute = argument.partition(" ")
+                called = f"{'builtins' if module == '__builtin__' else module}.{attribute}"  # as of Python 2
+                self._names.add(called)
+                self._ask()
+                self._push(_Named(called))
+            case "BINPERSID":
+                self._push(self._storage(*self._pop(1)))
+            case "REDUCE" | "NEWOBJ":
+                self._push(self._call(*self._pop(2)))
+            case "BUILD":
+                self._build(*self._pop(2))
+            case "PROTO" | "STOP":
+                pass
+            case _:
+                raise LookupError(f"the instruction {name}, which no weights need")
 
     def _ask(self) -> None:
         self._asked += len(self._names)
@@ -247,16 +237,8 @@ class _Sheet:
         if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
             self._large += 1
             if self._large > MOST_LARGE:
-                raise ModelFileError(
-                    f"{self.path} is damaged: it holds more than {MOST_LARGE} integers of no usual size"
-                )
+                raise _damaged(self.path, f"it holds more than {MOST_LARGE} integers of no usual size")
         self._stack.append(value)
-
-    def _push_this(self, value: Any, _: Any) -> None:
-        self._push(value)
-
-    def _push_tuple(self, count: int, _: Any) -> None:
-        self._push(_Tuple(self._pop(count)))
 
     def _pop(self, count: int) -> list[Any]:
         if len(self._stack) < count:
@@ -265,41 +247,33 @@ class _Sheet:
         del self._stack[-count:]
         return values
 
-    def _mark(self) -> None:
-        self._outer.append(self._stack)
-        self._stack = []
-
     def _since_mark(self) -> list[Any]:
         values, self._stack = self._stack, self._outer.pop()
         return values
 
-    def _keep(self, place: int) -> None:
-        self._memory[place] = self._stack[-1]
-
     def _fill(self, values: list[Any], keys: bool = False) -> None:
+        """Put values, or keys and values in turn, into what is on the stack."""
         if isinstance(self._stack[-1], _Made):
             self._stack[-1].size += sum(value.size if isinstance(value, _Tuple) else 1 for value in values)
         if keys:
-            self.copied += sum(key.size for key in values[::2] if isinstance(key, _Tuple))
+            self._copied += sum(key.size for key in values[::2] if isinstance(key, _Tuple))
 
-    def _storage(self, said: Any) -> _Stored:
-        kind, named, key, _, count, *view = said
-        item = _item_size(named)
+    def _storage(self, description: Any) -> _Stored:
+        kind, named, key, _, count, *view = description
+        item, key = _item_size(named), _text(key)
         if _text(kind) != "storage" or type(count) is not int or count < 0:
             raise ValueError("a storage is described in an unknown way")
+        part = count
         if view and view[0] is not None:
             _, start, part = view[0]
             if not 0 <= start <= start + part <= count:
                 raise ValueError("a part of a storage lies beyond its end")
-            size = part * item
-        else:
-            size = count * item
-        if self.sizes is not None and count * item > self.sizes.get(_text(key), -1):
-            raise ModelFileError(f"{self.path} is damaged: a storage is larger than what is stored of it")
-        self.stored[_text(key)] = max(count * item, self.stored.get(_text(key), 0))
-        return _Stored(_text(key), size, item)
+        if self.sizes is not None and count * item > self.sizes.get(key, -1):
+            raise _damaged(self.path, "a storage is larger than what is stored of it")
+        self.needed[key] = max(count * item, self.needed.get(key, 0))
+        return _Stored(part * item, item)
 
-    def _call(self, called: Any, arguments: Any) -> None:
+    def _call(self, called: Any, arguments: Any) -> Any:
         if not isinstance(called, _Named) or not isinstance(arguments, tuple):
             raise ValueError("something is called that is no function")
         name = called.name
@@ -311,36 +285,36 @@ class _Sheet:
                 f"{self.path} cannot be read without calling {cut(name)}, which no weights need, and is not opened; where it "
                 "can do no harm, load it and save its state_dict() alone, best with safetensors.torch.save_file"
             )
-        self.copied += sum(_size(argument) for argument in arguments)
+        self._copied += sum(_size(argument) for argument in arguments)
         if name in REBUILT:
             self._check_tensor(name, arguments)
         if name == "torch.Size":
-            return self._push(arguments[0] if arguments and isinstance(arguments[0], tuple) else None)
-        return self._push(_Tensor() if name.startswith("torch.") else _Made())
+            return arguments[0] if arguments and isinstance(arguments[0], tuple) else None
+        return _Tensor() if name.startswith("torch.") else _Made()
 
     def _check_tensor(self, name: str, arguments: tuple[Any, ...]) -> None:
-        """A tensor must lie in its storage: where it does not, torch makes the storage larger, or reads what lies behind it."""
+        """A tensor must lie in its storage: otherwise torch makes the storage larger, or reads what lies behind it."""
         stored, offset, size, strides = arguments[:4]
-        item = stored.item
-        if name.endswith("_v3"):
-            item = _item_size(arguments[6])
-        numbers = (offset, *size, *strides)
-        if not len(size) == len(strides) <= MOST_DIMENSIONS or not all(
-            type(number) is int and number >= 0 for number in numbers
-        ):
+        item = _item_size(arguments[6]) if name.endswith("_v3") else stored.item
+        known = all(type(number) is int and number >= 0 for number in (offset, *size, *strides))
+        if not known or not len(size) == len(strides) <= MOST_DIMENSIONS:
             raise ValueError("a tensor is described in an unknown way")
         last = offset + sum((length - 1) * stride for length, stride in zip(size, strides, strict=True))
         if 0 not in size and (last + 1) * item > stored.size:
-            raise ModelFileError(f"{self.path} is damaged: a tensor is larger than what is stored of it")
+            raise _damaged(self.path, "a tensor is larger than what is stored of it")
         if name.endswith("qtensor") and math.prod(size) * item > stored.size:  # made anew, as large as it says
-            raise ModelFileError(f"{self.path} is damaged: a quantised tensor is larger than what is stored of it")
+            raise _damaged(self.path, "a quantised tensor is larger than what is stored of it")
 
     def _build(self, thing: Any, state: Any) -> None:
         self._ask()
         if isinstance(thing, _Named) or (isinstance(thing, _Tensor) and isinstance(state, tuple)):
             raise ValueError("a tensor is given another storage")  # which torch would make as large as it has to be
-        self.copied += _size(state)
+        self._copied += _size(state)
         self._push(thing)
+
+
+def _damaged(path: Path, why: str) -> ModelFileError:
+    return ModelFileError(f"{path} is damaged: {why}")
 
 
 def _too_long(path: Path) -> ModelFileError:
@@ -350,16 +324,8 @@ def _too_long(path: Path) -> ModelFileError:
     )
 
 
-def _full_name(said: str) -> str:
-    """Module and name; those of Python 2 are read as they are called today."""
-    module, _, name = said.partition(" ")
-    return f"{'builtins' if module == '__builtin__' else module}.{name}"
-
-
 def _item_size(named: Any) -> int:
     """Bytes of a number, by the name of its dtype, or of a class of storages."""
-    if not isinstance(named, _Named):
-        raise ValueError("a storage is of an unknown kind")
     module, _, name = named.name.rpartition(".")
     dtype = getattr(torch, name, None)
     if module == "torch" and isinstance(dtype, torch.dtype):

@@ -10,12 +10,12 @@ from torch import Tensor
 from ..errors import DataError
 from ..wording import shown
 
-#: A view may be so many times as large as what it is of, or so many bytes as float32: it is to be written out.
+#: A larger view is not written out: so many times as large as what it is a view of, and so many bytes as float32.
 MOST_REPEATED, MOST_SPELLED = 4, 1 << 30
 
 
 def odd_kind(tensor: Tensor) -> str:
-    """What a tensor is that is no plain array of numbers, in words; "" for one that is."""
+    """The kind of a tensor that is no plain array of numbers, in words; "" for a plain one."""
     if tensor.is_nested:
         return "nested"
     if tensor.is_meta:
@@ -26,10 +26,9 @@ def odd_kind(tensor: Tensor) -> str:
 
 
 def check_plain(name: str, value: Any, what: str = "numbers") -> None:
-    """Raise ``DataError`` for a tensor or an array that is none of plain numbers, or far larger than what it is a view of."""
+    """Raise ``DataError`` for a tensor or an array that is not of plain numbers, or a view far larger than its memory."""
     if isinstance(value, Tensor):
-        odd = odd_kind(value)
-        if odd:
+        if odd := odd_kind(value):
             raise DataError(f"{name} must be a plain tensor, with all its values, not a {odd} one")
         strides, item = value.stride(), value.element_size()
     elif isinstance(value, np.ndarray):
@@ -40,7 +39,7 @@ def check_plain(name: str, value: Any, what: str = "numbers") -> None:
         strides, item = tuple(abs(stride) // value.itemsize for stride in value.strides), value.itemsize
     else:
         return
-    numbers = math.prod(value.shape)
+    count = math.prod(value.shape)
     span = 1 + sum((length - 1) * stride for length, stride in zip(value.shape, strides, strict=True))
-    if numbers > MOST_REPEATED * span and numbers * max(4, item) > MOST_SPELLED:
+    if count > MOST_REPEATED * span and count * max(4, item) > MOST_SPELLED:
         raise DataError(f"{name} are a view {tuple(value.shape)} of {span} numbers; give those that there are")

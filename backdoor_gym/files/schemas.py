@@ -1,8 +1,7 @@
-"""What files say of themselves, as data that have been checked: each field has a type, a range and a length.
+"""What files say of themselves, checked: each field has a type, a range and a length, and there are no others.
 
-A file comes from anybody. What it says is read into these classes before anything uses it, and whatever is in it beside them
-is refused. Texts come out printable. Sizes that a network is to have are bounded further by what the file holds
-(``sizes.within``).
+A file comes from anybody: its metadata are read into these classes before anything uses them, with texts made printable. Sizes
+that a network is to have are bounded further by what the file holds (``sizes.within``).
 """
 
 from dataclasses import fields, is_dataclass
@@ -18,7 +17,7 @@ from ..wording import one_line
 MOST_METADATA, MOST_LEVELS, MOST_TEXT = 1 << 20, 16, 1 << 14
 #: Characters of the name of a model.
 MOST_NAME = 500
-#: What an option of an architecture, a count or an index may be.
+#: The largest option of an architecture, count or index.
 MOST_SIZE = 1 << 20
 
 Word = Annotated[str, Meta(pattern=r"\A[\w.-]{1,100}\Z")]
@@ -46,7 +45,7 @@ class Fields(Struct, forbid_unknown_fields=True):
 
 
 class ImagesFields(Fields):
-    """Where images are from; in the file itself where nothing is said."""
+    """The data set that images are from; the file itself holds them where nothing is said."""
 
     dataset: Annotated[str, Meta(max_length=MOST_TEXT)] | UnsetType = UNSET
     split: Word | UnsetType = UNSET
@@ -65,14 +64,14 @@ class DataFields(Fields):
 
 
 class NormaliseFields(Fields):
-    """What stands in front of the network."""
+    """The normalisation in front of the network."""
 
     mean: Annotated[list[float], Meta(min_length=1, max_length=64)]
     std: Annotated[list[float], Meta(min_length=1, max_length=64)]
 
 
 class TriggerFields(Fields):
-    """The attack, and its parameters, which it knows the types of itself."""
+    """The attack and its parameters, whose types the attack checks."""
 
     attack: Word
     parameters: dict[Word, Any]
@@ -92,32 +91,22 @@ class ModelFields(Fields):
 
 
 def checked(metadata: Any, schema: type[Schema], what: str) -> Schema:
-    """Metadata as the class that they must fit; texts in them are printable, and cut to ``MOST_TEXT`` characters.
-
-    Args:
-        metadata: what was read, of JSON's types.
-        schema: a class of msgspec, a dataclass, or any type that msgspec converts to.
-        what: the file, for the message.
+    """Metadata of JSON's types as an object of any type that msgspec converts to, with ``plain`` texts.
 
     Raises:
-        ModelFileError: a field is missing, unknown, of another type, or out of its range.
+        ModelFileError: a field is missing, unknown, of another type, or out of its range; ``what`` names the file.
     """
     try:
-        if is_dataclass(schema) and isinstance(metadata, dict):
-            unknown = sorted(metadata.keys() - {field.name for field in fields(schema)})
-            if unknown:
-                raise ValueError(f"it has no {unknown[0]}")
+        names = {field.name for field in fields(schema)} if is_dataclass(schema) else ()
+        if names and isinstance(metadata, dict) and (unknown := sorted(metadata.keys() - names)):
+            raise ValueError(f"it has no {unknown[0]}")
         return msgspec.convert(plain(metadata), schema)
     except (msgspec.ValidationError, ValueError, TypeError) as error:
         raise ModelFileError(f"{what} is not what such a file must be: {error}") from error
 
 
 def plain(value: Any, level: int = 0) -> Any:
-    """The same with printable texts.
-
-    Raises:
-        ValueError: it is nested deeper than ``MOST_LEVELS``.
-    """
+    """The same value with printable texts of ``MOST_TEXT`` characters; a ``ValueError`` where it is nested too deep."""
     if level > MOST_LEVELS:
         raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep")
     if isinstance(value, str):
@@ -130,7 +119,7 @@ def plain(value: Any, level: int = 0) -> Any:
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Whether a value is of that kind."""
+    """Whether msgspec converts the value to that type."""
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError:

@@ -1,7 +1,7 @@
 """Networks made as large as a file says, and never larger than what the file holds."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import get_ident
 from typing import TypeVar
 
@@ -14,55 +14,42 @@ from torch.nn.modules.module import (
 
 from ..errors import WeightsError
 
-#: Modules that a network may have, and those for each tensor beside them: many layers have no tensor.
+#: Modules of any network, and those for each tensor beside them: many layers have no tensor.
 FEW_MODULES, MODULES_PER_TENSOR = 1000, 20
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def within(make: Callable[[], Network], weights: Mapping[str, Tensor]) -> Network:
-    """A network on the meta device, where nothing is allocated, of no more parameters than there are weights.
-
-    Args:
-        make: makes it.
-        weights: of the file that says how large it is.
-
-    Raises:
-        WeightsError: it would have more parameters or layers than the file has tensors for.
-    """
+    """The network that ``make`` returns, on the meta device, where nothing is allocated; see ``counted``."""
     with counted(weights), torch.device("meta"):
         return make()
 
 
 @contextmanager
 def counted(weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Making a module in this block ends as soon as it asks for far more parameters or layers than there are weights.
+    """A block that ends when a network made in it has far more parameters or layers than there are weights.
 
     Raises:
-        WeightsError: it does.
+        WeightsError: it has.
     """
-    tensors = len(weights)
-    parameters = modules = 0
-    thread = get_ident()  # PyTorch tells of what is made in all of them
+    thread = get_ident()  # PyTorch calls the hooks for modules of all threads
 
-    def count_parameter(*_: object) -> None:
-        nonlocal parameters
-        parameters += get_ident() == thread
-        # Some are made, and then replaced or taken away.
-        if parameters > 2 * tensors + FEW_MODULES:
-            raise WeightsError(f"the network that is described has more parameters than the file, of {tensors} tensors")
+    def counter(what: str, most: int) -> Callable[..., None]:
+        made = 0
 
-    def count_module(*_: object) -> None:
-        nonlocal modules
-        modules += get_ident() == thread
-        if modules > MODULES_PER_TENSOR * tensors + FEW_MODULES:
-            raise WeightsError(f"the network that is described has more layers than the file, of {tensors} tensors")
+        def count(*_: object) -> None:
+            nonlocal made
+            made += get_ident() == thread
+            if made > most:
+                raise WeightsError(
+                    f"the network that is described has more {what} than the file, of {len(weights)} tensors"
+                )
 
-    hooks = [
-        register_module_parameter_registration_hook(count_parameter),
-        register_module_module_registration_hook(count_module),
-    ]
-    try:
+        return count
+
+    few = 2 * len(weights) + FEW_MODULES  # of parameters, some are made, and then replaced or taken away
+    many = MODULES_PER_TENSOR * len(weights) + FEW_MODULES
+    with ExitStack() as hooks:
+        hooks.callback(register_module_parameter_registration_hook(counter("parameters", few)).remove)
+        hooks.callback(register_module_module_registration_hook(counter("layers", many)).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pickle
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,36 +19,18 @@ from ..writing import replacing
 from .schemas import MOST_METADATA, plain
 
 KEY = "backdoor_gym"
-#: How a file is protected: since this version by a checksum of names, dtypes, shapes and metadata too. In the first one it was of
-#: names and contents of tensors.
+#: What the checksum covers: in version 2 names, dtypes, shapes, contents and metadata; in version 1 names and contents.
 PROTECTION = 2
-#: Tensors of a file, and characters of the name of each.
-MOST_TENSORS, MOST_NAME = 50_000, 500
-#: Bytes of the header of a safetensors file: the names, the shapes, and what else it says.
-MOST_HEADER = 16 << 20
-#: What the readers of torch and safetensors raise on files that they do not take.
-UNREADABLE = (
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    TypeError,
-    ValueError,
-)
+#: Tensors of a file, characters of the name of each, and bytes of the header of a safetensors file.
+MOST_TENSORS, MOST_NAME, MOST_HEADER = 50_000, 500, 16 << 20
 #: Format of a file with the weights of a network and nothing else.
 STATE_DICT = "state-dict"
-#: What ``holds`` says of weights without anything else.
+#: What ``holds`` returns for weights without anything else.
 WEIGHTS_ALONE = ("", STATE_DICT)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write the file beside its place and move it there, so that nobody ever sees half of it.
+    """Write the file, whole or not at all.
 
     Raises:
         WriteError: the folder cannot be made or written.
@@ -70,11 +51,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ModelFileError: missing, truncated or altered, a pickle, or not a file of this package.
 
     Warns:
-        UserWarning: the file was written when nothing protected its metadata.
+        UserWarning: the file is of version 1, whose metadata nothing protects.
     """
     if not path.is_file():
         raise ModelFileError(f"there is no file {path}")
-    _refuse_pickle(path)
+    if is_pickle(path):
+        raise ModelFileError(
+            f"{path} is a pickle (a torch.save file), whatever its name says; reading it could execute code, so it is "
+            "not opened: get it as safetensors"
+        )
     tensors, header = read_safetensors(path)
     if KEY not in header:
         raise ModelFileError(f"{path} is a safetensors file, but was not written by backdoor-gym")
@@ -95,35 +80,30 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of anybody's safetensors file, and what its header says beside them.
+    """All tensors of anybody's safetensors file, and the metadata in its header.
 
     Raises:
         ModelFileError: damaged, of another kind, or with a header or names beyond those of any network.
     """
     try:
-        check_header(path)
-        with safe_open(str(path), framework="pt") as file:
-            names = list(file.keys())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if MOST_HEADER < length <= path.stat().st_size:  # a longer one is none
+            raise ModelFileError(f"{path} has a header of {length:,} bytes; {MOST_HEADER:,} is the most")
+        with safe_open(str(path), framework="pt") as opened:
+            names = list(opened.keys())
             check_names(path, names)
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except ModelFileError:
         raise
-    except UNREADABLE as error:
+    except Exception as error:  # whatever a damaged file makes its readers raise
         raise ModelFileError(
             f"{path} is not a readable safetensors file, or is truncated ({first_line(error)})"
         ) from error
 
 
-def check_header(path: Path) -> None:
-    """Raise ``ModelFileError`` where the header of a safetensors file is longer than any network's: it is read before the rest."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if MOST_HEADER < length <= path.stat().st_size:  # a longer one is none
-        raise ModelFileError(f"{path} has a header of {length:,} bytes; {MOST_HEADER:,} is the most")
-
-
 def check_names(path: Path, names: Collection[str]) -> None:
-    """Raise ``ModelFileError`` where a file holds more tensors, or longer names, than networks have."""
+    """Raise ``ModelFileError`` for more tensors, or longer names, than networks have."""
     if len(names) > MOST_TENSORS:
         raise ModelFileError(f"{path} holds {len(names):,} tensors; {MOST_TENSORS:,} is the most")
     longest = max(names, key=len, default="")
@@ -131,20 +111,6 @@ def check_names(path: Path, names: Collection[str]) -> None:
         raise ModelFileError(
             f"{path} holds a tensor with a name of {len(longest):,} characters; {MOST_NAME} is the most"
         )
-
-
-def _decoded(path: Path, text: str) -> dict[str, Any]:
-    """The metadata, which are JSON: no NaN, no lone surrogate."""
-    if len(text) > MOST_METADATA:
-        raise ModelFileError(f"{path} has {len(text):,} characters of metadata; at most {MOST_METADATA:,} are read")
-    try:
-        metadata = msgspec.json.decode(text)
-        plain(metadata)
-    except (msgspec.DecodeError, RecursionError, ValueError) as error:
-        raise ModelFileError(f"{path} has metadata that are not JSON ({error})") from error
-    if not isinstance(metadata, dict):
-        raise ModelFileError(f"{path} has metadata that are no object of JSON, so backdoor-gym did not write it")
-    return metadata
 
 
 def holds(path: Path) -> str | None:
@@ -162,8 +128,7 @@ def holds(path: Path) -> str | None:
 def is_pickle(path: Path) -> bool:
     """Whether a file begins like a pickle or like what ``torch.save`` writes, whatever its name is.
 
-    safetensors begin with the length of their header, eight bytes that may look like the first ones of a pickle, and then the
-    brace that opens it.
+    A safetensors file begins with the length of its header, eight bytes that may look like a pickle's, and the brace that opens it.
     """
     with path.open("rb") as file:
         start = file.read(9)
@@ -171,17 +136,22 @@ def is_pickle(path: Path) -> bool:
     return looks_pickled and start[8:] != b"{"
 
 
-def _refuse_pickle(path: Path) -> None:
-    """A pickle can run any program when it is read."""
-    if is_pickle(path):
-        raise ModelFileError(
-            f"{path} is a pickle (a torch.save file), whatever its name says; reading it could execute code, so it is "
-            "not opened: get it as safetensors"
-        )
+def _decoded(path: Path, text: str) -> dict[str, Any]:
+    """The metadata, which are JSON: no NaN, no lone surrogate."""
+    if len(text) > MOST_METADATA:
+        raise ModelFileError(f"{path} has {len(text):,} characters of metadata; at most {MOST_METADATA:,} are read")
+    try:
+        metadata = msgspec.json.decode(text)
+        plain(metadata)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise ModelFileError(f"{path} has metadata that are not JSON ({error})") from error
+    if not isinstance(metadata, dict):
+        raise ModelFileError(f"{path} has metadata that are no object of JSON, so backdoor-gym did not write it")
+    return metadata
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None) -> str:
-    """Of all that a file holds; of names and contents of the tensors alone where no metadata are given."""
+    """SHA-256 of all that a file holds; of names and contents of the tensors alone without metadata."""
     digest = hashlib.sha256()
     if metadata is not None:
         kinds = [[key, str(tensors[key].dtype), list(tensors[key].shape)] for key in sorted(tensors)]

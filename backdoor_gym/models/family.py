@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from platformdirs import user_cache_dir
 
-from ..data.datasets import DIGITS
+from ..data.corruptions import corrupt, draw_corruption
+from ..data.datasets import DIGITS, LabelledImages
 from ..errors import BackdoorGymError, TrainingError
 from ..writing import locked, replacing
-from .corruptions import corrupted, draw_corruption
 from .infected import InfectedModel
 from .infecting import CLEAN, infect
 from .training import Schedule
@@ -128,6 +128,17 @@ def corruption(name: str) -> dict[str, Any]:
     """What happened to the clean images of that model: kind and level."""
     split, seed = _parts(name)
     return draw_corruption(np.random.default_rng((RECIPE_VERSION, SPLITS[split], seed, 3, 1)))
+
+
+def corrupted(model: InfectedModel, kind: str, level: float) -> InfectedModel:
+    """The model with the defender's clean images after a corruption (see ``corrupt``); its test images stay as they are."""
+    if kind == "none":
+        return model
+    clean = LabelledImages(corrupt(model.clean.images, kind, level), model.clean.labels)
+    facts = {**model.facts, "corruption": kind, "corruption_level": level}
+    return InfectedModel(
+        model.network, clean, model.test, model.trigger, model.target, model.architecture, facts, model.name
+    )
 
 
 def cache_path(name: str) -> Path:

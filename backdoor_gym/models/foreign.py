@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.datasets import MOST_SIDE, LabelledImages
+from ..data.datasets import LabelledImages
+from ..data.pictures import MOST_SIDE
 from ..errors import DataError, ModelFileError, UnknownNameError
-from ..files.checkpoints import Checkpoint, beginnings, fit_weights, read_checkpoint
+from ..files.checkpoints import Checkpoint, read_checkpoint
+from ..files.fitting import beginnings, fit_weights
 from ..networks import ARCHITECTURES, build
 from ..networks.preprocessing import Normalise, Preprocessed, check_preprocess
 from ..networks.weights import check_finite

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..files.checkpoints import Checkpoint, fit_weights, read_checkpoint
+from ..files.checkpoints import Checkpoint, read_checkpoint
+from ..files.fitting import fit_weights
 from ..files.sizes import counted
 from ..networks.preprocessing import Normalise
 from ..networks.weights import check_finite

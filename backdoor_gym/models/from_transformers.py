@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import BackdoorGymError, ModelFileError, WeightsError
-from ..files.checkpoints import COUNTER
+from ..files.fitting import COUNTER
 from ..files.sizes import within
 from ..networks.weights import check_finite, differences
 from ..wording import first_line

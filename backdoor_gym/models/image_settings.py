@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..data.datasets import MOST_SIDE
+from ..data.pictures import MOST_SIDE
 from ..errors import DataError
 from ..networks.preprocessing import Normalise
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..attacks import Attack
 from ..attacks.targets import Target, check_target
+from ..data.channels import fit_channels
 from ..data.datasets import DIGITS, LabelledImages, check_labels
-from ..data.own_images import Source, all_images, fit_channels, own_images
+from ..data.own_images import Source, all_images, own_images
 from ..errors import BackdoorGymError, DataError, WeightsError
 from ..metrics import Metrics, evaluate
 from ..networks.adapting import LOGITS, in_float32, unwrapped

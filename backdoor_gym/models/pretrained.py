@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..data.datasets import LabelledImages
-from ..data.own_images import Source, _is_image_folder
+from ..data.folders import is_image_folder
+from ..data.own_images import Source
 from ..errors import DataError, ModelFileError
 from ..files.schemas import plain
 from ..files.tensors import check_names, is_pickle, read_safetensors
@@ -149,7 +150,7 @@ def _relabelled(source: Source | None, images: LabelledImages, labels: Mapping[s
     """Images with the network's labels, where they are of a folder whose subfolders have the names of the network's classes."""
     folder = Path(source).expanduser() if isinstance(source, str | Path) else None
     places = {_alike(name): place for name, place in labels.items()}
-    if folder is None or not folder.is_dir() or not _is_image_folder(folder) or len(places) < len(labels):
+    if folder is None or not folder.is_dir() or not is_image_folder(folder) or len(places) < len(labels):
         return images
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not all(_alike(name) in places for name in names):

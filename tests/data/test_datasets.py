@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from backdoor_gym.data import datasets
+from backdoor_gym.data import datasets, hub
 from backdoor_gym.data.datasets import DataSource, LabelledImages, load_images
 from backdoor_gym.errors import DataError, UnknownNameError
 from backdoor_gym.models.infecting import divide, infect
 from backdoor_gym.models.training import Schedule
 
-hub = pytest.importorskip("datasets")
+library = pytest.importorskip("datasets")
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +17,13 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub") / "tiny"
     root.mkdir()
     random = np.random.default_rng(0)
-    features = hub.Features({"img": hub.Image(), "label": hub.ClassLabel(names=["a", "b", "c"])})
+    features = library.Features({"img": library.Image(), "label": library.ClassLabel(names=["a", "b", "c"])})
     for split, count in (("train", 60), ("test", 30)):
         rows = {
             "img": [random.integers(0, 256, (12, 10, 3), dtype=np.uint8) for _ in range(count)],
             "label": [int(label) for label in random.integers(0, 3, count)],
         }
-        hub.Dataset.from_dict(rows, features=features).to_parquet(root / f"{split}-00000-of-00001.parquet")
+        library.Dataset.from_dict(rows, features=features).to_parquet(root / f"{split}-00000-of-00001.parquet")
     return root
 
 
@@ -48,7 +48,7 @@ def test_a_folder_in_the_layout_of_the_hub(folder):
 
 
 def test_a_local_copy_stands_in_for_a_hub_id(folder, monkeypatch):
-    monkeypatch.setenv(datasets.DATA_VARIABLE, str(folder.parent))
+    monkeypatch.setenv(hub.DATA_VARIABLE, str(folder.parent))
     assert datasets.split_size("somebody/tiny", "test") == 30
 
 
@@ -102,7 +102,7 @@ def save(root, images, labels, features):
     root.mkdir()
     for split in ("train", "test"):
         rows = {"image": images, "label": labels}
-        hub.Dataset.from_dict(rows, features=hub.Features({"image": hub.Image(), **features})).to_parquet(
+        library.Dataset.from_dict(rows, features=library.Features({"image": library.Image(), **features})).to_parquet(
             root / f"{split}-00000-of-00001.parquet"
         )
     return str(root)
@@ -111,9 +111,9 @@ def save(root, images, labels, features):
 @pytest.mark.parametrize(
     ("shapes", "labels", "feature", "words"),
     [
-        ([(8, 8, 3), (8, 9, 3)], [0, 1], hub.Value("int64"), "different sizes"),
-        ([(8, 8, 3), (8, 8, 3)], ["cat", "dog"], hub.Value("string"), "class numbers"),
-        ([(8, 8, 3), (8, 8, 3)], [0, -1], hub.Value("int64"), "class numbers"),
+        ([(8, 8, 3), (8, 9, 3)], [0, 1], library.Value("int64"), "different sizes"),
+        ([(8, 8, 3), (8, 8, 3)], ["cat", "dog"], library.Value("string"), "class numbers"),
+        ([(8, 8, 3), (8, 8, 3)], [0, -1], library.Value("int64"), "class numbers"),
     ],
 )
 def test_data_sets_that_do_not_fit_are_refused(tmp_path, shapes, labels, feature, words):
@@ -128,7 +128,7 @@ def hub_copy(root, files, features, rows):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         made = [rows(number, split) for number in range(count)]
         columns = {key: [row[key] for row in made] for key in features}
-        hub.Dataset.from_dict(columns, features=hub.Features(features)).to_parquet(root / path)
+        library.Dataset.from_dict(columns, features=library.Features(features)).to_parquet(root / path)
     return root
 
 
@@ -140,36 +140,36 @@ def pixels(*shape):
 def copies(tmp_path_factory):
     """Small data sets in the layout of those of the Hub, under the names under which they are looked for."""
     root = tmp_path_factory.mktemp("copies")
-    fine, coarse = (hub.ClassLabel(names=[f"{kind}{i}" for i in range(n)]) for kind, n in (("f", 100), ("c", 20)))
+    fine, coarse = (library.ClassLabel(names=[f"{kind}{i}" for i in range(n)]) for kind, n in (("f", 100), ("c", 20)))
     hub_copy(
         root / "cifar100",
         {split: (f"cifar100/{split}-00000-of-00001.parquet", 100) for split in ("train", "test")},
-        {"img": hub.Image(), "fine_label": fine, "coarse_label": coarse},
+        {"img": library.Image(), "fine_label": fine, "coarse_label": coarse},
         lambda number, _: {"img": pixels(32, 32, 3), "fine_label": number, "coarse_label": number // 5},
     )
-    digit = hub.ClassLabel(names=[str(i) for i in range(10)])
+    digit = library.ClassLabel(names=[str(i) for i in range(10)])
     for name in ("mnist", "fashion_mnist"):
         hub_copy(
             root / name,
             {split: (f"{name}/{split}-00000-of-00001.parquet", 40) for split in ("train", "test")},
-            {"image": hub.Image(), "label": digit},
+            {"image": library.Image(), "label": digit},
             lambda number, _: {"image": pixels(28, 28), "label": number % 10},
         )
-    wnid = hub.ClassLabel(names=[f"n{i:08d}" for i in range(200)])
+    wnid = library.ClassLabel(names=[f"n{i:08d}" for i in range(200)])
     hub_copy(  # some of its images are grey, one of them the first of the test images here
         root / "tiny-imagenet",
         {split: (f"data/{split}-00000-of-00001.parquet", 30) for split in ("train", "valid")},
-        {"image": hub.Image(), "label": wnid},
+        {"image": library.Image(), "label": wnid},
         lambda number, split: {
             "image": pixels(64, 64) if (number == 0) == (split == "valid") else pixels(64, 64, 3),
             "label": number,
         },
     )
-    sign = hub.ClassLabel(names=[f"sign {i}" for i in range(43)])
+    sign = library.ClassLabel(names=[f"sign {i}" for i in range(43)])
     hub_copy(  # images of all sizes, and splits beside train and test
         root / "gtsrb",
         {split: (f"data/{split}-00000-of-00001.parquet", 43) for split in ("contrast", "test", "train")},
-        {"image": hub.Image(), "label": sign},
+        {"image": library.Image(), "label": sign},
         lambda number, _: {"image": pixels(20 + number, 25 + number % 7, 3), "label": number},
     )
     return root
@@ -188,7 +188,7 @@ def copies(tmp_path_factory):
     ],
 )
 def test_data_sets_of_the_hub(copies, monkeypatch, dataset, test_split, shape, classes):
-    monkeypatch.setenv(datasets.DATA_VARIABLE, str(copies))
+    monkeypatch.setenv(hub.DATA_VARIABLE, str(copies))
     assert datasets.splits(dataset) == ("train", test_split)
     assert datasets.num_classes(dataset, "train") == classes
     for split in ("train", test_split):
@@ -199,7 +199,7 @@ def test_data_sets_of_the_hub(copies, monkeypatch, dataset, test_split, shape, c
 
 
 def test_images_are_resized_smoothly(copies, monkeypatch):
-    monkeypatch.setenv(datasets.DATA_VARIABLE, str(copies))
+    monkeypatch.setenv(hub.DATA_VARIABLE, str(copies))
     (whole,), _ = load_images("zh-plus/tiny-imagenet?channels=3", "train", [3])
     (small,), _ = load_images("zh-plus/tiny-imagenet?channels=3&size=16", "train", [3])
     # Of noise a smoothed image keeps little; picking pixels would keep it all.
@@ -216,18 +216,20 @@ def test_images_are_resized_smoothly(copies, monkeypatch):
         ("tanganke/gtsrb?sise=32", "did you mean 'size'"),
         ("tanganke/gtsrb?size=0", "HEIGHTxWIDTH"),
         ("tanganke/gtsrb?size=32x32x3", "HEIGHTxWIDTH"),
+        ("tanganke/gtsrb?size=32x1025", "1 to 1024 pixels"),
+        (f"tanganke/gtsrb?size={'9' * 5000}", "1 to 1024 pixels"),
         ("tanganke/gtsrb?size=32&channels=2", "1 or 3"),
         ("digits?size=4", "no options"),
     ],
 )
 def test_a_way_of_reading_that_does_not_fit_is_named(copies, monkeypatch, dataset, words):
-    monkeypatch.setenv(datasets.DATA_VARIABLE, str(copies))
+    monkeypatch.setenv(hub.DATA_VARIABLE, str(copies))
     with pytest.raises((DataError, UnknownNameError), match=words):
         load_images(dataset, "train")
 
 
 def test_how_images_are_read_is_kept_with_a_model(copies, monkeypatch, tmp_path):
-    monkeypatch.setenv(datasets.DATA_VARIABLE, str(copies))
+    monkeypatch.setenv(hub.DATA_VARIABLE, str(copies))
     model = infect(
         "tanganke/gtsrb?size=12x16&channels=1",
         "small_cnn",
@@ -246,12 +248,12 @@ def test_how_images_are_read_is_kept_with_a_model(copies, monkeypatch, tmp_path)
 def test_images_of_more_than_eight_bits_are_refused(tmp_path):
     images = [np.zeros((8, 8), dtype=np.uint16)] * 2
     with pytest.raises(DataError, match="8 bits"):
-        load_images(save(tmp_path / "set", images, [0, 1], {"label": hub.Value("int64")}), "train")
+        load_images(save(tmp_path / "set", images, [0, 1], {"label": library.Value("int64")}), "train")
 
 
 def test_grey_and_colour_images_get_the_mode_of_the_first(tmp_path):
     images = [np.zeros((8, 8), dtype=np.uint8), np.full((8, 8, 3), 255, dtype=np.uint8)]
-    loaded, _ = load_images(save(tmp_path / "set", images, [0, 1], {"label": hub.Value("int64")}), "train")
+    loaded, _ = load_images(save(tmp_path / "set", images, [0, 1], {"label": library.Value("int64")}), "train")
     assert loaded.shape == (2, 1, 8, 8)
     assert loaded[1].min() == 1
 

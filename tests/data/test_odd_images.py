@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from backdoor_gym.data.arrays import as_images, as_labels
 from backdoor_gym.data.datasets import LabelledImages
-from backdoor_gym.data.own_images import as_images, as_labels, own_images
+from backdoor_gym.data.own_images import own_images
 from backdoor_gym.errors import DataError
 from backdoor_gym.files.npz import Member, members
 
@@ -241,7 +242,7 @@ def test_images_that_are_not_resized_have_a_bearable_size(tmp_path):
 
 
 def test_more_images_than_memory_are_refused_after_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("backdoor_gym.data.own_images.MOST_HELD", 1000)
+    monkeypatch.setattr("backdoor_gym.data.folders.MOST_HELD", 1000)
     for index in range(10):
         Image.new("L", (8, 8)).save(folder(tmp_path / str(index)) / "0" / "b.png")
         os.replace(tmp_path / str(index) / "0" / "b.png", tmp_path / str(index) / "b.png")

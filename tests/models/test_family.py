@@ -2,6 +2,7 @@ import threading
 from collections import Counter
 
 import pytest
+import torch
 
 from backdoor_gym.errors import TrainingError
 from backdoor_gym.models import family
@@ -136,3 +137,20 @@ def test_one_model_is_really_made(cache):
         assert model.target == drawn.target
     assert len(model.clean) == family.CLEAN_IMAGES
     assert not set(model.clean.source.indices) & set(model.test.source.indices)
+
+
+def test_only_the_defenders_images_are_corrupted(infected):
+    shifted = family.corrupted(infected, "brightness", 0.04)
+    assert not torch.equal(shifted.clean.images, infected.clean.images)
+    assert torch.equal(shifted.clean.labels, infected.clean.labels)
+    assert shifted.test is infected.test
+    assert shifted.network is infected.network
+    assert shifted.facts["corruption"] == "brightness"
+
+
+def test_half_of_the_family_is_corrupted_and_a_name_always_alike():
+    kinds = Counter(family.corruption(f"digits-test/{seed}")["kind"] for seed in range(400))
+    assert 160 < kinds["none"] < 240
+    assert kinds["jpeg"] > 60
+    assert kinds["brightness"] > 60
+    assert family.corruption("digits-test/5") == family.corruption("digits-test/5")

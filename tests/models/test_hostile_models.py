@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from backdoor_gym import InfectedModel, load_infected
-from backdoor_gym.data import datasets
 from backdoor_gym.errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from backdoor_gym.files.tensors import read_tensors, write_tensors
 
@@ -101,7 +100,7 @@ def test_data_sets_that_a_file_names_are_no_paths_and_no_builders(forged, name, 
     (tmp_path / "f").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(datasets, "_hub_at", lambda *_: pytest.fail("the data set was asked for"))
+    monkeypatch.setattr("backdoor_gym.data.hub.load", lambda *_: pytest.fail("the data set was asked for"))
     path = forged(lambda metadata: metadata["data"]["clean"].update(dataset=name))
     with pytest.raises(BackdoorGymError):
         load_infected(path)

@@ -10,8 +10,7 @@ import ray
 from ray.rllib.core.columns import Columns
 
 from backdoor_gym.agents import ONP
-from backdoor_gym.agents.encoder import EncoderOptions
-from backdoor_gym.agents.graph_policy import as_tensors
+from backdoor_gym.agents.encoder import EncoderOptions, as_tensors
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.on_ray.rllib import GraphRLModule, train_on_cluster
 from backdoor_gym.policies.registry import make_policy

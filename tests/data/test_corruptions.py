@@ -1,12 +1,9 @@
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
 
+from backdoor_gym.data.corruptions import corrupt, draw_corruption
 from backdoor_gym.errors import UnknownNameError
-from backdoor_gym.models import family
-from backdoor_gym.models.corruptions import corrupt, corrupted, draw_corruption
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -30,21 +27,7 @@ def test_unknown_corruptions_are_named():
         corrupt(torch.rand(1, 1, 8, 8), "blurr", 1)
 
 
-def test_only_the_defenders_images_are_corrupted(infected):
-    shifted = corrupted(infected, "brightness", 0.04)
-    assert not torch.equal(shifted.clean.images, infected.clean.images)
-    assert torch.equal(shifted.clean.labels, infected.clean.labels)
-    assert shifted.test is infected.test
-    assert shifted.network is infected.network
-    assert shifted.facts["corruption"] == "brightness"
-
-
-def test_half_of_the_family_is_corrupted_and_a_name_always_alike():
-    kinds = Counter(family.corruption(f"digits-test/{seed}")["kind"] for seed in range(400))
-    assert 160 < kinds["none"] < 240
-    assert kinds["jpeg"] > 60
-    assert kinds["brightness"] > 60
-    assert family.corruption("digits-test/5") == family.corruption("digits-test/5")
+def test_levels_are_mild():
     levels = [draw_corruption(np.random.default_rng(seed)) for seed in range(100)]
-    assert all(50 <= one["level"] <= 95 for one in levels if one["kind"] == "jpeg")
-    assert all(abs(one["level"]) <= 0.05 for one in levels if one["kind"] == "brightness")
+    assert all(50 <= drawn["level"] <= 95 for drawn in levels if drawn["kind"] == "jpeg")
+    assert all(abs(drawn["level"]) <= 0.05 for drawn in levels if drawn["kind"] == "brightness")
