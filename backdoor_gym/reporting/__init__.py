@@ -4,6 +4,6 @@ The names and facts in it may come from an untrusted model file. All are escaped
 lets nothing run and nothing load.
 """
 
-from .page import render
+from .page import render, write_report
 
-__all__ = ["render"]
+__all__ = ["render", "write_report"]

@@ -4,6 +4,7 @@ import hashlib
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from ..attacks.targets import target_labels
 from ..metrics import predict_logits
 from ..policies.registry import is_onp
 from ..wording import printable
+from ..writing import write_text
 from . import pictures
 from .conclusion import conclude
 from .reasons import Reasons, reasons
@@ -70,6 +72,11 @@ class Row(NamedTuple):
     reasons: Reasons
     acc: float
     suspected_danger: float | None
+
+
+def write_report(result: "RepairResult", path: str | Path) -> None:
+    """Write the page alone; ``WriteError`` where the file cannot be written."""
+    write_text(Path(path), render(result))
 
 
 def render(result: "RepairResult", command: str | None = None) -> str:

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from backdoor_gym.reporting import render
+from backdoor_gym.reporting import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -35,7 +35,7 @@ def show(browser, tmp_path):
 
     def opened(result, width=1280, scheme="light"):
         file = tmp_path / "report.html"
-        file.write_text(render(result), encoding="utf-8")
+        write_report(result, file)
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         heard: list[str] = []
         page.on("console", lambda message: heard.append(f"console: {message.text}"))
