@@ -76,7 +76,8 @@ def _read_files(folder: Path, files: list[Path], size: tuple[int, int] | None) -
             f"the images in {folder} have different sizes (width x height: {sizes[0]} and {sizes[-1]}); give the size that the "
             "network takes (--image-size, image_size=)"
         )
-    return as_tensor(images)
+    # A single channel passes for channels last, too; rounding in a convolution follows the order.
+    return as_tensor(images).clone(memory_format=torch.contiguous_format)
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

@@ -64,5 +64,5 @@ def as_tensor(images: Sequence[Image.Image]) -> Tensor:
     """float32 (n, C, H, W) in [0, 1] of ``plain`` images of one size: grey if all of them are, and RGB otherwise."""
     grey = all(image.mode == "L" for image in images)
     pixels = torch.from_numpy(np.stack([np.asarray(image if grey else image.convert("RGB")) for image in images]))
-    channels_first = pixels[:, None] if grey else pixels.permute(0, 3, 1, 2)
-    return channels_first.contiguous().float().div_(255)
+    channels_last = pixels[..., None] if grey else pixels
+    return channels_last.permute(0, 3, 1, 2).contiguous().float().div_(255)
