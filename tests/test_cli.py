@@ -348,10 +348,10 @@ def test_what_a_library_prints_does_not_spoil_the_json(run, monkeypatch):
     def careless(*arguments, **own):
         print("loading ...")
         warnings.warn("old format", UserWarning, stacklevel=1)
-        return load_infected(*arguments, **own)
+        return load_specified(*arguments, **own)
 
-    load_infected = catalogue.load_infected
-    monkeypatch.setattr(catalogue, "load_infected", careless)
+    load_specified = catalogue.load_specified
+    monkeypatch.setattr(catalogue, "load_specified", careless)
     code, out, err = run("inspect", "--json")
     assert code == 0
     assert json.loads(out)["name"] == "digits-badnets"
