@@ -135,7 +135,12 @@ def repair_model(table: str, model: str, few: int | None, cells: list[Cell], fil
             made = make(makers[policy], env, budget, seed)
             paid.clear()  # of what it learned on
             if finish := getattr(made, "finish", None):
-                made.finish = lambda env: paid.append(float(finish(env)))
+
+                def counted_finish(env: Any) -> float:
+                    paid.append(float(finish(env)))
+                    return paid[-1]
+
+                made.finish = counted_finish
             acting.append(made)
             return made
 
