@@ -41,7 +41,7 @@ def broken(env, seed):
 
 def crashing(env, seed):
     """A policy that takes its process with it, on one of the two models."""
-    if env.victim.model.facts["attack"] == "badnets":
+    if env.session.victim.model.facts["attack"] == "badnets":
         os.kill(os.getpid(), signal.SIGSEGV)
     return RandomPolicy(seed)
 
