@@ -28,7 +28,7 @@ def learn_alone(onp: ONP, env: BackdoorPruneEnv, steps: int, warm: bool = False)
     options["max_steps"] = min(options["max_steps"] or MAX_STEPS, MAX_STEPS)
     if warm:
         shown = {key: value for key, value in options.items() if key != "infected"}
-        warm_start(onp.network, examples([env.session.victim.model], oracle=False, **shown), EPOCHS)
+        warm_start(onp.network, examples([env.session.prepared.model], oracle=False, **shown), EPOCHS)
 
     def make() -> gym.Env:
         return Monitor(gym.make(ENVIRONMENT, reward="acc", disable_env_checker=True, **options))

@@ -9,7 +9,7 @@ from stable_baselines3.common.monitor import Monitor
 from backdoor_gym.errors import DataError
 from backdoor_gym.models.catalogue import resolve
 from backdoor_gym.session.generator import InfectedGenerator
-from backdoor_gym.session.prepared_model import VictimOptions
+from backdoor_gym.session.prepared_model import Preparation
 
 from .vec_env import ThreadedVecEnv
 
@@ -34,7 +34,7 @@ def school(infected: Sequence[str], envs: int = 12, seed: int | None = None, **o
     names = names_of(infected)
     if len(names) < envs:
         raise DataError(f"{len(names)} models cannot be divided among {envs} sub-environments; lower envs")
-    options = {"max_steps": MAX_STEPS, "max_units": InfectedGenerator(names, VictimOptions()).max_units(), **options}
+    options = {"max_steps": MAX_STEPS, "max_units": InfectedGenerator(names, Preparation()).max_units(), **options}
     vector = ThreadedVecEnv(
         [
             _maker(infected=names[index::envs], **{"accuracy_budget": BUDGETS[index % len(BUDGETS)], **options})

@@ -25,7 +25,7 @@ from backdoor_gym.errors import DataError
 from backdoor_gym.metrics import target_margin
 from backdoor_gym.processes import workers
 from backdoor_gym.progress import bar
-from backdoor_gym.session.prepared_model import Victim
+from backdoor_gym.session.prepared_model import PreparedModel
 
 from .encoder import GraphActorCritic
 from .school import BUDGETS
@@ -63,7 +63,7 @@ class Example:
     value: np.ndarray
 
 
-def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
+def benefits(prepared: PreparedModel, pruned: np.ndarray | None = None) -> np.ndarray:
     """First-order benefit of pruning each unit, float64 (units,); zeros for a clean model.
 
     It is the fall of the true target's margin on triggered test images, less the rise of the loss on the defender's clean
@@ -73,20 +73,20 @@ def benefits(victim: Victim, pruned: np.ndarray | None = None) -> np.ndarray:
     Raises:
         DataError: the trigger, the target or test images are not known.
     """
-    if _is_clean(victim):
-        return np.zeros(len(victim))
-    trigger, target, test = victim.model.trigger, victim.model.target, victim.model.test
+    if _is_clean(prepared):
+        return np.zeros(len(prepared))
+    trigger, target, test = prepared.model.trigger, prepared.model.target, prepared.model.test
     if trigger is None or target is None or test is None:
-        raise DataError(f"the trigger, the target or test images of {victim.name} are not known")
+        raise DataError(f"the trigger, the target or test images of {prepared.name} are not known")
     images = test.first(IMAGES)
-    targets = target_labels(images.labels, target, victim.model.num_classes)
+    targets = target_labels(images.labels, target, prepared.model.num_classes)
     others = images.labels != targets
-    triggered, targets = trigger(images.images[others]), targets[others].to(victim.options.device)
-    clean = victim.clean.first(IMAGES)
-    labels = clean.labels.to(victim.options.device)
-    mask = victim.neuron_mask(np.zeros(len(victim), dtype=bool) if pruned is None else pruned)
-    pull = victim.by_mask(victim.neurons, triggered, lambda logits: target_margin(logits, targets).mean(), mask)
-    harm = -victim.by_mask(victim.neurons, clean.images, lambda logits: F.cross_entropy(logits, labels), mask)
+    triggered, targets = trigger(images.images[others]), targets[others].to(prepared.options.device)
+    clean = prepared.clean.first(IMAGES)
+    labels = clean.labels.to(prepared.options.device)
+    mask = prepared.neuron_mask(np.zeros(len(prepared), dtype=bool) if pruned is None else pruned)
+    pull = prepared.by_mask(prepared.neurons, triggered, lambda logits: target_margin(logits, targets).mean(), mask)
+    harm = -prepared.by_mask(prepared.neurons, clean.images, lambda logits: F.cross_entropy(logits, labels), mask)
     return pull / max(pull.std(), 1e-12) - np.maximum(harm, 0) / max(harm.std(), 1e-12)
 
 
@@ -123,10 +123,10 @@ def _example(name: Any, options: dict[str, Any], index: int, oracle: bool) -> Ex
     """The example of one repair, which goes on for a while after it is done; noise by ``index`` makes it differ from the best."""
     env = BackdoorPruneEnv([name], reward="oracle" if oracle else "acc", **options)
     observation, _ = env.reset(seed=0)
-    victim, count = env.session.victim, len(env.session.victim)
+    prepared, count = env.session.prepared, len(env.session.prepared)
     random = np.random.default_rng([0, index])
     noise = random.gumbel(size=count)
-    order = benefits(victim) + noise if oracle and random.random() < 0.5 else None
+    order = benefits(prepared) + noise if oracle and random.random() < 0.5 else None
     edges = int(observation["num_edges"][0])
     states: list[dict[str, np.ndarray]] = []
     preferences: list[np.ndarray] = []
@@ -168,7 +168,7 @@ def _preference(
         preference[-1] = 1
     else:
         worth = (
-            benefits(env.session.victim, env.session.state.pruned)
+            benefits(env.session.prepared, env.session.state.pruned)
             if oracle
             else _seen_benefits(observation)[: len(legal)]
         )
@@ -187,11 +187,11 @@ def _seen_benefits(observation: Mapping[str, np.ndarray]) -> np.ndarray:
 def _is_done(env: BackdoorPruneEnv, oracle: bool) -> bool:
     """Whether there is no backdoor, or no longer: by the true danger, or by the suspected one."""
     danger = env.session.figures.danger if oracle else env.session.figures.suspected_danger
-    return (oracle and _is_clean(env.session.victim)) or (danger is not None and danger < DONE)
+    return (oracle and _is_clean(env.session.prepared)) or (danger is not None and danger < DONE)
 
 
-def _is_clean(victim: Victim) -> bool:
-    return victim.model.facts.get("attack") == "clean"
+def _is_clean(prepared: PreparedModel) -> bool:
+    return prepared.model.facts.get("attack") == "clean"
 
 
 def _values(rewards: Sequence[float]) -> np.ndarray:

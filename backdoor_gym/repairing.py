@@ -107,31 +107,32 @@ def repair(
     clean_before = info["acc"]
     judge = getattr(acting, "verdict", None)
     # Where there are no BN statistics the policy has nothing to judge by.
-    session, victim = env.session, env.session.victim
-    verdict = None if judge is None or victim.suspected is None else float(judge(observation))
+    session, prepared = env.session, env.session.prepared
+    verdict = None if judge is None or prepared.suspected is None else float(judge(observation))
     run_episode(acting, env, observation, lambda steps: watch("pruning: steps", steps, None))
     seconds = time.perf_counter() - start
-    if victim.neurons.coverage < LITTLE:
-        left = ", ".join(f"{account.name} ({account.reason})" for account in victim.neurons.left_out[:3])
+    if prepared.neurons.coverage < LITTLE:
+        left = ", ".join(f"{account.name} ({account.reason})" for account in prepared.neurons.left_out[:3])
         warnings.warn(
-            f"only {victim.neurons.coverage:.0%} of the network's channels can be pruned; a backdoor may sit in the others: {left}",
+            f"only {prepared.neurons.coverage:.0%} of the network's channels can be pruned; a backdoor may sit in the others: "
+            f"{left}",
             stacklevel=2,
         )
-    mask = victim.neuron_mask(session.state.pruned)
-    network = write_mask(model.network, victim.neurons, mask)
+    mask = prepared.neuron_mask(session.state.pruned)
+    network = write_mask(model.network, prepared.neurons, mask)
     before = model.evaluate(deep_copy(model.network).to(device), lambda *count: watch("scoring before", *count))
     after = model.evaluate(network.to(device), lambda *count: watch("scoring after", *count))
     network.cpu()
     snapshot = Snapshot.of(session)
     env.close()
-    suspected = victim.suspected if victim.inverted is None else victim.inverted
+    suspected = prepared.suspected if prepared.inverted is None else prepared.inverted
     return RepairResult(
         network,
         [
-            victim.neurons.names[neuron]
+            prepared.neurons.names[neuron]
             for unit in dict.fromkeys(unit for unit, given_back in session.state.changes if not given_back)
             if session.state.pruned[unit]
-            for neuron in victim.units[unit]
+            for neuron in prepared.units[unit]
         ],
         before,
         after,
@@ -142,12 +143,12 @@ def repair(
         name,
         getattr(acting, "settings", dict)(),
         model,
-        victim.neurons,
+        prepared.neurons,
         mask,
         snapshot,
-        victim.neuron_features,
+        prepared.neuron_features,
         _course(session, snapshot),
-        victim.reading,
+        prepared.reading,
         arguments,
         verdict,
         None if suspected is None else suspected.target,
@@ -156,8 +157,8 @@ def repair(
 
 def _course(session: RepairSession, snapshot: Snapshot) -> tuple[Change, ...]:
     """What was done to the network, step by step."""
-    victim, changes = session.victim, session.state.changes
-    names = [tuple(victim.neurons.names[neuron] for neuron in victim.units[unit]) for unit, _ in changes]
+    prepared, changes = session.prepared, session.state.changes
+    names = [tuple(prepared.neurons.names[neuron] for neuron in prepared.units[unit]) for unit, _ in changes]
     return tuple(
         Change(neurons, given_back, acc, danger)
         for neurons, (_, given_back), acc, danger in zip(

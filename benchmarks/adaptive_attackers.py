@@ -21,7 +21,7 @@ from backdoor_gym.analysis.uclc_penalty import UCLCPenalty
 from backdoor_gym.benchmarking.cells import Result
 from backdoor_gym.benchmarking.resuming import Row, RowFile, run_tasks
 from backdoor_gym.models import family
-from backdoor_gym.session.prepared_model import Victim, VictimOptions
+from backdoor_gym.session.prepared_model import Preparation, PreparedModel
 
 RESULTS = Path(__file__).parent / "results" / "adaptive_attackers"
 MODELS = Path("infected/adaptive")
@@ -90,10 +90,10 @@ def make(seed: int) -> None:
 def describe(name: str, attacker: str, file: RowFile) -> None:
     """What the defender's evidence says of a model, before any repair."""
     model = InfectedModel.load(MODELS / f"{name}.safetensors")
-    victim = Victim(model, VictimOptions())
-    named = victim.suspected is not None and victim.suspected.target == model.target
-    evidence = {"largest_uclc_z": float(victim.uclc_scores.max()), "label_named": named}
-    file.add(model=name, attacker=attacker, **model.facts, neurons=len(victim), **evidence)
+    prepared = PreparedModel(model, Preparation())
+    named = prepared.suspected is not None and prepared.suspected.target == model.target
+    evidence = {"largest_uclc_z": float(prepared.uclc_scores.max()), "label_named": named}
+    file.add(model=name, attacker=attacker, **model.facts, neurons=len(prepared), **evidence)
 
 
 def table(rows: list[Row], results: list[Result]) -> str:

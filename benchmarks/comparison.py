@@ -54,9 +54,9 @@ IMAGES, FEW_IMAGES = (50, 100, 200), ("CLP auto", LOOKING, "mlp-0")
 SEEDED = ("random", "ONP alone", "ONP, tuned")
 #: What a rival can say of the network as a whole, beside the policies' verdicts.
 SIGNS = {
-    "CLP u=3": ("largest UCLC z", lambda victim: float(victim.uclc_scores.max())),
-    "rank by KL": ("largest KL z", lambda victim: float(victim.features[:, STATIC_FEATURES.index("kl")].max())),
-    "rank by pull": ("evidence of the inverted trigger alone", lambda victim: victim.inverted.evidence),
+    "CLP u=3": ("largest UCLC z", lambda prepared: float(prepared.uclc_scores.max())),
+    "rank by KL": ("largest KL z", lambda prepared: float(prepared.features[:, STATIC_FEATURES.index("kl")].max())),
+    "rank by pull": ("evidence of the inverted trigger alone", lambda prepared: prepared.inverted.evidence),
 }
 
 #: A repair: model, policy, budget, clean images (None for all), seed.
@@ -152,7 +152,7 @@ def repair_model(table: str, model: str, few: int | None, cells: list[Cell], fil
         if type(acting[0]) is ONP:
             row["verdict"] = acting[0].verdict(env.reset(seed=0)[0])
         if policy in SIGNS:
-            row["verdict"] = SIGNS[policy][1](env.session.victim)
+            row["verdict"] = SIGNS[policy][1](env.session.prepared)
         file.add(**row)
 
 

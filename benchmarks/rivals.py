@@ -22,8 +22,8 @@ from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.reward import accuracy_reward
 from backdoor_gym.masking.masked import MaskedNetwork
 from backdoor_gym.metrics import accuracy, danger, der
-from backdoor_gym.session.masked_model import MaskedVictim
-from backdoor_gym.session.prepared_model import Victim
+from backdoor_gym.session.masked_model import MaskedModel
+from backdoor_gym.session.prepared_model import PreparedModel
 from backdoor_gym.session.session import Transition
 
 FITS = Path(__file__).parent / "results" / "onp_ridge.json"
@@ -77,17 +77,17 @@ class GreedyReward:
         self.env = env
 
     def predict(self, observation: dict[str, np.ndarray], *_: Any, **__: Any) -> tuple[int, None]:
-        env, victim = self.env, self.env.session.victim
-        slopes = victim.slopes(env.session.state.pruned)
-        pull, harm = slopes.pull, slopes.harm
+        env, prepared = self.env, self.env.session.prepared
+        gradients = prepared.gradients(env.session.state.pruned)
+        pull, harm = gradients.pull, gradients.harm
         promise = pull / max(pull.std(), 1e-12) - np.maximum(harm, 0) / max(harm.std(), 1e-12)
-        legal = env.action_masks()[:-1][: len(victim)]
+        legal = env.action_masks()[:-1][: len(prepared)]
         best, action = env.step_cost, env.stop_action
         for unit in np.argsort(-np.where(legal, promise, -np.inf))[: min(CANDIDATES, int(legal.sum()))]:
             after = env.session.peek([int(unit)])
             if observation["globals"][0] + observation["globals"][1] - after.acc > env.accuracy_budget + 1e-6:
                 continue
-            reward = accuracy_reward(Transition(victim, int(unit), env.session.figures, after))
+            reward = accuracy_reward(Transition(prepared, int(unit), env.session.figures, after))
             if reward > best:
                 best, action = reward, int(unit)
         return action, None
@@ -100,32 +100,32 @@ class GreedyReference:
     """
 
     def __init__(self, env: BackdoorPruneEnv) -> None:
-        self.actions = [*greedy_path(env.session.victim, env.accuracy_budget or 0.0), env.stop_action]
+        self.actions = [*greedy_path(env.session.prepared, env.accuracy_budget or 0.0), env.stop_action]
 
     def predict(self, *_: Any, **__: Any) -> tuple[int, None]:
         return self.actions.pop(0), None
 
 
-def greedy_path(victim: Victim, accuracy_budget: float) -> list[int]:
+def greedy_path(prepared: PreparedModel, accuracy_budget: float) -> list[int]:
     """The units up to the best DER on the way."""
-    model = victim.model
+    model = prepared.model
     assert model.test is not None
     assert model.trigger is not None
     assert model.target is not None
     labels = target_labels(model.test.labels, model.target, model.num_classes)
     others = model.test.labels != labels
-    clean = MaskedNetwork(victim.neurons, model.test.images)
-    triggered = MaskedNetwork(victim.neurons, model.trigger(model.test.images[others]))
+    clean = MaskedNetwork(prepared.neurons, model.test.images)
+    triggered = MaskedNetwork(prepared.neurons, model.trigger(model.test.images[others]))
 
     def look(pruned: np.ndarray) -> tuple[float, float]:
-        mask = victim.neuron_mask(pruned)
+        mask = prepared.neuron_mask(pruned)
         logits = clean.logits(mask)
         value = danger(triggered.logits(mask), labels[others])
         return accuracy(logits, model.test.labels), value + 0.01 * F.cross_entropy(logits, model.test.labels).item()
 
-    tried = np.argsort(-benefits(victim))[:CANDIDATES]
-    pruned, path, best = np.zeros(len(victim), dtype=bool), list[int](), 0
-    defender = MaskedVictim(victim, score_samples=0)
+    tried = np.argsort(-benefits(prepared))[:CANDIDATES]
+    pruned, path, best = np.zeros(len(prepared), dtype=bool), list[int](), 0
+    defender = MaskedModel(prepared, score_samples=0)
     least_acc = defender.figures(pruned).acc - accuracy_budget - 1e-9
     first_acc, first_value = look(pruned)
     best_der = der(first_acc, first_value, first_acc, first_value)
@@ -142,7 +142,7 @@ def greedy_path(victim: Victim, accuracy_budget: float) -> list[int]:
         path.append(min(options)[1])
         pruned[path[-1]] = True
         for network in (clean, triggered):
-            network.logits(victim.neuron_mask(pruned))
+            network.logits(prepared.neuron_mask(pruned))
             network.keep()
         defender.figures(pruned)
         defender.keep()

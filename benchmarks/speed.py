@@ -60,8 +60,8 @@ from backdoor_gym.benchmarking.resuming import Row, RowFile, run_tasks
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.vector import BackdoorPruneVectorEnv
 from backdoor_gym.neurons.finding import find_neurons
-from backdoor_gym.session.masked_model import MaskedVictim
-from backdoor_gym.session.prepared_model import Victim
+from backdoor_gym.session.masked_model import MaskedModel
+from backdoor_gym.session.prepared_model import PreparedModel
 
 HERE = Path(__file__).parent
 U = 3.0
@@ -71,69 +71,69 @@ def measure_steps(network: str) -> Row:
     """Steps of random episodes, their parts, and the floor; rival (a)."""
     images, prunes, rounds = sizes_of(network)
     env = environment(network, images)
-    victim = env.session.victim
-    module, clean = victim.model.network, victim.clean
+    prepared = env.session.prepared
+    module, clean = prepared.model.network, prepared.clean
     random = np.random.default_rng(0)
     taken = np.zeros((rounds, 4))  # step, suspected danger, accuracy, rival
     gemm, floors = [], []
-    macs, needed = multiply_adds(victim.neurons, clean.images[:1])
-    inverted = 0 if victim.inverted is None else len(victim.inverted.images)
+    macs, needed = multiply_adds(prepared.neurons, clean.images[:1])
+    inverted = 0 if prepared.inverted is None else len(prepared.inverted.images)
     for row in taken:
         env.reset(seed=0)
         gemm.append(gemm_rate())
-        for unit in random.permutation(len(victim))[:prunes]:
+        for unit in random.permutation(len(prepared))[:prunes]:
             after = env.session.state.pruned
             after[unit] = True
-            mask = victim.neuron_mask(after)
+            mask = prepared.neuron_mask(after)
             other = int(random.choice(np.flatnonzero(~after)))  # not the unit, or the step would find its work done
             row[2] += seconds(lambda other=other: env.session.peek_clean([other]))
             row[1] += seconds(lambda other=other: env.session.peek_danger([other]))
             row[0] += seconds(lambda unit=unit: env.step(int(unit)))
             acc: list[float] = []
-            rival = partial(masked_accuracy, module, victim.neurons, mask, clean.images, clean.labels)
+            rival = partial(masked_accuracy, module, prepared.neurons, mask, clean.images, clean.labels)
             row[3] += seconds(lambda acc=acc, rival=rival: acc.append(rival()))
             assert abs(acc[0] - env.session.figures.acc) < 1.5 / len(clean), "the two networks answer differently"
             floors.append(needed[unit])
     step, suspected, accurate, rivals = (column.tolist() for column in taken.T / prunes)
-    slopes = median(seconds(lambda: env.session.masked.slopes(env.session.state.pruned)) for _ in range(rounds))
+    gradients = median(seconds(lambda: env.session.masked.gradients(env.session.state.pruned)) for _ in range(rounds))
     observe = median(seconds(env.observe) for _ in range(rounds))
-    passes = (0 if victim.inverted is None else inverted + len(victim.inverted.clean)) + min(200, len(clean))
+    passes = (0 if prepared.inverted is None else inverted + len(prepared.inverted.clean)) + min(200, len(clean))
     rate, floor = median(gemm), float(np.mean(floors))
     return {
-        "neurons": len(victim),
+        "neurons": len(prepared),
         "images": len(clean),
         "inverted_images": inverted,
         "step": ratio(step, rivals),
         "accuracy": ratio(accurate, rivals),
         "accuracy_and_danger": ratio([sum(pair) for pair in zip(suspected, accurate, strict=True)], rivals),
-        "slopes_s": slopes,
+        "slopes_s": gradients,
         "observe_s": observe,
         "gemm_gmacs": rate / 1e9,
         "forward_gmacs": macs * len(clean) / 1e9,
         "floor_accuracy_s": floor * len(clean) / rate,
-        "floor_step_s": (floor * (len(clean) + inverted) + macs * passes / env.slopes_every) / rate,
+        "floor_step_s": (floor * (len(clean) + inverted) + macs * passes / env.gradients_every) / rate,
     }
 
 
 def measure_memory(network: str) -> Row:
     """The largest resident size of a process that begins an episode and prunes eight neurons."""
     env = environment(network, sizes_of(network)[0])
-    for unit in np.random.default_rng(0).permutation(len(env.session.victim))[:8]:
+    for unit in np.random.default_rng(0).permutation(len(env.session.prepared))[:8]:
         env.step(int(unit))
     return {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
 
 
 def measure_preparation(network: str) -> Row:
     """Features and graph of a network that has just come, against passes of training."""
-    victim, found = Victim(model_of(network), BackdoorPruneEnv(DIGITS).generator.options), Row()
+    prepared, found = PreparedModel(model_of(network), BackdoorPruneEnv(DIGITS).generator.options), Row()
     if network == WIDE:
-        read(victim)
+        read(prepared)
     else:
-        found["reading_s"] = seconds(lambda: victim.reading)
-    module, neurons, clean = victim.model.network, victim.neurons, victim.clean
+        found["reading_s"] = seconds(lambda: prepared.reading)
+    module, neurons, clean = prepared.model.network, prepared.neurons, prepared.clean
 
     def know() -> None:
-        neuron_features(module, neurons, clean.images, clean.labels, victim.inverted)
+        neuron_features(module, neurons, clean.images, clean.labels, prepared.inverted)
         neuron_graph(module, neurons, connections=4, similar=4)
 
     ours, passes = [], []
@@ -190,7 +190,7 @@ def measure_ppo(network: str) -> Row:
 
     def twin() -> gym.Env[Any, Any]:
         options = {"accuracy_budget": 0.05, "score_samples": 0, "clean_samples": images, "max_steps": 100}
-        sharing = BackdoorPruneEnv(env.session.victim.model, **options)
+        sharing = BackdoorPruneEnv(env.session.prepared.model, **options)
         sharing.generator = env.generator
         return sharing
 
@@ -198,8 +198,8 @@ def measure_ppo(network: str) -> Row:
     onp = ONP(vector, seed=0, **{**PPO, "n_steps": steps, "batch_size": min(64, count * steps)})
     ppo = onp._trainer()
     clock = Clock()
-    for name in ("figures", "clean", "restart", "keep", "slopes"):
-        clock.watch(MaskedVictim, name, "network")
+    for name in ("figures", "clean", "restart", "keep", "gradients"):
+        clock.watch(MaskedModel, name, "network")
     for name in ("forward", "evaluate_actions"):
         clock.watch(type(ppo.policy), name, "policy")
     train, updates, rollouts = ppo.train, list[float](), list[float]()
@@ -211,7 +211,7 @@ def measure_ppo(network: str) -> Row:
     done, networks = 2 * count * steps, clock.taken["network"]
     rest = sum(rollouts) + sum(updates) - networks
     return {
-        "neurons": len(env.session.victim),
+        "neurons": len(env.session.prepared),
         "steps": count * steps,
         "rollout_s": min(rollouts),
         "update_s": min(updates),
@@ -239,7 +239,7 @@ def measure_vector(network: str) -> Row:
         for env, into in zip((vector, sync), taken, strict=True):
             env.reset(seed=0)
             random = np.random.default_rng(index)
-            actions = [random.permutation(len(first.session.victim))[:count] for _ in range(steps)]
+            actions = [random.permutation(len(first.session.prepared))[:count] for _ in range(steps)]
             answers: list[Any] = []
             into.append(seconds(partial(_play, env, actions, answers)))
             returned.append([answer[0]["nodes"] for answer in answers])
@@ -258,13 +258,15 @@ def measure_scaling(network: str) -> Row:
     env = BackdoorPruneEnv(
         model_of(network), accuracy_budget=None, score_samples=0, clean_samples=48 if network == WIDE else 200
     )
-    prepared = seconds(lambda: env.reset(seed=0))
-    victim = env.session.victim
-    macs, _ = multiply_adds(victim.neurons, victim.clean.images[:1])
-    images = victim.clean.images.contiguous(memory_format=torch.channels_last)
-    units = np.random.default_rng(0).permutation(len(victim))[:8].tolist()  # two are followed by derivatives taken anew
+    preparing = seconds(lambda: env.reset(seed=0))
+    prepared = env.session.prepared
+    macs, _ = multiply_adds(prepared.neurons, prepared.clean.images[:1])
+    images = prepared.clean.images.contiguous(memory_format=torch.channels_last)
+    units = (
+        np.random.default_rng(0).permutation(len(prepared))[:8].tolist()
+    )  # two are followed by derivatives taken anew
     with torch.no_grad():
-        forward = median(seconds(lambda: victim.model.network(images)) for _ in range(3))
+        forward = median(seconds(lambda: prepared.model.network(images)) for _ in range(3))
     evaluations = [seconds(lambda unit=unit: env.session.peek([unit])) for unit in units]
     env.reset(seed=0)
     steps = [seconds(lambda unit=unit: env.step(unit)) for unit in units]
@@ -275,17 +277,17 @@ def measure_scaling(network: str) -> Row:
     ]
     observation = env.observe()
     return {
-        "neurons": len(victim),
+        "neurons": len(prepared),
         "images": len(images),
         "mmacs_an_image": macs / 1e6,
-        "prepare_s": prepared,
+        "prepare_s": preparing,
         "forward_s": forward,
         "evaluation_s": float(np.mean(evaluations)),
-        "slopes_s": median(seconds(lambda: victim.slopes(env.session.state.pruned)) for _ in range(3)),
+        "slopes_s": median(seconds(lambda: prepared.gradients(env.session.state.pruned)) for _ in range(3)),
         "step_s": float(np.mean(steps)),
         "observation_bytes": sum(array.nbytes for array in observation.values()),
         "rollout_bytes_a_step": round(sum(array.nbytes for array in stored) / 64),
-        "graph_bytes": observation["edges"].nbytes + observation["edge_links"].nbytes + len(victim) * 40,
+        "graph_bytes": observation["edges"].nbytes + observation["edge_links"].nbytes + len(prepared) * 40,
     }
 
 

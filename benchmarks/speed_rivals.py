@@ -23,7 +23,7 @@ from backdoor_gym.models.infected import InfectedModel
 from backdoor_gym.networks import build
 from backdoor_gym.neurons.channels import Channels, Kind
 from backdoor_gym.neurons.finding import Neurons
-from backdoor_gym.session.prepared_model import Victim
+from backdoor_gym.session.prepared_model import PreparedModel
 
 HERE = Path(__file__).parent
 DIGITS, NARROW, WIDE, AUTHORS = "digits-train/140", "resnet18-16", "resnet18-64", "resnet18-64 of CLP's authors"
@@ -95,13 +95,13 @@ def environment(network: str, images: int) -> BackdoorPruneEnv:
     return env
 
 
-def read(victim: Victim) -> None:
+def read(prepared: PreparedModel) -> None:
     """A pattern in place of what a search, which takes minutes, would find."""
-    images = victim.clean.images
-    others = images[:100][victim.clean.labels[:100] != 0].contiguous(memory_format=torch.channels_last)
+    images = prepared.clean.images
+    others = images[:100][prepared.clean.labels[:100] != 0].contiguous(memory_format=torch.channels_last)
     pattern = 0.1 * torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(0))
     triggered = (others + pattern).clamp(0, 1).contiguous(memory_format=torch.channels_last)
-    victim.__dict__["reading"] = Reading(
+    prepared.__dict__["reading"] = Reading(
         Correction(),
         images,
         SuspectedTarget(0, 0.5, 0.0, 0.1, {}, {}),

@@ -28,8 +28,8 @@ from backdoor_gym.analysis.features import pull
 from backdoor_gym.analysis.suspected_target import suspect_target
 from backdoor_gym.metrics import target_margin
 from backdoor_gym.neurons.finding import find_neurons
-from backdoor_gym.session.masked_model import MaskedVictim
-from backdoor_gym.session.prepared_model import Victim, VictimOptions
+from backdoor_gym.session.masked_model import MaskedModel
+from backdoor_gym.session.prepared_model import Preparation, PreparedModel
 
 RESULTS = Path(__file__).parent / "results"
 NEURONS = 30
@@ -41,21 +41,21 @@ TRAINING, VALIDATION = (
 def measure(name: str) -> dict[str, Any]:
     """One network."""
     model = backdoor_gym.load_infected(name)
-    victim = Victim(model, VictimOptions())
-    inverted, target = victim.inverted, model.target
+    prepared = PreparedModel(model, Preparation())
+    inverted, target = prepared.inverted, model.target
     assert inverted is not None
     row = {"model": model.name, "attack": model.facts["attack"], "named": inverted.target == target}
     row |= {"size": inverted.size, "error": inverted.error, "evidence": inverted.evidence}
     if target is None:
         return row
-    nothing = np.zeros(len(victim), dtype=bool)
-    pulls = pull(victim.neurons, inverted).double().numpy()
-    masked = MaskedVictim(victim, score_samples=200)
-    true = victim.by_mask(
-        victim.neurons,
+    nothing = np.zeros(len(prepared), dtype=bool)
+    pulls = pull(prepared.neurons, inverted).double().numpy()
+    masked = MaskedModel(prepared, score_samples=200)
+    true = prepared.by_mask(
+        prepared.neurons,
         masked.triggered[0],
         lambda logits: target_margin(logits, target).mean(),
-        victim.neuron_mask(nothing),
+        prepared.neuron_mask(nothing),
     )
     others = np.random.default_rng(0).permutation(np.argsort(-pulls)[NEURONS:])[:NEURONS]
     whole = masked.figures(nothing)

@@ -153,7 +153,7 @@ def test_what_is_no_file_is_noticed_before_the_work(run, old, monkeypatch):
 
     for name in ("report.html", "cells.csv", "m.safetensors", "p.safetensors", "q.safetensors.checkpoint"):
         os.mkfifo(old / name)
-    for place in ("repairing.repair", "zoo.infecting.infect", "agents.training.train", "benchmarking.benchmark"):
+    for place in ("repairing.repair", "models.infecting.infect", "agents.training.train", "benchmarking.benchmark"):
         monkeypatch.setattr(f"backdoor_gym.{place}", work)
     other = ("infect", "--out", "old/q.safetensors")
     for arguments, name in (

@@ -272,15 +272,15 @@ def run_cell(blank: Result, maker: Maker, ready: Ready, conditions: Conditions) 
     env, model, before = ready.env, ready.model, ready.before
     env.accuracy_budget = own_budget(maker) if blank.budget is OWN else blank.budget
     env.max_steps = None if blank.budget is OWN else conditions.max_steps
-    memory = env.session.victim.defender.memory  # learning that serves several budgets counts in each
+    memory = env.session.prepared.defender.memory  # learning that serves several budgets counts in each
     start, spared = time.perf_counter(), memory.spared
     env.reset(seed=0)
     policy = make(maker, env, blank.budget, blank.seed)  # which may learn in the environment
     observation, _ = env.reset(seed=0)
     run_episode(policy, env, observation)
     seconds = time.perf_counter() - start + memory.spared - spared
-    mask = env.session.victim.neuron_mask(env.session.state.pruned)
-    after = model.evaluate(write_mask(model.network, env.session.victim.neurons, mask).to(conditions.device))
+    mask = env.session.prepared.neuron_mask(env.session.state.pruned)
+    after = model.evaluate(write_mask(model.network, env.session.prepared.neurons, mask).to(conditions.device))
     shares: dict[str, Any] = {f"{name}_before": value for name, value in before.as_dict().items()} | after.as_dict()
     return replace(
         blank,

@@ -161,8 +161,8 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
                 f"one agent a layer needs one network, not {len(self.single.generator)}: its layers are the agents"
             )
         self.render_mode = render_mode
-        victim = self.single.generator.draw(np.random.default_rng(0))  # the only one
-        self._layers = Layers.of(owners(victim.defender), victim.graph.edges, victim.graph.edge_links)
+        prepared = self.single.generator.draw(np.random.default_rng(0))  # the only one
+        self._layers = Layers.of(owners(prepared.defender), prepared.graph.edges, prepared.graph.edge_links)
         #: Units of each agent.
         self.units = self._layers.units
         self.possible_agents = list(self.units)
@@ -316,7 +316,7 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
 
     def _infos(self, pruned: dict[str, int], undone: set[str]) -> dict[str, dict[str, Any]]:
         shared = {key: value for key, value in self.single.info().items() if key not in ("neuron", "undone")}
-        names = self.single.session.victim.unit_names
+        names = self.single.session.prepared.unit_names
         return {
             agent: {
                 **shared,

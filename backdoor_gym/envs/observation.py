@@ -8,7 +8,7 @@ from gymnasium import spaces
 from ..analysis.features import CLAMP, STATIC_FEATURES
 from ..analysis.neuron_graph import EDGE_FEATURES, max_edges
 from ..session import RepairSession
-from ..session.prepared_model import Victim
+from ..session.prepared_model import PreparedModel
 
 #: Columns of ``nodes``: the static features, then what the episode changes, then 1 (0 in padding).
 NODE_FEATURES = (*STATIC_FEATURES, "pruned", "tried", "layer_pruned", "pull_now", "harm_now", "clean_pull_now", "real")
@@ -50,7 +50,7 @@ class ObservationBuilder:
                 "globals": box(-CLAMP, CLAMP, (len(GLOBAL_FEATURES),), np.float32),
             }
         )
-        self._victim: Victim | None = None
+        self._victim: PreparedModel | None = None
         self._evidence: tuple[float, ...] = ()
         self._nodes = np.zeros(0)
         self._edges = np.zeros(0)
@@ -58,19 +58,19 @@ class ObservationBuilder:
 
     def observe(self, session: RepairSession, steps_left: float, action_mask: np.ndarray) -> dict[str, np.ndarray]:
         """The observation of a repair as it is now; ``steps_left`` is a share."""
-        victim, state = session.victim, session.state
-        if victim is not self._victim:
-            self._lay_out(victim)
-        count = len(victim)
+        prepared, state = session.prepared, session.state
+        if prepared is not self._victim:
+            self._lay_out(prepared)
+        count = len(prepared)
         nodes = self._nodes.copy()
         nodes[:count, _STATIC] = state.pruned
         nodes[:count, _STATIC + 1] = state.tried
-        sizes = np.bincount(victim.layer)
-        shares = np.bincount(victim.layer, weights=state.pruned) / np.maximum(sizes, 1)
-        nodes[:count, _STATIC + 2] = shares[victim.layer]
-        slopes = session.derivatives()
-        for column, slope in enumerate((slopes.pull, slopes.harm, slopes.clean_pull), start=_STATIC + 3):
-            nodes[:count, column] = np.clip(slope / max(slope.std(), 1e-12), -CLAMP, CLAMP)
+        sizes = np.bincount(prepared.layer)
+        shares = np.bincount(prepared.layer, weights=state.pruned) / np.maximum(sizes, 1)
+        nodes[:count, _STATIC + 2] = shares[prepared.layer]
+        gradients = session.derivatives()
+        for column, gradient in enumerate((gradients.pull, gradients.harm, gradients.clean_pull), start=_STATIC + 3):
+            nodes[:count, column] = np.clip(gradient / max(gradient.std(), 1e-12), -CLAMP, CLAMP)
         current, initial = session.figures, session.initial_figures
         figures = (
             current.acc,
@@ -89,33 +89,33 @@ class ObservationBuilder:
             "edges": self._edges.copy(),
             "edge_links": self._edge_links.copy(),
             "num_nodes": np.array([count], dtype=np.int64),
-            "num_edges": np.array([len(victim.graph.edges)], dtype=np.int64),
+            "num_edges": np.array([len(prepared.graph.edges)], dtype=np.int64),
             "action_mask": action_mask.astype(np.int8),
             "globals": np.clip(np.array(figures, dtype=np.float32), -CLAMP, CLAMP),
         }
 
-    def _lay_out(self, victim: Victim) -> None:
+    def _lay_out(self, prepared: PreparedModel) -> None:
         """The parts that stay the same in all episodes of a model."""
-        count, edges = len(victim), len(victim.graph.edges)
+        count, edges = len(prepared), len(prepared.graph.edges)
         self._nodes = np.zeros((self.max_units, len(NODE_FEATURES)), dtype=np.float32)
-        self._nodes[:count, :_STATIC] = victim.features
+        self._nodes[:count, :_STATIC] = prepared.features
         self._nodes[:count, -1] = 1
         self._edges = np.zeros((self.max_edges, len(EDGE_FEATURES)), dtype=np.float32)
-        self._edges[:edges] = victim.graph.edges
+        self._edges[:edges] = prepared.graph.edges
         self._edge_links = np.zeros((self.max_edges, 2), dtype=np.int64)
-        self._edge_links[:edges] = victim.graph.edge_links
-        self._evidence = evidence(victim)
-        self._victim = victim
+        self._edge_links[:edges] = prepared.graph.edge_links
+        self._evidence = evidence(prepared)
+        self._victim = prepared
 
 
-def evidence(victim: Victim) -> tuple[float, ...]:
+def evidence(prepared: PreparedModel) -> tuple[float, ...]:
     """What tells an infected from a clean network as a whole; zeros where the BN statistics cannot tell.
 
     2 + log10 of the shift of BN means; of the inverted trigger the error and the evidence. Scores within a layer cannot
     tell a clean network, since every layer has a largest one. These keep their scale. The rise and the margin of the
     suspected target and the size of the trigger do not: they depend on depth, augmentation and image size.
     """
-    suspected, inverted = victim.suspected, victim.inverted
+    suspected, inverted = prepared.suspected, prepared.inverted
     if suspected is None or inverted is None:
         return 0.0, 0.0, 0.0
     return 2 + math.log10(max(suspected.shift, 1e-4)), inverted.error, inverted.evidence

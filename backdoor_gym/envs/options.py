@@ -46,7 +46,7 @@ def check_arguments(options: Mapping[str, Any]) -> None:
         ("score_samples", 0, None),
         ("connections", 0, MOST_LINKS),
         ("similar", 0, MOST_LINKS),
-        ("slopes_every", 1, None),
+        ("gradients_every", 1, None),
     ):
         check_whole(name, options[name], least, most)
     for name, most in (("max_steps", None), ("clean_samples", None), ("max_units", MOST_UNITS)):

@@ -17,7 +17,7 @@ from ..rendering.viewer import Viewer
 from ..session import RepairSession
 from ..session.generator import Infected, InfectedGenerator
 from ..session.masked_model import SCORE_SAMPLES
-from ..session.prepared_model import Victim, VictimOptions
+from ..session.prepared_model import Preparation, PreparedModel
 from ..session.session import Transition
 from ..wording import shown
 from .observation import ObservationBuilder
@@ -67,7 +67,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     of the layer that is pruned, ``pull_now``, ``harm_now`` and ``clean_pull_now`` (what pruning the neuron would take
     from the suspected target's margin under the inverted trigger, add to the clean loss, and take from that margin on
     the clean images as they are, to first order, each in standard deviations over the network; taken anew after every
-    ``slopes_every`` prunes), and 1 for a real neuron.
+    ``gradients_every`` prunes), and 1 for a real neuron.
 
     ## Accuracy budget
 
@@ -121,7 +121,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         residual: "channel", or "group" to prune neurons that share a residual sum together.
         connections: strongest inputs of each neuron that are edges.
         similar: similarity links of each neuron that are edges.
-        slopes_every: prunes after which the derivatives among the features are taken anew.
+        gradients_every: prunes after which the derivatives among the features are taken anew.
         max_units: N, None for that of the largest network of ``infected``. Environments that are stepped together as one
             vector need the same.
         clean_samples: how many clean images the defender uses, None for all there are.
@@ -153,7 +153,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         residual: str = "channel",
         connections: int = 4,
         similar: int = 4,
-        slopes_every: int = 4,
+        gradients_every: int = 4,
         max_units: int | None = None,
         clean_samples: int | None = None,
         score_samples: int = SCORE_SAMPLES,
@@ -173,11 +173,11 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self.step_cost = step_cost
         self.failure_cost = failure_cost
         self.render_mode = render_mode
-        self.slopes_every = slopes_every
+        self.gradients_every = gradients_every
         self.score_samples = score_samples
         self._reward = make_reward(reward)
         self.generator = InfectedGenerator(
-            infected, VictimOptions(residual, connections, similar, clean_samples, device), data
+            infected, Preparation(residual, connections, similar, clean_samples, device), data
         )
         self._observer = ObservationBuilder(max_units or self.generator.max_units(), connections, similar)
         self.observation_space = self._observer.space  # type: ignore[assignment]
@@ -204,9 +204,9 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         EzPickle.__setstate__(self, state)
         self.__dict__.update({key: value for key, value in state.items() if key != "repair"})
         if repair is not None:
-            self._session = self._new_session(self._victim_of_episode(), repair[0])
+            self._session = self._new_session(self._model_of_episode(), repair[0])
             if repair[1]:
-                self._session.open()
+                self._session.reopen()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -225,8 +225,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         try:
             super().reset(seed=seed)
             drawn_from = self.np_random.bit_generator.state
-            victim = self.generator.draw(self.np_random) if asked_for is None else self.generator.get(asked_for)
-            self._session = self._begin(victim)
+            prepared = self.generator.draw(self.np_random) if asked_for is None else self.generator.get(asked_for)
+            self._session = self._begin(prepared)
         except BaseException:
             self._np_random, self._np_random_seed = random, random_seed
             if random is not None:
@@ -311,7 +311,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     @property
     def step_limit(self) -> int:
         """Steps after which this episode is truncated."""
-        return self.max_steps or len(self.session.victim)
+        return self.max_steps or len(self.session.prepared)
 
     def spec_options(self) -> dict[str, Any]:
         """The arguments that another environment of the same networks is made with, without reward, scoring and drawing."""
@@ -363,9 +363,9 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         return {
             **{key: value for key, value in scored.items() if value is not None},
             "pruned": int(session.state.pruned.sum()),
-            "neuron": "" if pruned is None else session.victim.unit_names[pruned],
+            "neuron": "" if pruned is None else session.prepared.unit_names[pruned],
             "undone": undone,
-            "infected": session.victim.name,
+            "infected": session.prepared.name,
         }
 
     def render(self) -> Any:
@@ -399,36 +399,36 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             raise DataError(f"a reward must be a finite number, not {shown(reward)}")
         return number
 
-    def _new_session(self, victim: Victim, state: Any = None) -> RepairSession:
+    def _new_session(self, prepared: PreparedModel, state: Any = None) -> RepairSession:
         return RepairSession(
-            victim, self.accuracy_budget, self.max_failures, self.score_samples, self.slopes_every, state
+            prepared, self.accuracy_budget, self.max_failures, self.score_samples, self.gradients_every, state
         )
 
-    def _victim_of_episode(self) -> Victim:
+    def _model_of_episode(self) -> PreparedModel:
         if self._asked_for is not None:
             return self.generator.get(self._asked_for)
         random = deepcopy(self.np_random)
         random.bit_generator.state = self._drawn_from
         return self.generator.draw(random)
 
-    def _begin(self, victim: Victim) -> RepairSession:
+    def _begin(self, prepared: PreparedModel) -> RepairSession:
         """The repair of an episode, with what is kept of the last one where the model is the same."""
-        if len(victim) > self._observer.max_units:
+        if len(prepared) > self._observer.max_units:
             raise DataError(
-                f"{victim.name} has {len(victim)} neurons, and this environment's spaces have room for "
+                f"{prepared.name} has {len(prepared)} neurons, and this environment's spaces have room for "
                 f"{self._observer.max_units}; name it in infected= when the environment is made, or raise max_units"
             )
         before = self._session
-        if before is not None and before.is_open and before.victim is victim:
+        if before is not None and before.is_open and before.prepared is prepared:
             before.restart()
             return before
-        victim.prepare()
+        prepared.prepare()
         was_open = before is not None and before.is_open
         if before is not None:
             before.close()  # its activations go before the next ones come
         try:
-            return self._new_session(victim)
+            return self._new_session(prepared)
         except BaseException:
             if before is not None and was_open:
-                before.open()
+                before.reopen()
             raise

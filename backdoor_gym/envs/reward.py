@@ -44,10 +44,10 @@ def oracle_reward(transition: Transition) -> float:
     else:
         lost = ACCURACY_WEIGHT * (before.test_acc - after.test_acc)
     if before.danger is None or after.danger is None:
-        if transition.victim.model.facts.get("attack") == "clean":
+        if transition.prepared.model.facts.get("attack") == "clean":
             return -CLEAN_PRUNE_COST - lost
         raise DataError(
-            f'reward="oracle" needs the trigger, the target and test images of {transition.victim.name}, '
+            f'reward="oracle" needs the trigger, the target and test images of {transition.prepared.name}, '
             "and score_samples above 0"
         )
     return before.danger - after.danger - lost

@@ -41,7 +41,7 @@ from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.models.catalogue import resolve
 from backdoor_gym.on_ray.cluster import cluster
 from backdoor_gym.session.generator import InfectedGenerator
-from backdoor_gym.session.prepared_model import VictimOptions
+from backdoor_gym.session.prepared_model import Preparation
 
 #: Name under which RLlib knows the environment.
 ENVIRONMENT = "BackdoorPrune-v0, of many networks"
@@ -220,7 +220,7 @@ def _configuration(
 
 def max_units(names: Sequence[str]) -> int:
     """Neurons of the largest of some networks."""
-    return InfectedGenerator(names, VictimOptions()).max_units()
+    return InfectedGenerator(names, Preparation()).max_units()
 
 
 def whole_network(context: Any) -> gym.Env[Any, Any]:

@@ -96,7 +96,7 @@ def run_episode(
     session = core.session
     takes_masks = "action_masks" in inspect.signature(policy.predict).parameters  # MaskablePPO's does
     if not getattr(policy, "reads_derivatives", True):
-        session.slopes_every = sys.maxsize
+        session.gradients_every = sys.maxsize
     state, first, done, steps, total = None, np.array([True]), False, 0, 0.0
     try:
         while not done:
@@ -109,7 +109,7 @@ def run_episode(
                 on_step(steps)
         return total + finish(policy, core)
     finally:
-        session.slopes_every = core.slopes_every
+        session.gradients_every = core.gradients_every
 
 
 def finish(policy: Any, env: BackdoorPruneEnv) -> float:

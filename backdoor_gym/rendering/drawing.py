@@ -69,21 +69,21 @@ class Snapshot:
     @classmethod
     def of(cls, session: RepairSession) -> Self:
         """What is to be drawn of a repair as it is now."""
-        victim, state = session.victim, session.state
+        prepared, state = session.prepared, session.state
         given_back = sum(restored for _, restored in state.changes)
-        latest = np.zeros(len(victim), dtype=bool)
+        latest = np.zeros(len(prepared), dtype=bool)
         if state.changes and not given_back:
             latest[state.changes[-1][0]] = True
         return cls(
-            name=victim.name,
-            layers=tuple((layer.name, layer.size) for layer in victim.neurons.layers),
-            suspicion=victim.suspicion,
-            strengths=victim.strengths,
-            pruned=~victim.neuron_mask(state.pruned),
-            undone=~victim.neuron_mask(state.tried),
-            latest=~victim.neuron_mask(latest),
+            name=prepared.name,
+            layers=tuple((layer.name, layer.size) for layer in prepared.neurons.layers),
+            suspicion=prepared.suspicion,
+            strengths=prepared.strengths,
+            pruned=~prepared.neuron_mask(state.pruned),
+            undone=~prepared.neuron_mask(state.tried),
+            latest=~prepared.neuron_mask(latest),
             acc=tuple(figures.acc for figures in state.history),
-            danger=() if victim.inverted is None else tuple(figures.suspected_danger for figures in state.history),
+            danger=() if prepared.inverted is None else tuple(figures.suspected_danger for figures in state.history),
             asr=tuple(figures.asr for figures in state.history if figures.asr is not None),
             least_acc=None if session.accuracy_budget is None else session.least_acc,
             given_back=given_back,

@@ -14,12 +14,12 @@ from ..errors import DataError
 from ..models.catalogue import load_infected, max_neurons, resolve
 from ..models.infected import InfectedModel, refuse_module
 from ..neurons.finding import find_neurons
-from .prepared_model import Victim, VictimOptions
+from .prepared_model import Preparation, PreparedModel
 
 MODEL = (str, Path, InfectedModel)
 Infected = str | Path | InfectedModel | Sequence[str | Path | InfectedModel]
 
-Ready = OrderedDict[Hashable, Victim]
+Ready = OrderedDict[Hashable, PreparedModel]
 
 #: Models that stay ready (without activations): to find the trigger of one takes longer than many prunes.
 READY = 384
@@ -37,7 +37,7 @@ class InfectedGenerator:
         data: data set to read the images of files from, instead of the one they name.
     """
 
-    def __init__(self, infected: Infected, options: VictimOptions, data: str | None = None) -> None:
+    def __init__(self, infected: Infected, options: Preparation, data: str | None = None) -> None:
         self.options = options
         self.data = data
         given = [infected] if isinstance(infected, MODEL) or not isinstance(infected, Iterable) else list(infected)
@@ -66,11 +66,11 @@ class InfectedGenerator:
                 most = max(most, len(find_neurons(model.network, model.clean.first(2).images)))
         return most
 
-    def draw(self, random: np.random.Generator) -> Victim:
+    def draw(self, random: np.random.Generator) -> PreparedModel:
         """A model drawn uniformly."""
         return self.get(self._entries[int(random.integers(len(self._entries)))])
 
-    def get(self, entry: str | Path | InfectedModel) -> Victim:
+    def get(self, entry: str | Path | InfectedModel) -> PreparedModel:
         """That model, made ready.
 
         Raises:
@@ -78,10 +78,10 @@ class InfectedGenerator:
         """
         check_model(entry)
         if isinstance(entry, InfectedModel):  # given as an object, it may be changed: no other environment shares it
-            return _remembered(self._own, id(entry), lambda: Victim(entry, self.options))
+            return _remembered(self._own, id(entry), lambda: PreparedModel(entry, self.options))
         name = str(entry)
         key = (name, _version(name), self.data, self.options)
-        return _remembered(_SHARED, key, lambda: Victim(load_infected(name, self.data), self.options))
+        return _remembered(_SHARED, key, lambda: PreparedModel(load_infected(name, self.data), self.options))
 
 
 def check_model(entry: Any) -> None:
@@ -92,7 +92,7 @@ def check_model(entry: Any) -> None:
     )
 
 
-def _remembered(ready: Ready, key: Hashable, make: Callable[[], Victim]) -> Victim:
+def _remembered(ready: Ready, key: Hashable, make: Callable[[], PreparedModel]) -> PreparedModel:
     """What was made ready under that key, made now if need be; what was used longest ago is forgotten."""
     with _LOCK:
         if key not in ready:

@@ -1,4 +1,4 @@
-"""A victim without some of its neurons: accuracy, suspected danger and, where the trigger is known, ASR."""
+"""A prepared without some of its neurons: accuracy, suspected danger and, where the trigger is known, ASR."""
 
 from collections.abc import Iterator
 from copy import copy
@@ -16,7 +16,7 @@ from ..attacks.targets import target_labels
 from ..data.datasets import LabelledImages
 from ..masking.masked import KEPT_BYTES, MaskedNetwork
 from ..metrics import accuracy, attack_success, danger, target_margin
-from .prepared_model import SLOPE_IMAGES, Slopes, Victim
+from .prepared_model import GRADIENT_IMAGES, MaskGradients, PreparedModel
 
 #: Triggered test images that ASR and RA are measured on where nothing else is said.
 SCORE_SAMPLES = 256
@@ -46,39 +46,39 @@ class Figures:
     test_acc: float | None = None
 
 
-class MaskedVictim:
-    """A victim as an episode leaves it; activations of what is kept are reused.
+class MaskedModel:
+    """A prepared as an episode leaves it; activations of what is kept are reused.
 
     ``begin`` makes one for an episode. All of one model share the activations of the whole network while any of them lives.
 
     Args:
-        victim: the model.
+        prepared: the model.
         score_samples: how many triggered test images ASR and RA are measured on, and half of how many clean ones the
             accuracy on test images; 0 for none.
     """
 
-    def __init__(self, victim: Victim, score_samples: int = SCORE_SAMPLES) -> None:
-        self.victim = victim
+    def __init__(self, prepared: PreparedModel, score_samples: int = SCORE_SAMPLES) -> None:
+        self.prepared = prepared
         self.score_samples = score_samples
-        self._origin: MaskedVictim | None = None  # keeps alive what is shared
-        inverted = victim.inverted
-        network = partial(MaskedNetwork, victim.neurons, device=victim.options.device)
-        fragile, clean = torch.from_numpy(victim.fragile), victim.clean
-        sloping, foreign = torch.arange(len(clean)) < SLOPE_IMAGES, _foreign(victim)
+        self._origin: MaskedModel | None = None  # keeps alive what is shared
+        inverted = prepared.inverted
+        network = partial(MaskedNetwork, prepared.neurons, device=prepared.options.device)
+        fragile, clean = torch.from_numpy(prepared.fragile), prepared.clean
+        first, foreign = torch.arange(len(clean)) < GRADIENT_IMAGES, _foreign(prepared)
         #: The fragile clean images, then the others, of both those that derivatives are taken on apart; all together keep
         #: what one network may.
         self._clean: list[_Part] = []
-        for part, sloped in (
-            (fragile & sloping, True),
-            (fragile & ~sloping, False),
-            (~fragile & sloping, True),
-            (~fragile & ~sloping, False),
+        for part, for_gradients in (
+            (fragile & first, True),
+            (fragile & ~first, False),
+            (~fragile & first, True),
+            (~fragile & ~first, False),
         ):
             if part.any():
                 masked = network(clean.images[part], kept_bytes=KEPT_BYTES * int(part.sum()) // len(clean))
-                rows = None if foreign is None or not sloped else torch.nonzero(foreign[part]).flatten()
-                self._clean.append(_Part(masked, clean.labels[part].to(masked.device), sloped, rows))
-        #: The images that ``Slopes.clean_pull`` is taken on, where they are none of the clean ones.
+                rows = None if foreign is None or not for_gradients else torch.nonzero(foreign[part]).flatten()
+                self._clean.append(_Part(masked, clean.labels[part].to(masked.device), for_gradients, rows))
+        #: The images that ``MaskGradients.clean_pull`` is taken on, where they are none of the clean ones.
         self._corrected = None
         if inverted is not None and foreign is None:
             self._corrected = network(inverted.clean)
@@ -90,13 +90,13 @@ class MaskedVictim:
             self._test = network(self.tested.images)
 
     @classmethod
-    def begin(cls, victim: Victim, score_samples: int = SCORE_SAMPLES) -> Self:
+    def begin(cls, prepared: PreparedModel, score_samples: int = SCORE_SAMPLES) -> Self:
         """One with nothing pruned, made from what there is of that model."""
-        with victim.preparing:
-            known = _WHOLE.setdefault(victim, WeakValueDictionary())
+        with prepared.preparing:
+            known = _WHOLE.setdefault(prepared, WeakValueDictionary())
             whole = known.get(score_samples)
             if whole is None:
-                whole = known[score_samples] = cls(victim, score_samples)
+                whole = known[score_samples] = cls(prepared, score_samples)
             return whole._fork()
 
     def _fork(self) -> Self:
@@ -117,7 +117,7 @@ class MaskedVictim:
 
     def figures(self, pruned: np.ndarray, score: bool = True) -> Figures:
         """Figures of the network without the pruned units, bool (units,); without ``score`` on the clean images alone."""
-        mask = self.victim.neuron_mask(pruned)
+        mask = self.prepared.neuron_mask(pruned)
         clean = self.clean(pruned)
         assert clean is not None
         figures = Figures(*clean, self.suspected_danger(pruned))
@@ -134,8 +134,8 @@ class MaskedVictim:
 
         None where the accuracy is below ``least_acc``: most prunes that cost so much are found out by the fragile images.
         """
-        mask = self.victim.neuron_mask(pruned)
-        count, wrong, loss = len(self.victim.clean), 0, 0.0
+        mask = self.prepared.neuron_mask(pruned)
+        count, wrong, loss = len(self.prepared.clean), 0, 0.0
         for part in self._clean:
             logits = part.network.logits(mask)
             wrong += int((logits.argmax(1) != part.labels).sum())
@@ -144,17 +144,17 @@ class MaskedVictim:
             loss += part.loss(logits).item()
         return 1 - wrong / count, loss / count
 
-    def slopes(self, pruned: np.ndarray) -> Slopes:
-        """``Victim.slopes``, up to rounding, from the activations that are kept; best after ``keep`` of that mask."""
-        victim, inverted = self.victim, self.victim.inverted
-        mask, zeros = victim.neuron_mask(pruned), np.zeros(len(victim))
-        parts = [part for part in self._clean if part.sloped]
+    def gradients(self, pruned: np.ndarray) -> MaskGradients:
+        """``PreparedModel.gradients``, up to rounding, from the activations that are kept; best after ``keep`` of that mask."""
+        prepared, inverted = self.prepared, self.prepared.inverted
+        mask, zeros = prepared.neuron_mask(pruned), np.zeros(len(prepared))
+        parts = [part for part in self._clean if part.for_gradients]
         count = sum(len(part.labels) for part in parts)
-        harm = torch.zeros(len(mask), device=victim.options.device)
+        harm = torch.zeros(len(mask), device=prepared.options.device)
         for part in parts:
             harm -= part.network.mask_gradient(mask, part.loss) / count
         if inverted is None or self._inverted is None:
-            return Slopes(zeros, victim.by_unit(harm), zeros)
+            return MaskGradients(zeros, prepared.by_unit(harm), zeros)
 
         def margin(logits: Tensor) -> Tensor:
             return target_margin(logits, inverted.target).sum()
@@ -168,14 +168,14 @@ class MaskedVictim:
                 if part.foreign is not None and len(part.foreign):
                     clean_pull += part.network.mask_gradient(mask, margin, part.foreign)
         found = (pull, harm, clean_pull / len(inverted.clean))
-        return Slopes(*(victim.by_unit(one) for one in found))
+        return MaskGradients(*(prepared.by_unit(one) for one in found))
 
     def suspected_danger(self, pruned: np.ndarray) -> float:
         """``Figures.suspected_danger`` of the network without the pruned units, bool (units,)."""
-        inverted = self.victim.inverted
+        inverted = self.prepared.inverted
         if self._inverted is None or inverted is None:
             return 0.0
-        return danger(self._inverted.logits(self.victim.neuron_mask(pruned)), inverted.target)
+        return danger(self._inverted.logits(self.prepared.neuron_mask(pruned)), inverted.target)
 
     def keep(self) -> None:
         """Let later figures start from the activations of the last ones."""
@@ -190,7 +190,7 @@ class MaskedVictim:
     @cached_property
     def triggered(self) -> tuple[Tensor, Tensor]:
         """Triggered test images of other classes than the target, and their true labels; empty where unknown."""
-        model, count = self.victim.model, self.score_samples
+        model, count = self.prepared.model, self.score_samples
         if model.test is None or model.trigger is None or model.target is None or count == 0:
             return torch.empty(0), torch.empty(0)
         test = model.test.first(4 * count)  # not the whole test split, which may be large
@@ -201,11 +201,11 @@ class MaskedVictim:
     @cached_property
     def tested(self) -> LabelledImages | None:
         """Clean test images that the accuracy is scored on; None where there are none."""
-        test, count = self.victim.model.test, 2 * self.score_samples
+        test, count = self.prepared.model.test, 2 * self.score_samples
         return test.first(count) if test is not None and count else None
 
     def _score(self, logits: Tensor) -> tuple[float, float, float]:
-        model, labels = self.victim.model, self.triggered[1].to(logits.device)
+        model, labels = self.prepared.model, self.triggered[1].to(logits.device)
         assert model.target is not None
         wanted = target_labels(labels, model.target, model.num_classes)
         return attack_success(logits, wanted), accuracy(logits, labels), danger(logits, wanted)
@@ -223,13 +223,13 @@ class _Part:
     Attributes:
         network: of them.
         labels: int64 (n,), where the network is.
-        sloped: whether they are among those that the derivatives are taken on.
-        foreign: which of them ``Slopes.clean_pull`` is taken on, int64; None where on others.
+        for_gradients: whether they are among those that the derivatives are taken on.
+        foreign: which of them ``MaskGradients.clean_pull`` is taken on, int64; None where on others.
     """
 
     network: MaskedNetwork
     labels: Tensor
-    sloped: bool
+    for_gradients: bool
     foreign: Tensor | None
 
     def loss(self, logits: Tensor) -> Tensor:
@@ -237,15 +237,15 @@ class _Part:
         return F.cross_entropy(logits, self.labels, reduction="sum")
 
 
-def _foreign(victim: Victim) -> Tensor | None:
+def _foreign(prepared: PreparedModel) -> Tensor | None:
     """Which clean images are those that the trigger was sought in, bool (n,); None where they were corrected first."""
-    inverted, clean = victim.inverted, victim.clean.first(SLOPE_IMAGES)
+    inverted, clean = prepared.inverted, prepared.clean.first(GRADIENT_IMAGES)
     if inverted is None:
         return None
-    foreign = torch.zeros(len(victim.clean), dtype=torch.bool)
+    foreign = torch.zeros(len(prepared.clean), dtype=torch.bool)
     foreign[torch.nonzero(clean.labels != inverted.target).flatten()[: len(inverted.clean)]] = True
-    return foreign if torch.equal(victim.clean.images[foreign], inverted.clean.cpu()) else None
+    return foreign if torch.equal(prepared.clean.images[foreign], inverted.clean.cpu()) else None
 
 
 #: Whole networks by model and ``score_samples``, for as long as a session uses them.
-_WHOLE: WeakKeyDictionary[Victim, WeakValueDictionary[int, Any]] = WeakKeyDictionary()
+_WHOLE: WeakKeyDictionary[PreparedModel, WeakValueDictionary[int, Any]] = WeakKeyDictionary()

@@ -26,7 +26,7 @@ from .defender import Defender
 
 
 @dataclass(frozen=True)
-class VictimOptions:
+class Preparation:
     """How a model is made ready.
 
     Attributes:
@@ -44,8 +44,8 @@ class VictimOptions:
     device: str = "cpu"
 
 
-#: Clean images that ``Victim.slopes`` are taken on.
-SLOPE_IMAGES = 200
+#: Clean images that ``PreparedModel.gradients`` are taken on.
+GRADIENT_IMAGES = 200
 #: Share of the clean images that are fragile beside those that the whole network gets wrong.
 UNSURE = 0.2
 #: Static features by which a neuron stands out where it serves a backdoor, as drawings show it.
@@ -53,7 +53,7 @@ SUSPICIOUS = ("uclc", "kl", "pull")
 
 
 @dataclass(frozen=True)
-class Slopes:
+class MaskGradients:
     """Derivatives by the mask of each unit, float64 (units,): what pruning it takes away or adds, to first order.
 
     Attributes:
@@ -68,13 +68,13 @@ class Slopes:
     clean_pull: np.ndarray
 
 
-class Victim:
+class PreparedModel:
     """One infected model. A *unit* is what one action prunes: a neuron, or a group of coupled ones.
 
     Episodes do not change it, and all environments of a process share it: all that takes long is done once.
     """
 
-    def __init__(self, model: InfectedModel, options: VictimOptions) -> None:
+    def __init__(self, model: InfectedModel, options: Preparation) -> None:
         self.model = model
         self.options = options
         self.neurons: Neurons = find_neurons(model.network, model.clean.first(2).images)
@@ -86,7 +86,7 @@ class Victim:
     def prepare(self) -> None:
         """Do now all that takes long, in one thread: environments of several threads may share the model."""
         with self.preparing:
-            _ = self.fragile, self.features, self.graph, self.first_slopes
+            _ = self.fragile, self.features, self.graph, self.first_gradients
 
     @property
     def name(self) -> str:
@@ -207,24 +207,24 @@ class Victim:
         return mask
 
     @cached_property
-    def first_slopes(self) -> Slopes:
+    def first_gradients(self) -> MaskGradients:
         """Those of the whole network."""
-        return self.slopes(np.zeros(len(self), dtype=bool))
+        return self.gradients(np.zeros(len(self), dtype=bool))
 
-    def slopes(self, pruned: np.ndarray) -> Slopes:
+    def gradients(self, pruned: np.ndarray) -> MaskGradients:
         """To first order, what one more prune would do, from clean images alone; ``pruned`` is bool (units,)."""
         mask = self.neuron_mask(pruned)
-        clean = self.clean.first(SLOPE_IMAGES)
+        clean = self.clean.first(GRADIENT_IMAGES)
         labels = clean.labels.to(self.options.device)
         harm = -self.by_mask(self.neurons, clean.images, lambda logits: F.cross_entropy(logits, labels), mask)
         inverted = self.inverted
         if inverted is None:
-            return Slopes(np.zeros(len(self)), harm, np.zeros(len(self)))
+            return MaskGradients(np.zeros(len(self)), harm, np.zeros(len(self)))
         pull, clean_pull = (
             self.by_mask(self.neurons, images, lambda logits: target_margin(logits, inverted.target).mean(), mask)
             for images in (inverted.images, inverted.clean)
         )
-        return Slopes(pull, harm, clean_pull)
+        return MaskGradients(pull, harm, clean_pull)
 
     def by_mask(
         self, neurons: Neurons, images: Tensor, quantity: Callable[[Tensor], Tensor], mask: np.ndarray

@@ -10,8 +10,8 @@ from ..arguments import check_kind, check_whole
 from ..errors import DataError
 from ..wording import shown
 from .defender import Defender
-from .masked_model import SCORE_SAMPLES, Figures, MaskedVictim
-from .prepared_model import Slopes, Victim
+from .masked_model import SCORE_SAMPLES, Figures, MaskedModel
+from .prepared_model import MaskGradients, PreparedModel
 
 #: Slack in comparing accuracies, which are shares of a few hundred images.
 TOLERANCE = 1e-9
@@ -24,13 +24,13 @@ class Transition:
     """A prune that keeps the accuracy budget, before it is settled.
 
     Attributes:
-        victim: the model it happens in.
+        prepared: the model it happens in.
         unit: what is pruned.
         before: figures before the prune.
         after: figures after it.
     """
 
-    victim: Victim
+    prepared: PreparedModel
     unit: int
     before: Figures
     after: Figures
@@ -61,8 +61,8 @@ class RepairState:
 
     Attributes:
         history: figures of the whole network, then those after each change.
-        slopes: derivatives by the mask, as they were when ``slopes_taken`` units were pruned.
-        slopes_taken: number of them.
+        gradients: derivatives by the mask, as they were when ``gradients_taken`` units were pruned.
+        gradients_taken: number of them.
         pruned: bool (units,).
         tried: pruned and undone, bool (units,).
         over_budget: units whose prune was seen to break the budget, bool (units,).
@@ -71,11 +71,11 @@ class RepairState:
     """
 
     history: tuple[Figures, ...]
-    slopes: Slopes
+    gradients: MaskGradients
     pruned: np.ndarray
     tried: np.ndarray
     over_budget: np.ndarray
-    slopes_taken: int = 0
+    gradients_taken: int = 0
     failures: int = 0
     changes: tuple[tuple[int, bool], ...] = ()
 
@@ -90,45 +90,45 @@ class RepairSession:
         peek(units): figures as they would be; the state stays
 
     Args:
-        victim: the model, made ready.
+        prepared: the model, made ready.
         accuracy_budget: clean accuracy that may be lost: a prune beyond it is undone. None for no guard.
         max_failures: undone prunes after which the session is ``exhausted``.
         score_samples: triggered test images that ASR and RA are measured on, and half of how many clean ones the accuracy
             on test images; 0 for none.
-        slopes_every: prunes after which ``derivatives`` are taken anew.
-        state: that of another session of the same model, to go on from after ``open``.
+        gradients_every: prunes after which ``derivatives`` are taken anew.
+        state: that of another session of the same model, to go on from after ``reopen``.
     """
 
     def __init__(
         self,
-        victim: Victim,
+        prepared: PreparedModel,
         accuracy_budget: float | None = None,
         max_failures: int = 5,
         score_samples: int = SCORE_SAMPLES,
-        slopes_every: int = 4,
+        gradients_every: int = 4,
         state: RepairState | None = None,
     ) -> None:
-        self.victim = victim
+        self.prepared = prepared
         self.accuracy_budget = accuracy_budget
         self.max_failures = max_failures
         self.score_samples = score_samples
-        self.slopes_every = slopes_every
-        self._masked: MaskedVictim | None = None
+        self.gradients_every = gradients_every
+        self._masked: MaskedModel | None = None
         if state is None:
-            victim.prepare()
-            self._masked = MaskedVictim.begin(victim, score_samples)
+            prepared.prepare()
+            self._masked = MaskedModel.begin(prepared, score_samples)
             self.restart()
         else:
             self.state = state
 
-    def open(self) -> None:
+    def reopen(self) -> None:
         """Take the memory again that ``close`` gave back, and bring the network to where the repair is.
 
         It is changed in the same order, so that its activations are the same to the last bit.
         """
-        self.victim.prepare()
-        masked = self._masked = MaskedVictim.begin(self.victim, self.score_samples)
-        pruned = np.zeros(len(self.victim), dtype=bool)
+        self.prepared.prepare()
+        masked = self._masked = MaskedModel.begin(self.prepared, self.score_samples)
+        pruned = np.zeros(len(self.prepared), dtype=bool)
         for unit, restored in self.state.changes:
             pruned[unit] = not restored
             masked.figures(pruned)
@@ -136,10 +136,10 @@ class RepairSession:
 
     def restart(self) -> None:
         """Begin again with the whole network."""
-        nothing = _frozen(np.zeros(len(self.victim), dtype=bool))
+        nothing = _frozen(np.zeros(len(self.prepared), dtype=bool))
         self.masked.restart()
         figures = self.masked.figures(nothing)
-        self.state = RepairState((figures,), self.victim.first_slopes, nothing, nothing, nothing)
+        self.state = RepairState((figures,), self.prepared.first_gradients, nothing, nothing, nothing)
 
     def close(self) -> None:
         """Give back memory. What the state tells stays known."""
@@ -151,20 +151,20 @@ class RepairSession:
         return self._masked is not None
 
     @property
-    def masked(self) -> MaskedVictim:
+    def masked(self) -> MaskedModel:
         """The network without what is pruned.
 
         Raises:
             DataError: the session was closed.
         """
         if self._masked is None:
-            raise DataError("this repair was closed: open() it, or begin another one")
+            raise DataError("this repair was closed: reopen() it, or begin another one")
         return self._masked
 
     @property
     def defender(self) -> Defender:
         """What a pruning rule may look at."""
-        return self.victim.defender
+        return self.prepared.defender
 
     @property
     def figures(self) -> Figures:
@@ -199,14 +199,14 @@ class RepairSession:
             DataError: no number of a unit.
         """
         check_whole("unit", unit)
-        if unit >= len(self.victim) or not self.open_units[unit]:
+        if unit >= len(self.prepared) or not self.open_units[unit]:
             return Attempt()
         if self.peek_clean([unit]) is None:
             self._change(tried=_with(self.state.tried, [unit]), failures=self.state.failures + 1)
             return Attempt(undone=True)
         pruned = _with(self.state.pruned, [unit])
         after = self.masked.figures(pruned)
-        value = 0.0 if worth is None else worth(Transition(self.victim, unit, self.figures, after))
+        value = 0.0 if worth is None else worth(Transition(self.prepared, unit, self.figures, after))
         self._settle(unit, False, pruned, after)
         return Attempt(True, worth=value)
 
@@ -217,11 +217,11 @@ class RepairSession:
             DataError: that unit is not pruned, or is no number.
         """
         check_kind("unit", unit, Integral, "a whole number")
-        if not 0 <= unit < len(self.victim) or not self.state.pruned[unit]:
-            raise DataError(f"unit {shown(unit)} of {self.victim.name} cannot be restored: it is not pruned")
+        if not 0 <= unit < len(self.prepared) or not self.state.pruned[unit]:
+            raise DataError(f"unit {shown(unit)} of {self.prepared.name} cannot be restored: it is not pruned")
         left = _with(self.state.pruned, [unit], False)
         after = self.masked.figures(left)
-        value = 0.0 if worth is None else worth(Transition(self.victim, unit, after, self.figures))
+        value = 0.0 if worth is None else worth(Transition(self.prepared, unit, after, self.figures))
         self._settle(unit, True, left, after)
         return -value
 
@@ -248,12 +248,12 @@ class RepairSession:
         """Suspected danger then, at a fraction of what ``peek`` costs."""
         return self.masked.suspected_danger(self._as_if(units, restored))
 
-    def derivatives(self) -> Slopes:
-        """What one more prune would do, to first order; taken anew after every ``slopes_every`` prunes."""
+    def derivatives(self) -> MaskGradients:
+        """What one more prune would do, to first order; taken anew after every ``gradients_every`` prunes."""
         count = int(self.state.pruned.sum())
-        if count - self.state.slopes_taken >= self.slopes_every:
-            self._change(slopes=self.masked.slopes(self.state.pruned), slopes_taken=count)
-        return self.state.slopes
+        if count - self.state.gradients_taken >= self.gradients_every:
+            self._change(gradients=self.masked.gradients(self.state.pruned), gradients_taken=count)
+        return self.state.gradients
 
     def suspected_fall(self, prunes: int) -> float | None:
         """How far the suspected danger fell over the last so many changes; None where there were not as many."""
@@ -273,8 +273,8 @@ class RepairSession:
         self.state = replace(self.state, **changed)  # type: ignore[arg-type]
 
     def _as_if(self, units: Units, restored: Units) -> np.ndarray:
-        pruned = _with(self.state.pruned, _checked(units, len(self.victim)))
-        return _with(pruned, _checked(restored, len(self.victim)), False) if len(restored) else pruned
+        pruned = _with(self.state.pruned, _checked(units, len(self.prepared)))
+        return _with(pruned, _checked(restored, len(self.prepared)), False) if len(restored) else pruned
 
 
 def _checked(units: Units, count: int) -> np.ndarray:

@@ -60,7 +60,7 @@ def restored(infected, prunes, guarded):
     env = BackdoorPruneEnv(infected, accuracy_budget=None, score_samples=0, max_steps=100)
     env.reset(seed=0)
     session = env.session
-    for unit in np.argsort(-session.victim.first_slopes.pull)[:prunes]:
+    for unit in np.argsort(-session.prepared.first_gradients.pull)[:prunes]:
         env.step(int(unit))
     floor = session.figures.acc
     if guarded:  # nothing more may be lost

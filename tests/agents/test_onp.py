@@ -235,7 +235,7 @@ def test_the_repair_ends_where_the_suspected_trigger_fails(infected):
     observation, _ = env.reset(seed=0)
     onp = ONP(env, seed=0, look_ahead=replace(PLAIN, candidates=2, loss_weight=0.0, done=0.5))
     onp.network.stop[-1].bias.data.fill_(-10.0)
-    for unit in np.argsort(-env.unwrapped.session.victim.slopes(env.unwrapped.session.state.pruned).pull):
+    for unit in np.argsort(-env.unwrapped.session.prepared.gradients(env.unwrapped.session.state.pruned).pull):
         fails = env.unwrapped.session.figures.suspected_danger < 0.5
         assert (onp.predict(observation, deterministic=True)[0] == 112) == fails
         if fails:
@@ -255,7 +255,7 @@ def test_the_repair_ends_where_the_suspected_danger_levels_off(infected, monkeyp
     onp.network.stop[-1].bias.data.fill_(-10.0)
     dangers = [env.unwrapped.session.figures.suspected_danger]
     monkeypatch.setattr("backdoor_gym.agents.look_ahead.LOW", 0.8 * dangers[0])
-    for unit in np.argsort(-env.unwrapped.session.victim.slopes(env.unwrapped.session.state.pruned).pull)[:30]:
+    for unit in np.argsort(-env.unwrapped.session.prepared.gradients(env.unwrapped.session.state.pruned).pull)[:30]:
         level = len(dangers) > 4 and dangers[-1] < 0.8 * dangers[0] and dangers[-5] - dangers[-1] < 0.02
         assert (onp.predict(observation, deterministic=True)[0] == 112) == level
         if level:

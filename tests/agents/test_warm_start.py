@@ -11,7 +11,7 @@ from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.errors import DataError
 from backdoor_gym.models.infected import InfectedModel
 from backdoor_gym.models.infecting import infect
-from backdoor_gym.session.prepared_model import Victim, VictimOptions
+from backdoor_gym.session.prepared_model import Preparation, PreparedModel
 
 from ..conftest import QUICK, RESIDUAL
 from .conftest import PLANTED
@@ -26,19 +26,21 @@ def test_processes_make_the_same_examples(infected_file, plain_infected):
 
 
 def test_the_planted_neuron_has_the_largest_benefit(planted):
-    assert benefits(Victim(planted, VictimOptions())).argmax() == PLANTED
+    assert benefits(PreparedModel(planted, Preparation())).argmax() == PLANTED
 
 
 def test_benefits_are_taken_under_the_mask(planted):
-    victim = Victim(planted, VictimOptions())
+    prepared = PreparedModel(planted, Preparation())
     pruned = np.zeros(8, dtype=bool)
     pruned[PLANTED] = True
-    assert benefits(victim, pruned).argmax() != PLANTED or not np.allclose(benefits(victim, pruned), benefits(victim))
+    assert benefits(prepared, pruned).argmax() != PLANTED or not np.allclose(
+        benefits(prepared, pruned), benefits(prepared)
+    )
 
 
 def test_without_the_trigger_there_are_no_benefits(planted):
     with pytest.raises(DataError, match="trigger"):
-        benefits(Victim(InfectedModel(planted.network, planted.clean), VictimOptions()))
+        benefits(PreparedModel(InfectedModel(planted.network, planted.clean), Preparation()))
 
 
 def test_examples_follow_a_repair(planted, monkeypatch):
@@ -132,7 +134,7 @@ def test_examples_are_reproducible(infected):
 def test_learning_alone_can_begin_with_what_the_environment_shows(infected):
     env = BackdoorPruneEnv(InfectedModel(infected.network, infected.clean), accuracy_budget=0.05, max_steps=20)
     observation, _ = env.reset(seed=0)
-    true = np.argsort(np.argsort(-benefits(Victim(infected, VictimOptions()))))
+    true = np.argsort(np.argsort(-benefits(PreparedModel(infected, Preparation()))))
 
     def rank(onp):
         """Mean rank by true benefit, of 112, of the eight that are liked best; that of the best eight is 3.5."""
@@ -157,7 +159,7 @@ def test_without_the_trigger_a_repair_shows_enough(infected):
         blind = InfectedModel(model.network, model.clean)
         [example] = examples([blind], oracle=False, score_samples=0, accuracy_budget=0.05)
         order = np.argsort(-example.preference[0, :-1])
-        true = benefits(Victim(model, VictimOptions()))
+        true = benefits(PreparedModel(model, Preparation()))
         assert true[order[:8]].mean() > true.mean() + true.std()
         values.append(example.value[0])
     assert np.mean(values) > 0.1  # what one repair earns hangs on the rounding of the processor it was trained on

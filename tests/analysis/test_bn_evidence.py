@@ -11,7 +11,7 @@ from backdoor_gym.analysis.trigger_inversion import invert_trigger
 from backdoor_gym.data.datasets import LabelledImages
 from backdoor_gym.models.training import augment
 from backdoor_gym.neurons.finding import find_neurons
-from backdoor_gym.session.prepared_model import Victim, VictimOptions
+from backdoor_gym.session.prepared_model import Preparation, PreparedModel
 
 
 @pytest.fixture
@@ -96,14 +96,14 @@ def test_of_two_readings_that_of_more_evidence_is_taken(plain_infected, monkeypa
 
 def test_features_are_those_of_corrected_images(plain_infected):
     clean = LabelledImages((plain_infected.clean.images + 0.045).clamp(0, 1), plain_infected.clean.labels)
-    victim = Victim(replace(plain_infected, clean=clean), VictimOptions())
-    reading = victim.reading
+    prepared = PreparedModel(replace(plain_infected, clean=clean), Preparation())
+    reading = prepared.reading
     assert reading.correction.kind == "darker"
-    assert victim.suspected is reading.suspected
-    assert victim.inverted is reading.inverted
-    expected = neuron_features(plain_infected.network, victim.neurons, reading.images, clean.labels, reading.inverted)
-    assert (victim.features == expected).all()
-    assert torch.equal(victim.clean.images, clean.images)  # accuracy is that on images as they are
+    assert prepared.suspected is reading.suspected
+    assert prepared.inverted is reading.inverted
+    expected = neuron_features(plain_infected.network, prepared.neurons, reading.images, clean.labels, reading.inverted)
+    assert (prepared.features == expected).all()
+    assert torch.equal(prepared.clean.images, clean.images)  # accuracy is that on images as they are
 
 
 def test_a_network_without_batch_normalisation_tells_nothing():

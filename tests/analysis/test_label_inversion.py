@@ -8,7 +8,7 @@ from backdoor_gym.analysis.features import pull
 from backdoor_gym.analysis.label_inversion import invert_by_label
 from backdoor_gym.models.infected import InfectedModel
 from backdoor_gym.neurons.finding import find_neurons
-from backdoor_gym.session.prepared_model import Victim, VictimOptions
+from backdoor_gym.session.prepared_model import Preparation, PreparedModel
 
 TARGET, CORNER = 7, [54, 55, 62, 63]
 
@@ -77,8 +77,8 @@ def test_images_of_one_label_tell_nothing():
 
 
 def test_a_victim_without_batch_normalisation_is_read_by_it():
-    victim = Victim(InfectedModel.from_module(planted(True), clean()), VictimOptions())
-    assert victim.reading is None
-    assert victim.inverted.target == TARGET
-    assert int(victim.first_slopes.pull.argmax()) == 10
-    assert np.isfinite(victim.features).all()
+    prepared = PreparedModel(InfectedModel.from_module(planted(True), clean()), Preparation())
+    assert prepared.reading is None
+    assert prepared.inverted.target == TARGET
+    assert int(prepared.first_gradients.pull.argmax()) == 10
+    assert np.isfinite(prepared.features).all()

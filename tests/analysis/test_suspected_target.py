@@ -9,8 +9,8 @@ from backdoor_gym.analysis.suspected_target import POISON_RATE, _clearness, susp
 from backdoor_gym.models.infected import InfectedModel
 from backdoor_gym.models.training import augment
 from backdoor_gym.neurons.finding import find_neurons
-from backdoor_gym.session.masked_model import MaskedVictim
-from backdoor_gym.session.prepared_model import Victim, VictimOptions
+from backdoor_gym.session.masked_model import MaskedModel
+from backdoor_gym.session.prepared_model import Preparation, PreparedModel
 
 
 def suspect(model):
@@ -93,9 +93,9 @@ def test_without_batch_normalisation_the_statistics_name_no_label_and_a_trigger_
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval()
     model = InfectedModel(network, infected.clean)
     assert suspect(model)[1] is None
-    victim = Victim(model, VictimOptions())
-    assert victim.suspected is None
-    assert victim.inverted is not None
-    assert MaskedVictim(victim).figures(np.zeros(4, dtype=bool)).suspected_danger > 0
+    prepared = PreparedModel(model, Preparation())
+    assert prepared.suspected is None
+    assert prepared.inverted is not None
+    assert MaskedModel(prepared).figures(np.zeros(4, dtype=bool)).suspected_danger > 0
     statistics = [STATIC_FEATURES.index(name) for name in ("kl", "log_variance_ratio", "mean_shift")]
-    assert not victim.features[:, statistics].any()
+    assert not prepared.features[:, statistics].any()

@@ -9,8 +9,8 @@ from backdoor_gym.metrics import target_margin
 from backdoor_gym.models.catalogue import load_infected
 from backdoor_gym.models.infecting import infect
 from backdoor_gym.neurons.finding import find_neurons
-from backdoor_gym.session.masked_model import MaskedVictim
-from backdoor_gym.session.prepared_model import Victim, VictimOptions
+from backdoor_gym.session.masked_model import MaskedModel
+from backdoor_gym.session.prepared_model import Preparation, PreparedModel
 
 from ..conftest import QUICK, RESIDUAL
 
@@ -113,18 +113,18 @@ def test_pull_is_the_derivative_by_the_mask(infected):
         with torch.no_grad():
             return target_margin(neurons.graph(found.images, *masks), found.target).mean().item()
 
-    slope = (towards(1.01) - towards(0.99)) / 0.02
-    assert pulls[layer.start + 2].item() == pytest.approx(slope, abs=1e-3, rel=0.05)
+    gradient = (towards(1.01) - towards(0.99)) / 0.02
+    assert pulls[layer.start + 2].item() == pytest.approx(gradient, abs=1e-3, rel=0.05)
 
 
 def test_pruning_what_pulls_most_makes_the_real_trigger_fail(infected):
     """The derivative under the inverted trigger points at neurons that carry the real one."""
-    victim = Victim(infected, VictimOptions())
-    masked = MaskedVictim(victim)
-    order = np.argsort(-pull(victim.neurons, victim.inverted).numpy())
+    prepared = PreparedModel(infected, Preparation())
+    masked = MaskedModel(prepared)
+    order = np.argsort(-pull(prepared.neurons, prepared.inverted).numpy())
     dangers = []
     for chosen in (order[:12], order[50:62]):
-        pruned = np.zeros(len(victim), dtype=bool)
+        pruned = np.zeros(len(prepared), dtype=bool)
         pruned[chosen] = True
         dangers.append(masked.figures(pruned).danger)
     assert dangers[0] < dangers[1] - 0.2
@@ -142,13 +142,13 @@ def test_the_suspected_danger_falls_as_the_true_one(infected):
     """A repair by the true derivatives ends the answer to the found trigger too; pruning at random does not."""
     from backdoor_gym.agents.warm_start import benefits
 
-    victim = Victim(infected, VictimOptions())
-    order, random = np.argsort(-benefits(victim)), np.random.default_rng(0).permutation(len(victim))
-    masked = MaskedVictim(victim)
-    whole = masked.figures(np.zeros(len(victim), dtype=bool))
+    prepared = PreparedModel(infected, Preparation())
+    order, random = np.argsort(-benefits(prepared)), np.random.default_rng(0).permutation(len(prepared))
+    masked = MaskedModel(prepared)
+    whole = masked.figures(np.zeros(len(prepared), dtype=bool))
     figures = []
     for chosen in (order[:16], random[:16]):
-        pruned = np.zeros(len(victim), dtype=bool)
+        pruned = np.zeros(len(prepared), dtype=bool)
         pruned[chosen] = True
         figures.append(masked.figures(pruned))
     assert figures[0].danger < 0.5 * whole.danger

@@ -117,10 +117,10 @@ def test_the_policy_prunes_what_the_function_prunes(infected):
         pruned += [info["neuron"]] if info["neuron"] else []
         done = terminated or truncated
     repaired = clp.prune(infected.network, 1.5)
-    victim = env.unwrapped.session.victim
+    prepared = env.unwrapped.session.prepared
     expected = {
         f"{layer.name}[{channel}]"
-        for layer in victim.neurons.layers
+        for layer in prepared.neurons.layers
         for channel in torch.nonzero(repaired.get_submodule(layer.module).weight == 0).flatten().tolist()
     }
     assert set(pruned) == expected

@@ -26,7 +26,7 @@ from backdoor_gym.neurons.finding import find_neurons
 from backdoor_gym.policies.contract import run_episode
 from backdoor_gym.policies.thresholds import choose_threshold
 from backdoor_gym.session.defender import Defender
-from backdoor_gym.session.prepared_model import Victim, VictimOptions
+from backdoor_gym.session.prepared_model import Preparation, PreparedModel
 
 RULES = {
     "anp": (ANP, {"steps": 8}),
@@ -40,7 +40,7 @@ RULES = {
 
 @pytest.fixture
 def defender(infected) -> Defender:
-    return Victim(infected, VictimOptions()).defender
+    return PreparedModel(infected, Preparation()).defender
 
 
 def defender_of(network: nn.Module, images: torch.Tensor) -> Defender:
@@ -263,7 +263,7 @@ def test_greedy_prunes_what_costs_least_of_all(infected):
     env = gym.make("BackdoorPrune-v0", infected=infected, score_samples=0)
     observation, _ = env.reset(seed=0)
     alone, costs = env.unwrapped, []
-    for unit in range(len(alone.session.victim)):
+    for unit in range(len(alone.session.prepared)):
         after = alone.session.peek([unit])
         costs.append((-after.acc, after.loss, unit))
     action, _ = GreedyACC(env, candidates=len(costs)).predict(observation)
@@ -292,8 +292,8 @@ def test_the_policy_prunes_what_the_function_prunes(infected, name):
     assert all(torch.equal(value, before[key]) for key, value in infected.network.state_dict().items())
     env = gym.make("BackdoorPrune-v0", infected=infected, accuracy_budget=None, score_samples=0)
     alone = run(kind(env, **options), env)
-    victim, kept = alone.session.victim, alone.session.victim.neuron_mask(alone.session.state.pruned)
-    for layer in victim.neurons.layers:
+    prepared, kept = alone.session.prepared, alone.session.prepared.neuron_mask(alone.session.state.pruned)
+    for layer in prepared.neurons.layers:
         module = repaired.get_submodule(layer.module)
         assert (((module.weight == 0) & (module.bias == 0)).numpy() == ~kept[layer.neurons]).all()
     again = kind.prune(infected.network, (infected.clean.images, infected.clean.labels), **options)

@@ -22,7 +22,7 @@ from backdoor_gym.benchmarking.figures import der_by_attack
 from backdoor_gym.benchmarking.specifications import make, named, own_budget
 from backdoor_gym.errors import DataError, UnknownNameError
 from backdoor_gym.policies.contract import run_episode
-from backdoor_gym.session.masked_model import MaskedVictim
+from backdoor_gym.session.masked_model import MaskedModel
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def broken(env, seed):
 
 def crashing(env, seed):
     """A policy that takes its process with it, on one of the two models."""
-    if env.session.victim.model.facts["attack"] == "badnets":
+    if env.session.prepared.model.facts["attack"] == "badnets":
         os.kill(os.getpid(), signal.SIGSEGV)
     return RandomPolicy(seed)
 
@@ -192,8 +192,8 @@ def test_factories_with_arguments_are_told_apart(files, tmp_path):
 
 def test_policies_that_read_no_derivatives_are_spared_them(infected, monkeypatch):
     taken = []
-    slopes = MaskedVictim.slopes
-    monkeypatch.setattr(MaskedVictim, "slopes", lambda self, pruned: (taken.append(1), slopes(self, pruned))[1])
+    gradients = MaskedModel.gradients
+    monkeypatch.setattr(MaskedModel, "gradients", lambda self, pruned: (taken.append(1), gradients(self, pruned))[1])
     env = gym.make("BackdoorPrune-v0", infected=infected, accuracy_budget=None, max_steps=9).unwrapped
     pruned = []
     for reads in (True, False):
@@ -203,7 +203,7 @@ def test_policies_that_read_no_derivatives_are_spared_them(infected, monkeypatch
         pruned.append(env.session.state.changes)
         assert len(taken) == 2
     assert pruned[0] == pruned[1]
-    assert env.slopes_every == 4
+    assert env.gradients_every == 4
 
 
 def test_a_failure_is_told_stops_nothing_and_is_tried_again(files, tmp_path):

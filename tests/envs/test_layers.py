@@ -44,11 +44,11 @@ def test_whole_episodes_are_the_same_for_the_same_seed(infected):
 def test_the_agents_are_the_layers_and_own_every_neuron_once(infected):
     layers = backdoor_gym.parallel_env(infected=infected)
     layers.reset(seed=0)
-    victim = layers.single.session.victim
-    assert layers.possible_agents == [layer.name for layer in victim.neurons.layers]
+    prepared = layers.single.session.prepared
+    assert layers.possible_agents == [layer.name for layer in prepared.neurons.layers]
     owned = np.concatenate([layers.units[agent] for agent in layers.possible_agents])
-    assert sorted(owned) == list(range(len(victim)))
-    for agent, layer in zip(layers.possible_agents, victim.neurons.layers, strict=True):
+    assert sorted(owned) == list(range(len(prepared)))
+    for agent, layer in zip(layers.possible_agents, prepared.neurons.layers, strict=True):
         assert layers.action_space(agent).n == layer.size + 1
         assert layers.observation_space(agent) is layers.observation_space(agent)
 
@@ -56,18 +56,18 @@ def test_the_agents_are_the_layers_and_own_every_neuron_once(infected):
 def test_a_coupled_group_belongs_to_the_first_of_its_layers(infected):
     layers = parallel_env(infected=infected, residual="group")
     layers.reset(seed=0)
-    victim = layers.single.session.victim
-    assert max(len(unit) for unit in victim.units) > 1
-    first = victim.neurons.layer_index[[unit.min() for unit in victim.units]]
+    prepared = layers.single.session.prepared
+    assert max(len(unit) for unit in prepared.units) > 1
+    first = prepared.neurons.layer_index[[unit.min() for unit in prepared.units]]
     for agent, units in layers.units.items():
-        assert {victim.neurons.layers[first[unit]].name for unit in units} == {agent}
-    assert sum(len(units) for units in layers.units.values()) == len(victim)
-    assert len(layers.possible_agents) < len(victim.neurons.layers)
+        assert {prepared.neurons.layers[first[unit]].name for unit in units} == {agent}
+    assert sum(len(units) for units in layers.units.values()) == len(prepared)
+    assert len(layers.possible_agents) < len(prepared.neurons.layers)
 
 
 def test_a_round_is_the_single_agents_prunes_in_network_order(infected):
     # Derivatives are taken when there is something to be seen: after a round, or after each of the single agent's steps.
-    layers, single = parallel_env(infected=infected, slopes_every=1), BackdoorPruneEnv(infected, slopes_every=1)
+    layers, single = parallel_env(infected=infected, gradients_every=1), BackdoorPruneEnv(infected, gradients_every=1)
     observations, _ = layers.reset(seed=0)
     single.reset(seed=0)
     actions = dict.fromkeys(layers.agents, 2)
@@ -134,7 +134,7 @@ def test_rounds_are_counted(infected):
 def test_links_are_those_inside_the_layer(infected):
     layers = parallel_env(infected=infected)
     observations, _ = layers.reset(seed=0)
-    graph, total = layers.single.session.victim.graph, 0
+    graph, total = layers.single.session.prepared.graph, 0
     for agent, units in layers.units.items():
         inner = observations[agent]["observation"]
         count = int(inner["num_edges"][0])

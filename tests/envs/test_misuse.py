@@ -11,7 +11,7 @@ from backdoor_gym.envs.options import MOST_UNITS
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.envs.vector import BackdoorPruneVectorEnv
 from backdoor_gym.errors import BackdoorGymError, DataError, UnknownNameError
-from backdoor_gym.session.masked_model import MaskedVictim
+from backdoor_gym.session.masked_model import MaskedModel
 
 ODD = (
     None,
@@ -100,15 +100,15 @@ def test_a_model_that_cannot_be_begun_leaves_the_episode_as_it_was(infected, pla
         each.reset(seed=0, options={"infected": infected})
         each.step(3)
 
-    begin = MaskedVictim.begin
+    begin = MaskedModel.begin
 
-    def fails(victim, *rest):
-        if victim.name == plain_infected.name:
+    def fails(prepared, *rest):
+        if prepared.name == plain_infected.name:
             raise DataError("no room")
-        return begin(victim, *rest)
+        return begin(prepared, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(MaskedVictim, "begin", fails)
+        patched.setattr(MaskedModel, "begin", fails)
         with pytest.raises(DataError, match="no room"):
             env.reset(seed=5, options={"infected": plain_infected})
     same(env.step(4), twin.step(4))
@@ -153,7 +153,7 @@ def test_rewards_are_finite_numbers(infected, gives):
         ("residual", (5, None, [], "A" * 5000)),
         ("connections", (None, -1, 10**12)),
         ("similar", (None, "x", 10**12)),
-        ("slopes_every", (0, None, float("inf"))),
+        ("gradients_every", (0, None, float("inf"))),
         ("max_units", (0, -1, "x", 10**12, MOST_UNITS + 1)),
         ("clean_samples", (0, "x")),
         ("score_samples", (-1, "x", None)),

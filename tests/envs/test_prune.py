@@ -12,7 +12,7 @@ from backdoor_gym.errors import BackdoorGymError, DataError, UnknownNameError
 from backdoor_gym.masking.export import write_mask
 from backdoor_gym.metrics import evaluate, target_margin
 from backdoor_gym.models.infected import InfectedModel
-from backdoor_gym.session.prepared_model import SLOPE_IMAGES
+from backdoor_gym.session.prepared_model import GRADIENT_IMAGES
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def env(infected):
 def harmful_unit(env: BackdoorPruneEnv) -> int:
     """A unit whose prune costs more accuracy than any budget used here."""
     env.reset(seed=0)
-    accuracies = [env.session.peek([unit]).acc for unit in range(len(env.session.victim))]
+    accuracies = [env.session.peek([unit]).acc for unit in range(len(env.session.prepared))]
     assert min(accuracies) < max(accuracies)
     return int(np.argmin(accuracies))
 
@@ -33,7 +33,7 @@ def test_figures_are_those_of_the_edited_network(env, infected):
     units = [3, 40, 41, 90]
     for unit in units:
         _, _, _, _, info = env.step(unit)
-    neurons = env.session.victim.neurons
+    neurons = env.session.prepared.neurons
     mask = np.ones(len(neurons), dtype=bool)
     mask[units] = False
     edited = write_mask(infected.network, neurons, mask)
@@ -55,13 +55,15 @@ def test_the_observation_tells_what_was_pruned(env):
     observation, *_ = env.step(20)
     assert env.observation_space.contains(observation)
     assert np.flatnonzero(observation["nodes"][:, NODE_FEATURES.index("pruned")]).tolist() == [20]
-    layer = env.session.victim.layer == env.session.victim.layer[20]
+    layer = env.session.prepared.layer == env.session.prepared.layer[20]
     shares = observation["nodes"][:, NODE_FEATURES.index("layer_pruned")]
     np.testing.assert_allclose(shares, np.where(layer, 1 / layer.sum(), 0), rtol=1e-6)
     assert observation["action_mask"][20] == 0
-    assert observation["action_mask"].sum() == len(env.session.victim)
-    assert observation["globals"][GLOBAL_FEATURES.index("pruned")] == pytest.approx(1 / len(env.session.victim))
-    assert observation["globals"][GLOBAL_FEATURES.index("steps_left")] == pytest.approx(1 - 1 / len(env.session.victim))
+    assert observation["action_mask"].sum() == len(env.session.prepared)
+    assert observation["globals"][GLOBAL_FEATURES.index("pruned")] == pytest.approx(1 / len(env.session.prepared))
+    assert observation["globals"][GLOBAL_FEATURES.index("steps_left")] == pytest.approx(
+        1 - 1 / len(env.session.prepared)
+    )
     assert np.array_equal(env.action_masks(), observation["action_mask"].astype(bool))
 
 
@@ -143,13 +145,13 @@ def test_max_steps_truncates(infected):
 
 def test_the_default_number_of_steps_is_the_number_of_neurons(env):
     env.reset(seed=0)
-    assert env.step_limit == len(env.session.victim) == len(env.session.victim.neurons)
+    assert env.step_limit == len(env.session.prepared) == len(env.session.prepared.neurons)
 
 
 def test_pruning_everything_terminates(plain_infected):
     env = BackdoorPruneEnv(plain_infected, accuracy_budget=None, score_samples=0)
     env.reset(seed=0)
-    results = [env.step(unit) for unit in range(len(env.session.victim))]
+    results = [env.step(unit) for unit in range(len(env.session.prepared))]
     assert [result[2] for result in results] == [False] * (len(results) - 1) + [True]
 
 
@@ -157,14 +159,14 @@ def test_groups_are_pruned_together(infected):
     env = BackdoorPruneEnv(infected, accuracy_budget=None, residual="group")
     observation, _ = env.reset(seed=0)
     assert env.observation_space.contains(observation)
-    assert len(env.session.victim) < len(env.session.victim.neurons)
-    coupled = next(index for index, unit in enumerate(env.session.victim.units) if len(unit) > 1)
+    assert len(env.session.prepared) < len(env.session.prepared.neurons)
+    coupled = next(index for index, unit in enumerate(env.session.prepared.units) if len(unit) > 1)
     _, _, _, _, info = env.step(coupled)
-    names = [env.session.victim.neurons.names[neuron] for neuron in env.session.victim.units[coupled]]
+    names = [env.session.prepared.neurons.names[neuron] for neuron in env.session.prepared.units[coupled]]
     assert info["neuron"].split("+") == names
     links = observation["edge_links"][: int(observation["num_edges"][0])]
     assert (links[:, 0] != links[:, 1]).all()
-    assert links.max() < len(env.session.victim)
+    assert links.max() < len(env.session.prepared)
 
 
 def test_several_models_share_padded_spaces(infected, plain_infected):
@@ -231,13 +233,13 @@ def test_what_breaks_the_budget_is_found_out_before_the_rest_is_looked_at(infect
             whole.__setitem__(index, whole[index] + 1) or evaluate(mask)
         )
     broken = 0
-    for unit in range(len(env.session.victim)):
+    for unit in range(len(env.session.prepared)):
         figures, clean = env.session.peek([unit]), env.session.peek_clean([unit])
         assert (clean is None) == (figures.acc < before["acc"])
         if clean is not None:
             assert clean == (figures.acc, figures.loss)
         broken += clean is None
-    assert 0 < broken < len(env.session.victim)
+    assert 0 < broken < len(env.session.prepared)
     assert env.session.state.over_budget.sum() == broken
     assert whole[1] < whole[0]  # some were broken by the fragile images alone
     dear = int(np.flatnonzero(env.session.state.over_budget)[0])
@@ -249,22 +251,22 @@ def test_what_breaks_the_budget_is_found_out_before_the_rest_is_looked_at(infect
 
 @pytest.mark.parametrize("images", [200, 60])  # all are clean images; some that the trigger was sought in are no longer
 def test_derivatives_from_kept_activations_are_those_of_whole_passes(infected, monkeypatch, images):
-    monkeypatch.setattr("backdoor_gym.session.masked_model.SLOPE_IMAGES", images)
-    monkeypatch.setattr("backdoor_gym.session.prepared_model.SLOPE_IMAGES", images)
-    env = BackdoorPruneEnv(infected, accuracy_budget=None, residual="group", slopes_every=3)
+    monkeypatch.setattr("backdoor_gym.session.masked_model.GRADIENT_IMAGES", images)
+    monkeypatch.setattr("backdoor_gym.session.prepared_model.GRADIENT_IMAGES", images)
+    env = BackdoorPruneEnv(infected, accuracy_budget=None, residual="group", gradients_every=3)
     env.reset(seed=0)
     assert (env.session.masked._corrected is not None) == (images == 60)
     for unit in (3, 40, 17):
         env.step(unit)
     found, expected = (
-        env.session.masked.slopes(env.session.state.pruned),
-        env.session.victim.slopes(env.session.state.pruned),
+        env.session.masked.gradients(env.session.state.pruned),
+        env.session.prepared.gradients(env.session.state.pruned),
     )
     for name in ("pull", "harm", "clean_pull"):
         one, other = getattr(found, name), getattr(expected, name)
         assert np.abs(other).max() > 0
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5 * np.abs(other).max())
-    shown = env.observe()["nodes"][: len(env.session.victim), NODE_FEATURES.index("harm_now")]
+    shown = env.observe()["nodes"][: len(env.session.prepared), NODE_FEATURES.index("harm_now")]
     np.testing.assert_allclose(shown, np.clip(found.harm / found.harm.std(), -6, 6), rtol=1e-5)
 
 
@@ -309,26 +311,26 @@ def test_misuse_is_named(infected):
             env.step(action)
 
 
-def slope(observation, name):
+def gradient(observation, name):
     return observation["nodes"][: int(observation["num_nodes"][0]), NODE_FEATURES.index(name)]
 
 
 def test_slopes_are_the_derivatives_where_the_episode_stands(infected):
-    env = BackdoorPruneEnv(infected, accuracy_budget=None, slopes_every=3)
+    env = BackdoorPruneEnv(infected, accuracy_budget=None, gradients_every=3)
     first, _ = env.reset(seed=0)
     for unit in (5, 17):
         observation, *_ = env.step(unit)
-        np.testing.assert_array_equal(slope(observation, "harm_now"), slope(first, "harm_now"))
+        np.testing.assert_array_equal(gradient(observation, "harm_now"), gradient(first, "harm_now"))
     observation, *_ = env.step(40)
-    assert (slope(observation, "harm_now") != slope(first, "harm_now")).any()
-    assert (slope(observation, "pull_now") != slope(first, "pull_now")).any()
+    assert (gradient(observation, "harm_now") != gradient(first, "harm_now")).any()
+    assert (gradient(observation, "pull_now") != gradient(first, "pull_now")).any()
     unit, step = 60, 1e-4
-    neurons = env.session.victim.neurons
+    neurons = env.session.prepared.neurons
     exact = copy.deepcopy(neurons.graph).double()  # differences this small are lost in float32
-    clean = env.session.victim.clean.first(SLOPE_IMAGES)
+    clean = env.session.prepared.clean.first(GRADIENT_IMAGES)
 
     def logits(value, images):
-        mask = torch.from_numpy(env.session.victim.neuron_mask(env.session.state.pruned)).double()
+        mask = torch.from_numpy(env.session.prepared.neuron_mask(env.session.state.pruned)).double()
         mask[unit] = value
         with torch.no_grad():
             return exact(images.double(), *(mask[layer.neurons] for layer in neurons.layers))
@@ -336,20 +338,22 @@ def test_slopes_are_the_derivatives_where_the_episode_stands(infected):
     def loss(value):
         return torch.nn.functional.cross_entropy(logits(value, clean.images), clean.labels).item()
 
-    inverted = env.session.victim.inverted
+    inverted = env.session.prepared.inverted
 
     def margin(value, images):
         return target_margin(logits(value, images), inverted.target).mean().item()
 
-    slopes = env.session.masked.slopes(env.session.state.pruned)
-    harm = slopes.harm
+    gradients = env.session.masked.gradients(env.session.state.pruned)
+    harm = gradients.harm
     assert harm[unit] == pytest.approx(-(loss(1 + step) - loss(1 - step)) / (2 * step), rel=0.05, abs=1e-4)
-    for slope_of, images in ((slopes.pull, inverted.images), (slopes.clean_pull, inverted.clean)):
+    for slope_of, images in ((gradients.pull, inverted.images), (gradients.clean_pull, inverted.clean)):
         expected = (margin(1 + step, images) - margin(1 - step, images)) / (2 * step)
         assert slope_of[unit] == pytest.approx(expected, rel=0.05, abs=1e-3)
-    np.testing.assert_allclose(slope(observation, "harm_now"), np.clip(harm / harm.std(), -6, 6), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        gradient(observation, "harm_now"), np.clip(harm / harm.std(), -6, 6), rtol=1e-4, atol=1e-5
+    )
     again, _ = env.reset(seed=0)
-    np.testing.assert_array_equal(slope(again, "harm_now"), slope(first, "harm_now"))
+    np.testing.assert_array_equal(gradient(again, "harm_now"), gradient(first, "harm_now"))
 
 
 def test_slopes_of_groups_are_sums_over_their_neurons(infected):
@@ -358,8 +362,8 @@ def test_slopes_of_groups_are_sums_over_their_neurons(infected):
     )
     for env in (alone, together):
         env.reset(seed=0)
-    sums = [alone.session.victim.first_slopes.pull[unit].sum() for unit in together.victim.units]
-    np.testing.assert_allclose(together.victim.first_slopes.pull, sums, rtol=1e-5, atol=1e-6)
+    sums = [alone.session.prepared.first_gradients.pull[unit].sum() for unit in together.prepared.units]
+    np.testing.assert_allclose(together.prepared.first_gradients.pull, sums, rtol=1e-5, atol=1e-6)
 
 
 def test_environments_of_networks_of_other_sizes_step_together_with_the_same_max_units(infected, plain_infected):
@@ -380,9 +384,9 @@ def test_the_accuracy_on_test_images_is_that_of_the_pruned_network(infected):
     *_, after = env.step(unit)
     first = infected.test.first(80)
     for info, pruned in ((before, []), (after, [unit])):
-        mask = np.ones(len(env.session.victim), dtype=bool)
+        mask = np.ones(len(env.session.prepared), dtype=bool)
         mask[pruned] = False
-        logits = write_mask(infected.network, env.session.victim.neurons, mask)(first.images)
+        logits = write_mask(infected.network, env.session.prepared.neurons, mask)(first.images)
         assert info["test_acc"] == pytest.approx((logits.argmax(1) == first.labels).double().mean().item())
     unscored = BackdoorPruneEnv(infected, score_samples=0)
     assert "test_acc" not in unscored.reset(seed=0)[1]
@@ -404,7 +408,7 @@ def test_how_far_the_suspected_danger_fell_lately(infected):
 @pytest.mark.parametrize("as_file", [True, False])
 def test_a_copy_in_mid_episode_goes_on_where_it_was(infected, plain_infected, infected_file, twin_of, as_file):
     models = [infected, plain_infected] if not as_file else [str(infected_file), plain_infected]
-    env = gym.make("BackdoorPrune-v0", infected=models, slopes_every=2, max_failures=50)
+    env = gym.make("BackdoorPrune-v0", infected=models, gradients_every=2, max_failures=50)
     env.reset(seed=1)
     env.unwrapped.accuracy_budget = 0.05  # changed since it was made
     env.action_space.seed(3)

@@ -6,8 +6,8 @@ from backdoor_gym.errors import DataError
 from backdoor_gym.models.infected import InfectedModel
 from backdoor_gym.models.infecting import infect
 from backdoor_gym.models.training import Schedule
-from backdoor_gym.session.masked_model import MaskedVictim
-from backdoor_gym.session.prepared_model import Victim, VictimOptions
+from backdoor_gym.session.masked_model import MaskedModel
+from backdoor_gym.session.prepared_model import Preparation, PreparedModel
 
 
 def make(attack, epochs=8, **options):
@@ -56,9 +56,9 @@ def test_an_all_to_all_attack_is_measured_by_each_class_s_own_target(tmp_path):
     test = again.test
     answers = again.network(again.trigger(test.images)).argmax(1)
     assert again.evaluate().asr == pytest.approx((answers == (test.labels + 1) % 10).double().mean().item())
-    victim = Victim(again, VictimOptions())
-    masked = MaskedVictim(victim, score_samples=len(test))
-    figures = masked.figures(torch.zeros(len(victim), dtype=torch.bool).numpy())
+    prepared = PreparedModel(again, Preparation())
+    masked = MaskedModel(prepared, score_samples=len(test))
+    figures = masked.figures(torch.zeros(len(prepared), dtype=torch.bool).numpy())
     assert figures.asr == pytest.approx(again.evaluate().asr, abs=0.01)
 
 

@@ -15,7 +15,7 @@ from backdoor_gym.analysis.trigger_inversion import invert_trigger
 from backdoor_gym.baselines import ANP, RNP, Magnitude
 from backdoor_gym.errors import WeightsError
 from backdoor_gym.metrics import require_finite
-from backdoor_gym.session.prepared_model import Victim, VictimOptions
+from backdoor_gym.session.prepared_model import Preparation, PreparedModel
 
 
 def test_require_finite_names_what_overflowed():
@@ -27,15 +27,15 @@ def test_require_finite_names_what_overflowed():
 
 @pytest.mark.parametrize("search", ["means", "label"])
 def test_a_search_for_the_trigger_stops(infected, monkeypatch, search):
-    victim = Victim(infected, VictimOptions())
+    prepared = PreparedModel(infected, Preparation())
     images, labels = infected.clean.images, infected.clean.labels
-    suspected = victim.suspected
+    suspected = prepared.suspected
     monkeypatch.setattr(torch.autograd, "grad", lambda _, inputs: [torch.full_like(one, torch.nan) for one in inputs])
     reached = []
     monkeypatch.setattr(Warp, "__call__", lambda self, some: reached.append(self.parameter.detach().clone()) or some)
     search, last = (invert_trigger, suspected) if search == "means" else (invert_by_label, 10)
     with pytest.raises(WeightsError, match="search for the trigger is not finite"):
-        search(victim.neurons, images, labels, last)
+        search(prepared.neurons, images, labels, last)
     assert all(torch.isfinite(parameter).all() for parameter in reached)
 
 

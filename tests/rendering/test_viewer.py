@@ -82,11 +82,11 @@ def test_what_is_drawn_is_what_happened(infected):
 def test_suspicion_is_the_most_that_a_neuron_stands_out_by(infected):
     env = gym.make("BackdoorPrune-v0", infected=infected, residual="group").unwrapped
     env.reset(seed=0)
-    drawn, victim = Snapshot.of(env.session), env.session.victim
-    for unit, features in zip(victim.units, victim.features, strict=True):
+    drawn, prepared = Snapshot.of(env.session), env.session.prepared
+    for unit, features in zip(prepared.units, prepared.features, strict=True):
         assert set(drawn.suspicion[unit]) == {max(features[0], features[1], features[8])}
     assert drawn.strengths.max() == 1
-    stem = victim.neurons.layers[0]
+    stem = prepared.neurons.layers[0]
     weight = infected.network.get_submodule(stem.feeders[0].module).weight.detach()
     expected = weight.abs().sum((1, 2, 3)) / weight.abs().sum((1, 2, 3)).max()
     np.testing.assert_allclose(drawn.strengths[stem.neurons], expected.numpy(), rtol=1e-5)
