@@ -196,7 +196,7 @@ def measure_ppo(network: str) -> Row:
 
     vector = ThreadedVecEnv([twin] * count)
     onp = ONP(vector, seed=0, **{**PPO, "n_steps": steps, "batch_size": min(64, count * steps)})
-    ppo = onp._trainer()
+    ppo = onp.trainer()
     clock = Clock()
     for name in ("figures", "clean", "restart", "keep", "gradients"):
         clock.watch(MaskedModel, name, "network")
