@@ -53,11 +53,12 @@ class ANP(Rule):
         alpha: float = 0.2,
         eps: float = 0.4,
     ) -> None:
-        super().__init__(env, threshold, accuracy_budget, seed)
+        super().__init__(env, threshold, accuracy_budget)
+        check_whole("seed", seed)
         check_whole("steps", steps, 1)
         check_real("alpha", alpha, 0, 1)
         check_real("eps", eps, 0)
-        self.steps, self.alpha, self.eps = steps, alpha, eps
+        self.seed, self.steps, self.alpha, self.eps = seed, steps, alpha, eps
 
     def scores(self, defender: Defender) -> np.ndarray:
         settings = (type(self), self.seed, self.steps, self.alpha, self.eps)

@@ -11,17 +11,20 @@ every data set bears, and clips the gradient of the unlearning at a norm of 20, 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from backdoor_gym.arguments import check_whole
 from backdoor_gym.errors import DataError
 from backdoor_gym.metrics import require_finite
+from backdoor_gym.policies.thresholds import Threshold
 from backdoor_gym.session.defender import Defender
 
-from .rule import Rule
+from .rule import ACCURACY_BUDGET, Rule
 from .soft_masks import SoftMasks, training_copy
 
 BATCH, LEAST_BATCHES = 128, 4
@@ -33,7 +36,25 @@ LARGEST_GRADIENT = 20.0
 
 
 class RNP(Rule):
-    """One minus the learned mask."""
+    """One minus the learned mask.
+
+    Args:
+        env: of ``Rule``.
+        threshold: of ``Rule``.
+        accuracy_budget: of ``Rule``.
+        seed: of the images drawn.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        threshold: Threshold | None = None,
+        accuracy_budget: float = ACCURACY_BUDGET,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(env, threshold, accuracy_budget)
+        check_whole("seed", seed)
+        self.seed = seed
 
     def scores(self, defender: Defender) -> np.ndarray:
         scores: np.ndarray = defender.memory.recall((type(self), self.seed), lambda: self.learn(defender))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backdoor_gym.arguments import check_kind, check_real, check_whole
+from backdoor_gym.arguments import check_kind, check_real
 from backdoor_gym.data.datasets import check_images
 from backdoor_gym.envs.observation import GLOBAL_FEATURES
 from backdoor_gym.errors import DataError
@@ -40,7 +40,6 @@ class Rule(Policy):
         threshold: a number; "auto" for the lowest within ``accuracy_budget`` (``thresholds.choose_threshold``); "budget"
             for none, where an accuracy budget of the environment ends the repair; None for the published one, or "auto".
         accuracy_budget: clean accuracy that "auto" may lose.
-        seed: of what is random in the rule.
 
     Attributes:
         published: the published threshold, or None.
@@ -61,16 +60,13 @@ class Rule(Policy):
         env: Any,
         threshold: Threshold | None = None,
         accuracy_budget: float = ACCURACY_BUDGET,
-        seed: int = 0,
     ) -> None:
         check_real("accuracy_budget", accuracy_budget, 0, 1)
-        check_whole("seed", seed)
         if threshold is None:
             threshold = "auto" if self.published is None else self.published
         check_threshold(threshold)
         self.threshold: Threshold = threshold
         self.accuracy_budget = accuracy_budget
-        self.seed = seed
         self.env = env
         self._scores: dict[int, np.ndarray] = {}
         self._chosen: dict[int, float] = {}

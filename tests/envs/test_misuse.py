@@ -187,7 +187,7 @@ def test_vectors_step_all_or_none(infected, mode):
     with pytest.raises(gym.error.ResetNeeded):
         env.call("observe")
     with pytest.raises(gym.error.ResetNeeded):
-        env.get_attr("figures")
+        env.get_attr("session")
     env.reset(seed=1)
     twin.reset(seed=1)
     for actions in WRONG_ACTIONS:

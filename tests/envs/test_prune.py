@@ -362,8 +362,8 @@ def test_slopes_of_groups_are_sums_over_their_neurons(infected):
     )
     for env in (alone, together):
         env.reset(seed=0)
-    sums = [alone.session.prepared.first_gradients.pull[unit].sum() for unit in together.prepared.units]
-    np.testing.assert_allclose(together.prepared.first_gradients.pull, sums, rtol=1e-5, atol=1e-6)
+    sums = [alone.session.prepared.first_gradients.pull[unit].sum() for unit in together.session.prepared.units]
+    np.testing.assert_allclose(together.session.prepared.first_gradients.pull, sums, rtol=1e-5, atol=1e-6)
 
 
 def test_environments_of_networks_of_other_sizes_step_together_with_the_same_max_units(infected, plain_infected):

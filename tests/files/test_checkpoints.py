@@ -209,7 +209,7 @@ def test_files_without_weights_are_refused(trained, tmp_path):
     torch.save([1, 2], tmp_path / "list")
     torch.save({"net": {}, "x": np.float64(1)}, tmp_path / "old", _use_new_zipfile_serialization=False)
     for name, words in (
-        ("script", "torchscript"),
+        ("script", "TorchScript"),
         ("truncated", "damaged"),
         ("text", "not a readable safetensors file"),
         ("empty", "no state dict.*only epoch, lr"),

@@ -52,7 +52,7 @@ def test_what_is_not_ours_is_refused_without_executing_it(path, tmp_path, capsys
         "truncated": (whole[:-5], "truncated"),
         "flipped": (whole[:-1] + bytes([whole[-1] ^ 1]), "damaged"),
         "text": (b"hello, I am no model", "not a readable safetensors"),
-        "empty": (b"", "not a readable safetensors"),
+        "empty": (b"", "is empty"),
         "pickle": (pickle.dumps(Attacker()), "pickle"),
     }
     for name, (content, words) in cases.items():

@@ -134,7 +134,7 @@ def test_weights_that_are_not_finite_are_refused():
         (lambda t, m: m["architecture"].update(name="resnet8"), UnknownNameError, "did you mean 'resnet18'"),
         (lambda t, m: m["architecture"].update(name="resnet18", in_channels=1), UnknownNameError, "option"),
         (lambda t, m: m["architecture"].update(width=-1), DataError, "cannot be built"),
-        (lambda t, m: m["architecture"].update(width="wide"), DataError, "cannot be built"),
+        (lambda t, m: m["architecture"].update(width="wide"), DataError, "must be a whole number"),
         (lambda t, m: m["architecture"].update(num_classes=10**13), ModelFileError, "architecture"),
         (lambda t, m: m["architecture"].update(width=300_000), WeightsError, "of another shape"),
         (lambda t, m: m.update(architecture="small_cnn"), ModelFileError, r"object.*architecture"),
