@@ -83,8 +83,8 @@ def train(
     if not checkpoint.is_file():
         kept.unlink(missing_ok=True)  # of an earlier training: not to be compared with
     names, judges, measured = names_of(infected), names_of(validation), names_of(calibration)
-    say(f"{len(names)} models to learn from, {len(judges)} to choose by")
     vector = school(names, envs, seed=seed, reward="oracle", score_samples=SCORE_SAMPLES)
+    say(f"{len(names)} models to learn from, {len(judges)} to choose by")
     settings = {**(PPO_AFTER_WARM_START if epochs else {}), **ppo}
     onp = ONP(vector, threshold=THRESHOLD, encoder=encoder, seed=seed, tensorboard_log=tensorboard_log, **settings)
 

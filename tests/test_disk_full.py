@@ -34,7 +34,7 @@ COMMANDS = {
         10_000,
         "m.safetensors",
     ),
-    "train": (TRAIN, 100_000, "p.safetensors"),
+    "train": (TRAIN, 60_000, "p.safetensors"),
     "benchmark, its cells": (BENCHMARK, 600, "table.md"),
     "benchmark, its pictures": (BENCHMARK, 8_000, "acc_asr.png"),
 }
