@@ -72,7 +72,7 @@ def write_policy_checkpoint(path: Path) -> None:
         zeros = torch.zeros_like(parameter)
         moments = {"step": torch.tensor(3.0), "exp_avg": zeros, "exp_avg_sq": zeros}
         tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
-    write_tensors(path, tensors, {**onp._description(), "format": CHECKPOINT, "timesteps": 64})
+    write_tensors(path, tensors, {**onp.description(), "format": CHECKPOINT, "timesteps": 64})
 
 
 def train_on(path: Path) -> None:

@@ -218,7 +218,7 @@ WRITERS = {
     "backdoor_gym/writing.py": {"write_text", "open"},
     "backdoor_gym/models/family.py": {"write_bytes"},
     "backdoor_gym/files/tensors.py": {"save_file"},
-    "backdoor_gym/models/pretrained.py": {"save_file", "save_pretrained", "write_bytes"},
+    "backdoor_gym/models/layout.py": {"save_file", "save_pretrained", "write_bytes"},
 }
 
 

@@ -226,7 +226,9 @@ def test_look_ahead_weighs_the_clean_loss_and_the_suspected_danger(infected):
         looked_at = np.isfinite(corrected)
         np.testing.assert_allclose(corrected[looked_at], quantity[looked_at], atol=1e-6)
         assert corrected.max() == pytest.approx(quantity.max(), abs=1e-6)  # what was passed over is no better
-    few = replace(PLAIN, candidates=3).correct(np.full(113, 0.0) + (np.arange(113) > 108), observation, env, 0)
+    few = replace(PLAIN, candidates=3).correct(
+        np.full(113, 0.0) + (np.arange(113) > 108), observation, env.unwrapped.session
+    )
     assert set(np.isfinite(few).nonzero()[0]) <= {109, 110, 111, 112}
 
 

@@ -63,7 +63,7 @@ def test_a_repair_looks_ahead_with_it(infected):
     alone, ahead = ScoringPolicy(Ridge.load(), env), ScoringPolicy(Ridge.load(), env, look_ahead=LookAhead())
     scores = Ridge.load().scores(observation)[0]
     assert alone.predict(observation, deterministic=True)[0] == scores[:-1].argmax()
-    corrected = LookAhead().correct(scores, observation, env, 0)
+    corrected = LookAhead().correct(scores, observation, env.unwrapped.session)
     assert ahead.predict(observation, deterministic=True)[0] == corrected[:-1].argmax()
     result = repair(infected, "ridge", 0.02, max_steps=40)
     assert result.after.asr < result.before.asr

@@ -211,7 +211,7 @@ def test_files_without_weights_are_refused(trained, tmp_path):
     for name, words in (
         ("script", "TorchScript"),
         ("truncated", "damaged"),
-        ("text", "not a readable safetensors file"),
+        ("text", "no file of weights"),
         ("empty", "no state dict.*only epoch, lr"),
         ("two", r"several sets of weights \(ema, raw\)"),
         ("list", "no state dict"),
@@ -308,5 +308,5 @@ def test_headers_are_bearable(tmp_path):
 @pytest.mark.parametrize("length", [2**63, 10**9, 100])
 def test_headers_are_no_longer_than_the_file(tmp_path, length):
     (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + b"{" + b" " * 20)
-    with pytest.raises(ModelFileError, match="not a readable safetensors file"):
+    with pytest.raises(ModelFileError, match="no file of weights"):
         read_checkpoint(tmp_path / "a.safetensors")
