@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from backdoor_gym.masking.export import write_mask
 from backdoor_gym.neurons.channels import Channels, Kind
-from backdoor_gym.neurons.finding import Neurons
+from backdoor_gym.neurons.layers import Neurons
 
 #: Images of one forward and backward pass.
 BATCH = 100

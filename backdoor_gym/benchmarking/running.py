@@ -24,7 +24,7 @@ from ..metrics import Metrics
 from ..models.catalogue import load_infected, resolve
 from ..models.infected import InfectedModel
 from ..networks.adapting import deep_copy
-from ..neurons.finding import RESIDUAL_MODES
+from ..neurons.layers import RESIDUAL_MODES
 from ..on_ray.cluster import ClusterPool, Kept
 from ..processes import died, workers
 from ..repairing import rating, run_episode

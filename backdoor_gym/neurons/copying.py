@@ -21,8 +21,8 @@ def plain_copy(network: nn.Module) -> nn.Module:
         if isinstance(value, Tensor):
             module.__dict__[name] = value.detach()
     copied = deep_copy(network)
-    for module, name, kind in list(_old_norms(copied)):
-        _OLD_NORMS[kind](module, name)
+    for module, name, hook in _old_norms(copied):
+        _OLD_NORMS[hook](module, name)
     for module in list(copied.modules()):
         if parametrize.is_parametrized(module):
             made = type(module)  # for the original, which would lose its weight with the copy
@@ -34,10 +34,8 @@ def plain_copy(network: nn.Module) -> nn.Module:
 
 def computed_weights(network: nn.Module) -> list[str]:
     """Names of the layers whose weights ``plain_copy`` makes plain."""
-    old = {id(module) for module, _, _ in _old_norms(network)}
-    return [
-        name for name, module in network.named_modules() if id(module) in old or parametrize.is_parametrized(module)
-    ]
+    old = {module for module, _, _ in _old_norms(network)}
+    return [name for name, module in network.named_modules() if module in old or parametrize.is_parametrized(module)]
 
 
 def _old_norms(network: nn.Module) -> list[tuple[nn.Module, str, str]]:

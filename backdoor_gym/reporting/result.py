@@ -15,7 +15,7 @@ from ..metrics import Metrics
 from ..models.infected import InfectedModel
 from ..networks.adapting import in_own_types
 from ..networks.preprocessing import Preprocessed, own_module
-from ..neurons.finding import Neurons
+from ..neurons.layers import Neurons
 from ..rendering.drawing import Snapshot, frame
 from ..writing import as_json, beside, finite, write_text
 from .page import render
