@@ -14,7 +14,7 @@ from ..neurons.channels import WEIGHTED, Channels, Kind, module_of
 from ..neurons.labels import UNKNOWN, ZERO
 from ..neurons.layers import Neurons
 from ..neurons.operations import operation
-from ..neurons.recording import called_modules, in_words
+from ..neurons.recording import in_words, watching
 from ..neurons.tracing import first_line, same_logits
 from .export import write_mask
 
@@ -99,7 +99,7 @@ def _attempt(
     smaller = deep_copy(network)
     path: list[str] = []
     try:
-        with called_modules(smaller) as path, torch.no_grad():
+        with watching(smaller, lambda name, _: path.append(name), lambda *_: path.pop() and None), torch.no_grad():
             _remove(smaller, pieces)
             logits = smaller(images.clone())
     except Exception as error:  # the user's code, made for other numbers of channels

@@ -62,17 +62,12 @@ def sources(channels: Channels, labels: np.ndarray, stop: Set[fx.Node] = frozens
 
 def last_layers(channels: Channels) -> set[fx.Node]:
     """The layers that the logits come from: nothing with weights lies behind them."""
-    front = [node for node in channels.nodes if node.op == "output"]
-    last, seen = set(), set()
-    while front:
-        node = front.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if channels.kinds[node] is Kind.WEIGHTED:
+    last, reached = set(), {channels.nodes[-1]}
+    for node in reversed(channels.nodes):
+        if node in reached and channels.kinds[node] is Kind.WEIGHTED:
             last.add(node)
-        elif channels.kinds[node] is not Kind.OPAQUE:
-            front.extend(channels.inputs(node))
+        elif node in reached and channels.kinds[node] is not Kind.OPAQUE:
+            reached.update(channels.inputs(node))
     return last
 
 

@@ -14,7 +14,7 @@ A layer that is used several times in one pass is one layer of neurons, masked a
 layer with weights how many of its channels belong to a neuron, and why others do not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from .channel_origin import Source, classes, sources
 from .channels import Channels, Kind, mask_channels
 from .copying import computed_weights
 from .layers import Feeder, NeuronLayer, Neurons, Part
-from .sites import Site, SiteFinder
+from .sites import Site, Sites
 from .tracing import trace
 
 
@@ -51,13 +51,11 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
     graph_module = trace(network, images)
     # The user knows the names of the network behind the preprocessing.
     prefix = Preprocessed.PREFIX if isinstance(network, Preprocessed) else ""
-    finder = SiteFinder(Channels(graph_module), prefix)
-    sites_by_layer = finder.find()
-    if not sites_by_layer:
-        raise UntraceableError(f"{type(network).__name__} has no prunable neuron: {finder.why_none()}")
-    site_of = {site.node: site for sites in sites_by_layer for site in sites}
-    layers = _LayerMaker(finder, sites_by_layer, site_of).make()
-    sentences = notes(finder, site_of)
+    sites = Sites(Channels(graph_module), prefix)
+    if not sites.by_layer:
+        raise UntraceableError(f"{type(network).__name__} has no prunable neuron: {sites.why_none()}")
+    layers = _LayerMaker(sites).make()
+    told, sentences = accounts(sites), notes(sites)
     computed = computed_weights(network)
     if computed:
         sentences.append(
@@ -65,8 +63,7 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
             "normalisation of weights or another parametrisation; in the repaired network they are plain, as after "
             "torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm."
         )
-    told = accounts(finder, site_of)
-    _insert_masks(finder.channels, sites_by_layer, layers)
+    _insert_masks(sites, layers)
     graph_module.to(next((parameter.device for parameter in network.parameters()), torch.device("cpu")))
     return Neurons(tuple(layers), graph_module, told, tuple(sentences))
 
@@ -74,29 +71,21 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
 class _LayerMaker:
     """Makes neuron layers from their sites."""
 
-    def __init__(
-        self, finder: SiteFinder, sites_by_layer: Sequence[Sequence[Site]], site_of: Mapping[fx.Node, Site]
-    ) -> None:
-        self._finder, self._channels = finder, finder.channels
-        self._sites_by_layer, self._site_of = sites_by_layer, site_of
-        self._index_of = {site.node: index for index, sites in enumerate(sites_by_layer) for site in sites}
-        self._classes = classes(finder.channels)
+    def __init__(self, sites: Sites) -> None:
+        self._sites, self._channels = sites, sites.channels
+        self._index_of = {site.node: index for index, group in enumerate(sites.by_layer) for site in group}
+        self._classes = classes(sites.channels)
 
     def make(self) -> list[NeuronLayer]:
         layers: list[NeuronLayer] = []
-        start = 0
-        for sites in self._sites_by_layer:
-            layers.append(self._layer(sites, start))
-            start += layers[-1].size
+        for sites in self._sites.by_layer:
+            layers.append(self._layer(sites, layers[-1].neurons.stop if layers else 0))
         return layers
 
     def _layer(self, sites: Sequence[Site], start: int) -> NeuronLayer:
         channels, node = self._channels, sites[0].node
         size = 1 + max(int(site.units.max()) for site in sites)
-        if sites[0].of_heads:
-            own_classes = channels.count + start + np.arange(size)  # heads share no sum
-        else:
-            own_classes = self._classes[channels.made(node)]
+        heads_classes = channels.count + start + np.arange(size)  # heads share no sum
         feeders: dict[str, Feeder] = {}
         parts: dict[tuple, Part] = {}
         for site in sites:
@@ -106,14 +95,14 @@ class _LayerMaker:
             weights, biases = layer.weight or (), layer.bias or ()
             parts.setdefault((weights, biases), Part(str(site.node.target), weights, biases, site.units))
         return NeuronLayer(
-            name=self._finder.name(self._finder.bears_name_of(sites)),
+            name=self._sites.name(self._sites.bears_name_of(sites)),
             parts=tuple(parts.values()),
             normalised=channels.kinds[node] is Kind.NORM,
             node=node.name,
             size=size,
             start=start,
             feeders=tuple(feeders.values()),
-            classes=own_classes,
+            classes=heads_classes if sites[0].of_heads else self._classes[channels.made(node)],
             axis=channels.axis(node),
         )
 
@@ -128,7 +117,7 @@ class _LayerMaker:
             for read in sources(channels, channels.read(use), self._index_of.keys()):
                 index = self._index_of.get(read.node)
                 if index is not None and index != self._index_of[site.node]:
-                    units = self._site_of[read.node].units
+                    units = self._sites.at[read.node].units
                     upstream.setdefault(index, np.where(read.channels >= 0, units[read.channels], -1))
         return Feeder(
             module=str(source.node.target),
@@ -149,17 +138,17 @@ class _LayerMaker:
         return str(node.target) if is_norm and node not in self._index_of else None
 
 
-def _insert_masks(channels: Channels, sites_by_layer: Sequence[Sequence[Site]], layers: Sequence[NeuronLayer]) -> None:
+def _insert_masks(sites: Sites, layers: Sequence[NeuronLayer]) -> None:
     """Give the graph one more input a layer, and multiply the layer's values by it wherever it is used."""
-    graph_module = channels.graph_module
+    graph_module = sites.channels.graph_module
     graph = graph_module.graph
     last_input = next(node for node in graph.nodes if node.op == "placeholder")
-    for index, (sites, layer) in enumerate(zip(sites_by_layer, layers, strict=True)):
+    for index, (group, layer) in enumerate(zip(sites.by_layer, layers, strict=True)):
         with graph.inserting_after(last_input):
             last_input = graph.placeholder(f"neuron_mask_{index}", default_value=None)
         last_input.meta["size"] = layer.size
-        for place, site in enumerate(sites):
-            arguments: tuple = (site.node, last_input, channels.axis(site.node))
+        for place, site in enumerate(group):
+            arguments: tuple = (site.node, last_input, sites.channels.axis(site.node))
             if site.of_heads:
                 name = f"_units_{index}_{place}"
                 graph_module.register_buffer(name, torch.from_numpy(site.units), persistent=False)

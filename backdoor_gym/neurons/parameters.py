@@ -114,10 +114,8 @@ class Parameters:
             return argument
         call = self._tape.calls[argument.call]
         args, kwargs = fx.node.map_aggregate((call.args, call.kwargs), lambda value: self._computed(value, instead))
-        if call.op == "call_method":
-            result = getattr(args[0], call.target)(*args[1:], **kwargs)
-        else:
-            result = call.target(*args, **kwargs)
+        function, args = (getattr(args[0], call.target), args[1:]) if call.op == "call_method" else (call.target, args)
+        result = function(*args, **kwargs)
         return result if argument.part is None else result[argument.part]
 
 

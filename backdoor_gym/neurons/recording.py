@@ -5,7 +5,7 @@ asked of shapes, loops, einops. Refused is Python code that reads the values of 
 images the record would be wrong.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,7 +120,7 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         tape: the calls.
-        path: the modules that are being called, the innermost last.
+        path: the modules that are being called, the innermost last, "" for the network itself.
     """
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
@@ -144,10 +144,8 @@ class Recorder(TorchFunctionMode):
         Raises:
             UntraceableError: something in it cannot be recorded; the message names the module.
         """
-        with (
-            torch.no_grad(), called_modules(network) as self.path, self._preprocessing_as_one_call(network),
-            torch.compiler.set_stance("force_eager"), self,
-        ):  # fmt: skip
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), watching(network, self._enter, self._leave), eager, self:
             output = network(images)
         self.tape.output = self._refer(output)
         if not isinstance(self.tape.output, Ref):
@@ -252,38 +250,29 @@ class Recorder(TorchFunctionMode):
         self._alive.append(value)
         return Value(value)
 
-    @contextmanager
-    def _preprocessing_as_one_call(self, network: nn.Module) -> Iterator[None]:
-        def pause(*_: Any) -> None:
+    def _enter(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, Preprocess):  # recorded as one call
             self._paused = True
+        else:
+            self.path.append(name)
 
-        def record(name: str, args: tuple[Any, ...], result: Tensor) -> None:
+    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        if isinstance(module, Preprocess):
             self._paused = False
             self._record(Call("call_module", name, (self._refer(args[0]),), {}, result, True, name))
-
-        handles = []
-        for name, module in network.named_modules():
-            if isinstance(module, Preprocess):
-                handles.append(module.register_forward_pre_hook(pause))
-                handles.append(module.register_forward_hook(lambda _, *call, name=name: record(name, *call)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        else:
+            self.path.pop()
 
 
 @contextmanager
-def called_modules(network: nn.Module) -> Iterator[list[str]]:
-    """The names of the modules that are being called, the innermost last, kept up to date; preprocessing is left out."""
-    path: list[str] = []
+def watching(network: nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+    """Call ``enter(name, module)`` before each module's forward, and ``leave(name, module, args, result)`` behind it."""
     handles = []
     for name, module in network.named_modules():
-        if name and not isinstance(module, Preprocess):
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: path.append(name)))
-            handles.append(module.register_forward_hook(lambda *_: path.pop() and None))
+        handles.append(module.register_forward_pre_hook(lambda module, _, name=name: enter(name, module)))
+        handles.append(module.register_forward_hook(lambda *call, name=name: leave(name, *call)))
     try:
-        yield path
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -29,14 +29,16 @@ class Site:
     of_heads: bool = False
 
 
-class SiteFinder:
-    """Finds the sites of a network.
+class Sites:
+    """The sites of a network.
 
     Args:
         channels: of the traced network.
         prefix: of the names in the graph that the user does not see.
 
     Attributes:
+        by_layer: of each neuron layer, in network order; several where a layer is used several times, or for heads.
+        at: by node.
         last: the layers that the logits come from.
         reasons: why a layer or normalisation has no site.
         normalised_by: the normalisation that each convolution or linear layer is masked at.
@@ -51,16 +53,24 @@ class SiteFinder:
         #: The layers of the graph that read each parameter, and the parameters that something else reads as well.
         self._readers: dict[str, set[str]] = {}
         self._read_beside: set[str] = set()
+        #: Nodes that layers with weights stand before.
+        self._behind_layers: set[fx.Node] = set()
         for node in channels.nodes:
             layer = channels.layer(node)
+            if any(
+                before in self._behind_layers or channels.kinds[before] in (Kind.WEIGHTED, Kind.OPAQUE)
+                for before in node.all_input_nodes
+            ):
+                self._behind_layers.add(node)
             if layer is not None:
                 for name in layer.tensors:
                     self._readers.setdefault(name, set()).add(str(node.target))
             elif node.op == "get_attr":
                 self._read_beside.update(node.meta["read"])
+        self.by_layer = self._find()
+        self.at = {site.node: site for sites in self.by_layer for site in sites}
 
-    def find(self) -> list[list[Site]]:
-        """The sites of each neuron layer, in network order; several where a layer is used several times, or for heads."""
+    def _find(self) -> list[list[Site]]:
         channels = self.channels
         sites: list[Site] = []
         for node in channels.nodes:
@@ -105,7 +115,7 @@ class SiteFinder:
 
     def _norm_site(self, node: fx.Node) -> Site | None:
         channels, module = self.channels, module_of(self.channels.graph_module, node)
-        if module is None or module.weight is None or channels.labels[node] is None or not self._reads_layers(node):
+        if module is None or module.weight is None or channels.labels[node] is None or node not in self._behind_layers:
             return None
         made, feeders = channels.made(node), tuple(sources(channels, channels.read(node)))
         has_own_channels = channels.block(int(made[0])).node is node
@@ -132,18 +142,6 @@ class SiteFinder:
             self.reasons[node] = (
                 f"{f'layer {others[0]}' if others else 'something that is no layer'} reads its weights too"
             )
-        return False
-
-    def _reads_layers(self, node: fx.Node) -> bool:
-        """Whether layers with weights stand before the node."""
-        front, seen = list(node.all_input_nodes), set()
-        while front:
-            before = front.pop()
-            if self.channels.kinds[before] in (Kind.WEIGHTED, Kind.OPAQUE):
-                return True
-            if before not in seen:
-                seen.add(before)
-                front.extend(before.all_input_nodes)
         return False
 
     def _reads_alone(self, norm: fx.Node, feeders: Sequence[Source]) -> bool:
