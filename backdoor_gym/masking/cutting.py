@@ -98,8 +98,12 @@ def _attempt(
     """A copy without these pieces, or None and the reason why it would not answer as before."""
     smaller = deep_copy(network)
     path: list[str] = []
+
+    def leave(*_: object) -> None:
+        path.pop()
+
     try:
-        with watching(smaller, lambda name, _: path.append(name), lambda *_: path.pop() and None), torch.no_grad():
+        with watching(smaller, lambda name, _: path.append(name), leave), torch.no_grad():
             _remove(smaller, pieces)
             logits = smaller(images.clone())
     except Exception as error:  # the user's code, made for other numbers of channels
