@@ -144,8 +144,12 @@ class Recorder(TorchFunctionMode):
         Raises:
             UntraceableError: something in it cannot be recorded; the message names the module.
         """
-        eager = torch.compiler.set_stance("force_eager")
-        with torch.no_grad(), watching(network, self._enter, self._leave), eager, self:
+        with (
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            watching(network, self._enter, self._leave),
+            self,
+        ):
             output = network(images)
         self.tape.output = self._refer(output)
         if not isinstance(self.tape.output, Ref):
