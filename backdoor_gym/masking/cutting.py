@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import CompactionError
 from ..networks.adapting import deep_copy
-from ..neurons.channel_origin import classes, is_depthwise
+from ..neurons.channel_origin import classes, is_depthwise, joined
 from ..neurons.channels import WEIGHTED, Channels, Kind, module_of
 from ..neurons.labels import UNKNOWN, ZERO
 from ..neurons.layers import Neurons
@@ -165,24 +165,18 @@ class _Plan:
 
     def groups(self) -> dict[str, list[_Piece]]:
         """What to cut, by what must go together; each is named after its first layer."""
-        top: dict[int, int] = {}
-
-        def find(number: int) -> int:
-            while top.setdefault(number, number) != number:
-                number = top[number]
-            return number
-
         pieces: list[tuple[_Piece, int]] = []
+        pairs: list[tuple[np.ndarray, np.ndarray]] = []
         for tensor, axis, labels in self.along:
             dead = (labels > 0) & ~self.needed[self.classes[np.maximum(labels, 0)]]
             if dead.any():
-                numbers = np.unique(self.classes[labels[dead]]).tolist()
-                for number in numbers[1:]:  # those of one layer go together
-                    top[find(number)] = find(numbers[0])
+                numbers = np.unique(self.classes[labels[dead]])
+                pairs.append((numbers, np.full_like(numbers, numbers[0])))  # those of one layer go together
                 pieces.append((_Piece(tensor, axis, tuple(np.flatnonzero(dead).tolist()), len(numbers)), numbers[0]))
+        group_of = joined(len(self.needed), pairs)
         groups: dict[int, list[_Piece]] = {}
         for piece, number in pieces:
-            groups.setdefault(find(number), []).append(piece)
+            groups.setdefault(group_of[number], []).append(piece)
         return {group[0].tensor.rpartition(".")[0] or group[0].tensor: group for group in groups.values()}
 
     def stops(self) -> list[str]:
@@ -221,12 +215,9 @@ class _Plan:
         inputs = channels.inputs(node)
         if kind in (Kind.WEIGHTED, Kind.NORM):
             self._look_at_layer(node, inputs[0])
-        elif kind is Kind.CONSTANT:
-            return
         elif kind in (Kind.LIVE_NORM, Kind.MIXING, Kind.OPAQUE) or channels.labels[node] is None:
             for value in (node, *inputs):  # all of them count there, if only for the statistics
-                if value.op != "output":
-                    self._need_all(value, node)
+                self._need_all(value, node)
         elif operation(node) == "scaled_dot_product_attention":
             for value in inputs[:2]:
                 self._need_all(value, node)

@@ -1,6 +1,6 @@
 """Where the channels of a value come from, and which channels belong together."""
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,15 +78,19 @@ def classes(channels: Channels, depthwise: bool = False) -> np.ndarray:
         channels: of the graph.
         depthwise: whether a depthwise convolution joins what it reads with what it writes, too.
     """
-    labels = np.arange(channels.count)
-    pairs = [(labels, labels)]
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for block in channels.blocks:
         parents = block.parents
         if depthwise and channels.kinds[block.node] is Kind.WEIGHTED and is_depthwise(channels, block.node):
             parents = (channels.read(block.node),)
         pairs += [(block.own[column > 0], column[column > 0]) for column in parents]
-    first, second = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    links = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(channels.count, channels.count))
+    return joined(channels.count, pairs)
+
+
+def joined(count: int, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """For each of so many numbers that of its set, int64 (count,); each pair joins its numbers one by one, int64 (n,)."""
+    first, second = (np.concatenate(side) for side in zip((np.arange(count),) * 2, *pairs, strict=True))
+    links = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(count, count))
     return connected_components(links, directed=False)[1]
 
 

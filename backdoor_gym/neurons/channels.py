@@ -1,9 +1,7 @@
 """What each node of a traced network does to channels, and where they are in its value.
 
-Every channel that a layer gives has a *label*, a number of its own. What only moves entries (reshaping, slicing,
-concatenating, ...) is done to the labels, too; what works on each channel alone keeps them; a sum of two channels has a new
-label with both as parents. So it does not matter in which way a movement is written. What mixes channels (attention's
-weights, say) gives a value without labels.
+Every channel that a layer gives has a *label*, a number of its own. Movements (reshaping, slicing, ...) are done to the labels,
+in whatever way they are written. A sum of two channels has a new label with both as parents. What mixes channels has no labels.
 """
 
 import math

@@ -23,8 +23,7 @@ class Feeder:
         norms: normalisations between it and the neuron layer's own.
         rows: the neuron of the layer that each of its output channels is, -1 for none; int64 (channels,).
         upstream: indices of the neuron layers whose (masked) channels it reads, nearest first.
-        columns: for each of these, its neuron that each input is of, -1 for none; int64 (inputs,). A linear layer behind a
-            flattened image has several inputs for each.
+        columns: for each of these, the neuron that each input is of, -1 for none; int64 (inputs,).
         scale: normalisation without neurons that it reads directly, None for none.
     """
 
@@ -47,8 +46,7 @@ class Part:
 
     Attributes:
         module: its name in the graph.
-        weights: the parameters of the network in whose rows zeros are written, each with the first row that it makes; a single
-            one as a rule.
+        weights: the network's parameters in whose rows zeros are written, each with the first row that it makes.
         biases: likewise, empty where there is none.
         units: the neuron that each row is of, -1 for none; int64 (rows,).
     """

@@ -20,17 +20,16 @@ _ARGUMENTS = {
     "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
     "instance_norm": ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
 }
-#: The same of functions that take them in another order.
-_TENSORS_FIRST = ("input", "weight", "bias", "running_mean", "running_var")
+#: Arguments of a layer that are tensors.
+TENSORS = ("weight", "bias", "running_mean", "running_var")
+#: The arguments of functions that take them in another order.
 _ORDERS: dict[Any, tuple[str, ...]] = {
-    torch.batch_norm: (*_TENSORS_FIRST, "training", "momentum", "eps"),
-    torch.instance_norm: (*_TENSORS_FIRST, "use_input_stats", "momentum", "eps"),
+    torch.batch_norm: ("input", *TENSORS, "training", "momentum", "eps"),
+    torch.instance_norm: ("input", *TENSORS, "use_input_stats", "momentum", "eps"),
 }
 _DEFAULTS = {
     "bias": None, "weight": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1, "training": False, "eps": 1e-5,
 }  # fmt: skip
-#: Arguments of a layer that are tensors.
-TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,7 @@ def lower(call: Call, value: Callable[[Any], Tensor | None]) -> tuple[nn.Module,
 def _make(function: str, bound: Mapping[str, Any], tensors: Mapping[str, Tensor], rank: int) -> nn.Module | None:
     """A layer of that form, its weights still to be set."""
     weight, has_bias = tensors.get("weight"), bound["bias"] is not None
+    norm: nn.Module
     with torch.device("meta"):
         if function == "linear":
             return None if weight is None or weight.ndim != 2 else nn.Linear(weight.shape[1], len(weight), has_bias)
@@ -98,7 +98,6 @@ def _make(function: str, bound: Mapping[str, Any], tensors: Mapping[str, Tensor]
             options = {name: bound[name] for name in ("stride", "padding", "dilation", "groups")}
             inputs, kernel = weight.shape[1] * bound["groups"], tuple(weight.shape[2:])
             return layer(inputs, len(weight), kernel, bias=has_bias, **options)
-        norm: nn.Module
         if function == "batch_norm":
             mean = tensors.get("running_mean")
             if bound["training"] or mean is None or rank > 4:

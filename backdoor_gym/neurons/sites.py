@@ -53,14 +53,12 @@ class Sites:
         #: The layers of the graph that read each parameter, and the parameters that something else reads as well.
         self._readers: dict[str, set[str]] = {}
         self._read_beside: set[str] = set()
-        #: Nodes that layers with weights stand before.
+        #: Layers with weights, and nodes that they stand before.
         self._behind_layers: set[fx.Node] = set()
         for node in channels.nodes:
             layer = channels.layer(node)
-            if any(
-                before in self._behind_layers or channels.kinds[before] in (Kind.WEIGHTED, Kind.OPAQUE)
-                for before in node.all_input_nodes
-            ):
+            has_weights = channels.kinds[node] in (Kind.WEIGHTED, Kind.OPAQUE)
+            if has_weights or not self._behind_layers.isdisjoint(node.all_input_nodes):
                 self._behind_layers.add(node)
             if layer is not None:
                 for name in layer.tensors:
@@ -186,5 +184,5 @@ class Sites:
 
 
 def _own_site(node: fx.Node, units: np.ndarray, of_heads: bool = False) -> Site:
-    """The site of a layer that is masked itself."""
+    """A layer that is masked itself."""
     return Site(node, (Source(node, (), np.arange(len(units))),), units, of_heads)

@@ -57,7 +57,7 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
         with torch.no_grad():
             expected = copied(three.clone())  # also fills what the network keeps for later
     except Exception as error:  # the user's code, which can raise anything
-        raise UntraceableError(_cannot_take(type(network).__name__, three, error)) from error
+        raise _cannot_take(type(network).__name__, three, error) from error
     made = [name for name in named_tensors(copied) if name not in known]
     if made:
         raise UntraceableError(
@@ -104,11 +104,11 @@ def _record(network: nn.Module, images: Tensor) -> Tape:
     except UntraceableError:
         raise
     except Exception as error:  # the user's code, which can raise anything
-        raise UntraceableError(_cannot_take(recorder.where, images, error)) from error
+        raise _cannot_take(recorder.where, images, error) from error
 
 
-def _cannot_take(what: str, images: Tensor, error: Exception) -> str:
-    return (
+def _cannot_take(what: str, images: Tensor, error: Exception) -> UntraceableError:
+    return UntraceableError(
         f"{what} cannot take {len(images)} images of shape {tuple(images.shape[1:])} ({first_line(error)}); are these the "
         "images that it was made for (clean=, --image-size)?"
     )
