@@ -173,13 +173,12 @@ class Channels:
         _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
         unique = np.stack([column[first] for column in columns], 1)
         blank = (unique < 1).all(axis=1)
-        numbers = np.where(blank, unique.max(axis=1), 0)
+        numbers = np.where(blank, unique.min(axis=1), 0)  # unknown where anything is
         parents = tuple(unique[~blank].T)
         carrying = tuple(
             column for column, labels in zip(parents, read, strict=True) if carriers is None or labels in carriers
         )
         numbers[~blank] = self._make(node, int((~blank).sum()), parents, carrying)
-        numbers[blank & (unique == UNKNOWN).any(axis=1)] = UNKNOWN
         thin = torch.from_numpy(numbers[inverse.reshape(-1)].astype(np.float64)).reshape(together[0].shape)
         return Labels(thin, shape)
 

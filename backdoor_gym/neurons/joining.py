@@ -24,13 +24,7 @@ def is_number(node: fx.Node) -> bool:
 
 
 class Joiner:
-    """Makes the graph.
-
-    Args:
-        network: in which both were recorded.
-        first: the record.
-        second: that of one image more.
-    """
+    """Makes the graph of a network from two records, the second of one image more."""
 
     def __init__(self, network: nn.Module, first: Tape, second: Tape) -> None:
         self._first, self._second = first, second

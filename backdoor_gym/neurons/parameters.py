@@ -12,11 +12,8 @@ from .recording import Named, Ref, Tape, Value, leaves
 class Parameters:
     """The parameters of a network, and the values of a record that depend on nothing else.
 
-    Args:
-        tensors: parameters and buffers by name.
-        tape: the record.
-
     Attributes:
+        tensors: parameters and buffers by name.
         constant: for each call so far, whether it gives the same for all images.
     """
 
@@ -74,8 +71,7 @@ class Parameters:
     def _first_row(self, argument: Ref, whole: Tensor, name: str) -> int | None:
         """The row of a value that the first row of a parameter makes, if each makes the next one; else None.
 
-        For each bit of a row's number, the rows whose number has that bit are set to zero: the rows of the value that become
-        zero come from these.
+        For each bit, zeros go into all rows whose number has it: it is in the number of the rows that become zero, too.
         """
         parameter = self.tensors[name]
         if not parameter.ndim or not 0 < len(parameter) <= len(whole):

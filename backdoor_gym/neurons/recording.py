@@ -112,11 +112,7 @@ _TENSOR_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 
 
 class Recorder(TorchFunctionMode):
-    """Records one pass of a network.
-
-    Args:
-        network: a copy of the user's, in eval mode.
-        images: float32 (n, C, H, W).
+    """Records one pass of a network, a copy of the user's in eval mode, on images (n, C, H, W).
 
     Attributes:
         tape: the calls.
@@ -294,9 +290,9 @@ def named_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 def leaves(arguments: Any) -> list[Any]:
     """What tuples, lists, dicts and slices hold in the end."""
-    found: list[Any] = []
-    fx.node.map_aggregate(arguments, found.append)
-    return found
+    held: list[Any] = []
+    fx.node.map_aggregate(arguments, held.append)
+    return held
 
 
 def _parts(result: Any) -> tuple[Any, ...]:

@@ -45,8 +45,10 @@ def node_of(channels, name):
 
 def feeding(channels, name, **options):
     """The layers that a layer's inputs come from: name, normalisations passed, channels."""
-    found = sources(channels, channels.read(node_of(channels, name)), **options)
-    return [(source.node.target, [norm.target for norm in source.norms], source.channels.tolist()) for source in found]
+    reached = sources(channels, channels.read(node_of(channels, name)), **options)
+    return [
+        (source.node.target, [norm.target for norm in source.norms], source.channels.tolist()) for source in reached
+    ]
 
 
 def test_a_chain_leads_back_over_a_normalisation():
