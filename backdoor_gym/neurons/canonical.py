@@ -47,14 +47,7 @@ def name_of(func: Any) -> str:
 def canonical(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shape: tuple[int, ...]
 ) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
-    """A call as op, target, arguments and options of a node.
-
-    Args:
-        func: what was called.
-        args: with which arguments, tensors described.
-        kwargs: likewise.
-        shape: of the first argument before the call.
-    """
+    """A call as op, target, arguments and options of a node; ``shape`` is that of the first argument before the call."""
     name = name_of(func)
     if name == "__setitem__":
         return "call_function", set_items, args, kwargs

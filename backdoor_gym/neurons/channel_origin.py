@@ -28,15 +28,9 @@ class Source:
 
 
 def sources(channels: Channels, labels: np.ndarray, stop: Set[fx.Node] = frozenset()) -> Iterator[Source]:
-    """Walk back from labels to the layers that their channels come from, the nearest first.
+    """Walk back from labels, int64 (places,), to the layers that their channels come from, the nearest first.
 
-    Args:
-        channels: of the graph.
-        labels: int64 (places,).
-        stop: nodes to yield and not to pass, beside weighted layers.
-
-    Yields:
-        Each weighted or ``stop`` node reached, once.
+    Weighted layers and the nodes of ``stop`` are yielded, each once, and not passed.
     """
     front: list[tuple[np.ndarray, tuple[fx.Node, ...]]] = [(labels, ())]
     seen: set[tuple[int, bytes]] = set()
@@ -74,9 +68,7 @@ def last_layers(channels: Channels) -> set[fx.Node]:
 def classes(channels: Channels, depthwise: bool = False) -> np.ndarray:
     """For each label the number of its class: sums, products and normalisations put what they join into one class.
 
-    Args:
-        channels: of the graph.
-        depthwise: whether a depthwise convolution joins what it reads with what it writes, too.
+    With ``depthwise`` a depthwise convolution does so, too, with what it reads and what it writes.
     """
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for block in channels.blocks:

@@ -47,13 +47,9 @@ _MIXED = (Kind.MIXING, None)
 
 
 def mask_channels(values: Tensor, mask: Tensor | None, axis: int = 1, unit_of: Tensor | None = None) -> Tensor:
-    """The values times the mask of zeros and ones along their channels' axis, 1 or -1; None leaves everything.
+    """The values times a mask of zeros and ones along their channels' axis, 1 or -1; None leaves everything.
 
-    Args:
-        values: of any shape.
-        mask: of each channel, or of each unit where ``unit_of`` says which one each channel is of (-1 for none).
-        axis: of the channels.
-        unit_of: int64 (channels,).
+    The mask is of channels, or of units where ``unit_of``, int64 (channels,), says which one each channel is of (-1 for none).
     """
     if mask is None:
         return values

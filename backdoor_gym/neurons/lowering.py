@@ -60,9 +60,7 @@ class Lowered:
 def lower(call: Call, value: Callable[[Any], Tensor | None]) -> tuple[nn.Module, Mapping[str, Any]] | None:
     """The layer that a call is, and its arguments by name; None where it is none.
 
-    Args:
-        call: of a function.
-        value: the tensor that an argument is in every pass, None where it is another in each.
+    ``value`` gives the tensor that an argument is in every pass, None where it is another in each.
     """
     function = getattr(call.target, "__name__", "")
     if call.op != "call_function" or function not in _ARGUMENTS:
