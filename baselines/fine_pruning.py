@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from backdoor_gym.analysis.features import observe
-from backdoor_gym.neurons.finding import NeuronLayer
+from backdoor_gym.neurons.layers import NeuronLayer
 from backdoor_gym.session.defender import Defender
 
 from .rule import Rule

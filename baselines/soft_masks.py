@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from backdoor_gym.metrics import require_finite
-from backdoor_gym.neurons.finding import Neurons
+from backdoor_gym.neurons.layers import Neurons
 from backdoor_gym.session.defender import Defender
 
 

@@ -24,7 +24,8 @@ from backdoor_gym.analysis.features import standardise
 from backdoor_gym.analysis.uclc import uclc
 from backdoor_gym.masking.export import write_mask
 from backdoor_gym.models.infected import InfectedModel
-from backdoor_gym.neurons.finding import Neurons, find_neurons
+from backdoor_gym.neurons.finding import find_neurons
+from backdoor_gym.neurons.layers import Neurons
 
 HERE = Path(__file__).parent
 THRESHOLDS = [1 + step / 2 for step in range(11)]

@@ -22,7 +22,7 @@ from backdoor_gym.masking.export import write_mask
 from backdoor_gym.models.infected import InfectedModel
 from backdoor_gym.networks import build
 from backdoor_gym.neurons.channels import Channels, Kind
-from backdoor_gym.neurons.finding import Neurons
+from backdoor_gym.neurons.layers import Neurons
 from backdoor_gym.session.prepared_model import PreparedModel
 
 HERE = Path(__file__).parent

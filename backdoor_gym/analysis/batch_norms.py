@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, fx, nn
 
-from ..neurons.finding import NeuronLayer, Neurons
+from ..neurons.layers import NeuronLayer, Neurons
 
 
 def normalised_layers(neurons: Neurons) -> list[NeuronLayer]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.training import augment
-from ..neurons.finding import Neurons
+from ..neurons.layers import Neurons
 from .batch_norms import NormReader, class_weights, early_half, normalised_layers, running_statistics
 from .suspected_target import AUGMENTED, SuspectedTarget, suspect_target
 from .trigger_inversion import InvertedTrigger, invert_trigger

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ..masking.sizes import Sizes
 from ..metrics import require_finite, target_margin
 from ..neurons.channels import WEIGHTED
-from ..neurons.finding import Neurons
+from ..neurons.layers import Neurons
 from .batch_norms import by_image, class_weights
 from .mask_gradient import mask_gradient
 from .trigger_inversion import InvertedTrigger

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..metrics import require_finite
-from ..neurons.finding import Neurons
+from ..neurons.layers import Neurons
 from .trigger_families import Addition
 from .trigger_inversion import BATCH, IMAGES, InvertedTrigger
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..masking.backward import by_autograd, by_logits
 from ..masking.sizes import Sizes
-from ..neurons.finding import Neurons
+from ..neurons.layers import Neurons
 
 
 def mask_gradient(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..neurons.finding import Feeder, NeuronLayer, Neurons
+from ..neurons.layers import Feeder, NeuronLayer, Neurons
 
 EDGE_FEATURES = ("strength", "similarity")
 #: The least cosine similarity of neighbours.

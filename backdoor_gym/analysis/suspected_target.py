@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..metrics import require_finite, target_margin
 from ..models.training import augment
-from ..neurons.finding import Neurons
+from ..neurons.layers import Neurons
 from .batch_norms import NormReader, class_weights, early_half, normalised_layers, running_statistics
 
 POISON_RATE = 0.1

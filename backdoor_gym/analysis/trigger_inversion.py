@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..metrics import danger, require_finite
-from ..neurons.finding import Neurons
+from ..neurons.layers import Neurons
 from .batch_norms import NormReader
 from .suspected_target import SuspectedTarget
 from .trigger_families import FAMILIES, TriggerFamily

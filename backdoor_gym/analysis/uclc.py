@@ -29,7 +29,7 @@ paper, by the same argument:
 import torch
 from torch import Tensor, nn
 
-from ..neurons.finding import Feeder, NeuronLayer, Neurons
+from ..neurons.layers import Feeder, NeuronLayer, Neurons
 
 
 @torch.no_grad()

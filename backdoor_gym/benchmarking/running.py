@@ -22,7 +22,7 @@ from ..metrics import Metrics
 from ..models.catalogue import check_complete, load_infected, resolve
 from ..models.infected import InfectedModel
 from ..networks.adapting import deep_copy
-from ..neurons.finding import RESIDUAL_MODES
+from ..neurons.layers import RESIDUAL_MODES
 from ..on_ray.cluster import Kept
 from ..policies.contract import run_episode
 from ..processes import counter, end_of_process

@@ -14,7 +14,7 @@ from .common import Output, pairs
 if TYPE_CHECKING:
     from ..models.checkpoint_spec import CheckpointSpec
     from ..models.infected import InfectedModel
-    from ..neurons.finding import Neurons
+    from ..neurons.layers import Neurons
 
 PANEL = (
     "A network of your own (its weights: .safetensors, .pt, .pth, .tar; or a folder of transformers, or hf:OWNER/NAME)"

@@ -6,7 +6,7 @@ from typing import Any
 from ..arguments import check_path, check_real, check_whole
 from ..devices import find_device
 from ..errors import DataError, UnknownNameError, check_name
-from ..neurons.finding import RESIDUAL_MODES
+from ..neurons.layers import RESIDUAL_MODES
 from ..wording import shown
 
 #: Units, strongest inputs (or similar neurons) of each, and edges that the observation may have room for: it is always full size.

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..neurons.copying import plain_copy
-from ..neurons.finding import Neurons
+from ..neurons.layers import Neurons
 
 
 def write_mask(network: nn.Module, neurons: Neurons, mask: np.ndarray, inplace: bool = False) -> nn.Module:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..neurons.channels import mask_channels, operation
+from ..neurons.channels import mask_channels
+from ..neurons.operations import operation
 from .memory_format import select
 from .plan import Structure
 

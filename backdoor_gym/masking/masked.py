@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..devices import find_device
-from ..neurons.finding import Neurons
+from ..neurons.layers import Neurons
 from .backward import Kept, by_autograd, by_logits, mask_derivatives
 from .incremental import Evaluation, SomeChannels
 from .memory_format import select

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from ..neurons.channels import mask_channels, module_of
-from ..neurons.tracing import is_number
+from ..neurons.joining import is_number
 
 
 class Operations:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from ..neurons.channels import mask_channels
-from ..neurons.finding import Neurons
+from ..neurons.layers import Neurons
 from .folding import fold_norms
 from .operations import Operations
 from .sizes import Sizes

@@ -1,6 +1,6 @@
 """Where the channels of a value come from, and which channels belong together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import fx
 
-from .channels import PRODUCTS_OF_MATRICES, Channels, Kind, module_of, operation
+from .channels import Channels, Kind, module_of
+from .operations import PRODUCTS_OF_MATRICES, operation
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,73 +27,62 @@ class Source:
     channels: np.ndarray
 
 
-def sources(
-    channels: Channels, labels: np.ndarray, stop: set[fx.Node] | frozenset[fx.Node] = frozenset()
-) -> Iterator[Source]:
-    """Walk back from labels to the layers that their channels come from, the nearest first.
+def sources(channels: Channels, labels: np.ndarray, stop: Set[fx.Node] = frozenset()) -> Iterator[Source]:
+    """Walk back from labels, int64 (places,), to the layers that their channels come from, the nearest first.
 
-    Args:
-        channels: of the graph.
-        labels: int64 (places,).
-        stop: nodes to yield and not to pass, beside weighted layers.
-
-    Yields:
-        Each weighted or ``stop`` node reached, once.
+    Weighted layers and the nodes of ``stop`` are yielded, each once, and not passed.
     """
     front: list[tuple[np.ndarray, tuple[fx.Node, ...]]] = [(labels, ())]
     seen: set[tuple[int, bytes]] = set()
     while front:
         places, norms = front.pop(0)
-        open_places = places > 0
-        while open_places.any():
-            block = channels.block_of(int(places[np.argmax(open_places)]))
+        left = places > 0
+        while left.any():
+            block = channels.block(int(places[np.argmax(left)]))
             inside = (places >= block.start) & (places < block.start + block.size)
-            open_places &= ~inside
-            found = np.where(inside, places - block.start, -1)
-            key = (block.start, found.tobytes())
+            left &= ~inside
+            numbers = np.where(inside, places - block.start, -1)
+            key = (block.start, numbers.tobytes())
             if key in seen:
                 continue
             seen.add(key)
             kind = channels.kinds[block.node]
             if block.node in stop or kind is Kind.WEIGHTED:
-                yield Source(block.node, norms, found)
+                yield Source(block.node, norms, numbers)
                 continue
             passed = (*norms, block.node) if kind in (Kind.NORM, Kind.LIVE_NORM) else norms
-            front.extend((np.where(inside, parents[found], -1), passed) for parents in block.carriers)
+            front.extend((np.where(inside, parents[numbers], -1), passed) for parents in block.carriers)
 
 
 def last_layers(channels: Channels) -> set[fx.Node]:
     """The layers that the logits come from: nothing with weights lies behind them."""
-    front = [node for node in channels.nodes if node.op == "output"]
-    found, seen = set(), set()
-    while front:
-        node = front.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if channels.kinds[node] is Kind.WEIGHTED:
-            found.add(node)
-        elif channels.kinds[node] is not Kind.OPAQUE:
-            front.extend(channels.inputs(node))
-    return found
+    last, reached = set(), {channels.nodes[-1]}
+    for node in reversed(channels.nodes):
+        if node in reached and channels.kinds[node] is Kind.WEIGHTED:
+            last.add(node)
+        elif node in reached and channels.kinds[node] is not Kind.OPAQUE:
+            reached.update(channels.inputs(node))
+    return last
 
 
 def classes(channels: Channels, depthwise: bool = False) -> np.ndarray:
-    """For each label the number of its class: channels that sums, products and normalisations join one by one are of one.
+    """For each label the number of its class: sums, products and normalisations put what they join into one class.
 
-    Args:
-        channels: of the graph.
-        depthwise: whether a depthwise convolution joins what it reads with what it writes, too.
+    With ``depthwise`` a depthwise convolution does so, too, with what it reads and what it writes.
     """
-    pairs = [(np.arange(channels.count), np.arange(channels.count))]
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for block in channels.blocks:
         parents = block.parents
         if depthwise and channels.kinds[block.node] is Kind.WEIGHTED and is_depthwise(channels, block.node):
-            parents = (channels.vector(channels.inputs(block.node)[0], 1),)
-        own = np.arange(block.start, block.start + block.size)
-        pairs += [(own[one > 0], one[one > 0]) for one in parents]
-    first, second = (np.concatenate(part) for part in zip(*pairs, strict=True))
-    links = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(channels.count, channels.count))
+            parents = (channels.read(block.node),)
+        pairs += [(block.own[column > 0], column[column > 0]) for column in parents]
+    return joined(channels.count, pairs)
+
+
+def joined(count: int, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """For each of so many numbers that of its set, int64 (count,); each pair joins its numbers one by one, int64 (n,)."""
+    first, second = (np.concatenate(side) for side in zip((np.arange(count),) * 2, *pairs, strict=True))
+    links = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(count, count))
     return connected_components(links, directed=False)[1]
 
 
@@ -108,61 +98,55 @@ def heads(channels: Channels) -> list[dict[fx.Node, np.ndarray]]:
 
     A head is what is multiplied apart from the others: one matrix of the batch of matrices. -1 is a channel of none.
     """
-    found = []
+    attentions = []
     for node in channels.nodes:
-        operands = _operands(channels, node)
-        if operands is None:
-            continue
-        values, queries, keys = operands
         layers: dict[fx.Node, np.ndarray] = {}
         counts = set()
-        for operand in (values, queries, keys):
-            rows = None if operand is None else _rows(channels, operand)
-            if rows is None:
+        for operand in _operands(channels, node):
+            matrices = _matrices(channels, operand)
+            if matrices is None:
                 continue
-            for head, labels in enumerate(rows):
+            counts.add(len(matrices))
+            for head, labels in enumerate(matrices):
                 for source in sources(channels, labels):
-                    size = channels.block_of_node(source.node).size
-                    own = layers.setdefault(source.node, np.full(size, -1))
+                    own = layers.setdefault(source.node, np.full(channels.size(source.node), -1))
                     own[source.channels[source.channels >= 0]] = head
-            counts.add(len(rows))
         if layers and len(counts) == 1 and counts.pop() > 1:
-            found.append(layers)
-    return found
+            attentions.append(layers)
+    return attentions
 
 
-def _operands(channels: Channels, node: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node | None] | None:
-    """Values, queries and keys of an attention whose product with the values the node is."""
+def _operands(channels: Channels, node: fx.Node) -> tuple[fx.Node, ...]:
+    """Values, queries and keys, if the node is an attention's product with the values."""
     name = operation(node)
-    arguments = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    arguments = [argument for argument in node.args if isinstance(argument, fx.Node)]
     if name == "scaled_dot_product_attention" and len(arguments) >= 3:
         return arguments[2], arguments[0], arguments[1]
     if name not in ("matmul", "bmm") or len(arguments) != 2:
-        return None
-    weights, values = arguments
-    if channels.labels.get(weights) is not None:
-        weights, values = values, weights
-    if channels.labels.get(weights) is not None or channels.labels.get(values) is None:
-        return None
-    while weights is not None and operation(weights) not in PRODUCTS_OF_MATRICES:  # back over softmax, scale and bias
+        return ()
+    labelled = [argument for argument in arguments if channels.labels.get(argument) is not None]
+    if len(labelled) != 1:
+        return ()
+    values = labelled[0]
+    weights = arguments[1] if values is arguments[0] else arguments[0]
+    while operation(weights) not in PRODUCTS_OF_MATRICES:  # back over softmax, scale and bias
         read = channels.inputs(weights)
         if not read or channels.kinds[weights] is Kind.WEIGHTED:
-            return None
+            return ()
         weights = read[0]
-    compared = [arg for arg in weights.args if isinstance(arg, fx.Node) and channels.labels.get(arg) is not None]
-    return (values, compared[0], compared[1]) if len(compared) == 2 else None
+    compared = [
+        argument for argument in weights.args
+        if isinstance(argument, fx.Node) and channels.labels.get(argument) is not None
+    ]  # fmt: skip
+    return (values, *compared) if len(compared) == 2 else ()
 
 
-def _rows(channels: Channels, node: fx.Node) -> list[np.ndarray] | None:
-    """The labels of each matrix of a batch of matrices, those of one image."""
+def _matrices(channels: Channels, node: fx.Node) -> list[np.ndarray] | None:
+    """The labels of each matrix of a batch of matrices, those of one image; None where two have a channel in common."""
     labels = channels.labels[node]
     if labels is None or len(labels.shape) < 3:
         return None
-    full = labels.full.flatten(0, -3)
-    rows: dict[bytes, np.ndarray] = {}
-    for matrix in full:
-        unique = np.unique(matrix.long().numpy())
-        rows.setdefault(unique.tobytes(), unique)
-    found = list(rows.values())
-    together = np.concatenate(found)
-    return found if len(np.unique(together)) == len(together) else None  # heads share no channel
+    unique = [np.unique(matrix.long().numpy()) for matrix in labels.full.flatten(0, -3)]
+    matrices = list({row.tobytes(): row for row in unique}.values())
+    together = np.concatenate(matrices)
+    return matrices if len(np.unique(together)) == len(together) else None

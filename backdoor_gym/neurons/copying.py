@@ -38,10 +38,8 @@ def plain_copy(network: nn.Module) -> nn.Module:
 
 def computed_weights(network: nn.Module) -> list[str]:
     """Names of the layers whose weights ``plain_copy`` makes plain."""
-    old = {id(module) for module, _, _ in _old_norms(network)}
-    return [
-        name for name, module in network.named_modules() if id(module) in old or parametrize.is_parametrized(module)
-    ]
+    old = {module for module, _, _ in _old_norms(network)}
+    return [name for name, module in network.named_modules() if module in old or parametrize.is_parametrized(module)]
 
 
 def taking_norms_off(network: nn.Module) -> str:

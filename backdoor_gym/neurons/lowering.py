@@ -9,41 +9,27 @@ from torch import Tensor, nn
 
 from .recording import Call
 
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 #: Arguments of the functions that become layers.
 _ARGUMENTS = {
-    "conv1d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "conv1d": _CONVOLUTION,
+    "conv2d": _CONVOLUTION,
     "linear": ("input", "weight", "bias"),
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
     "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
     "instance_norm": ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
 }
-#: The same of functions that take them in another order.
+#: Arguments of a layer that are tensors.
+TENSORS = ("weight", "bias", "running_mean", "running_var")
+#: The arguments of functions that take them in another order.
 _ORDERS: dict[Any, tuple[str, ...]] = {
-    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
-    torch.instance_norm: (
-        "input",
-        "weight",
-        "bias",
-        "running_mean",
-        "running_var",
-        "use_input_stats",
-        "momentum",
-        "eps",
-    ),
+    torch.batch_norm: ("input", *TENSORS, "training", "momentum", "eps"),
+    torch.instance_norm: ("input", *TENSORS, "use_input_stats", "momentum", "eps"),
 }
 _DEFAULTS = {
-    "bias": None,
-    "weight": None,
-    "stride": 1,
-    "padding": 0,
-    "dilation": 1,
-    "groups": 1,
-    "training": False,
-    "eps": 1e-5,
-}
-_TENSORS = ("weight", "bias", "running_mean", "running_var")
+    "bias": None, "weight": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1, "training": False, "eps": 1e-5,
+}  # fmt: skip
 
 
 class GroupNorm(nn.GroupNorm):
@@ -66,9 +52,9 @@ class Lowered:
     """Where a layer of the graph comes from.
 
     Attributes:
-        name: what to call it: the name of the module that has the weight, as a rule.
-        weight: the parameters whose rows are those of the layer's weight, each with the first row that it makes; one as a rule.
-            None where zeros in rows of parameters are none in rows of the weight.
+        name: of the module that has the weight, as a rule.
+        weight: the parameters whose rows make up the rows of the layer's weight, each with the first row that it makes; a
+            single one as a rule. None where zeros written into parameters do not zero single rows of the weight.
         bias: likewise, empty where there is none.
         tensors: all parameters and buffers that its weight, bias and statistics are, or are computed from.
         is_plain: whether the network has a module of that name in the graph with that very weight.
@@ -82,62 +68,61 @@ class Lowered:
 
     @property
     def writable(self) -> bool:
-        """Whether zeros in rows of parameters make outputs of the layer zero and leave the others."""
+        """Whether zeros written into rows of parameters zero the same outputs of the layer, and no others."""
         return bool(self.weight) and self.bias is not None
 
 
 def lower(call: Call, value: Callable[[Any], Tensor | None]) -> tuple[nn.Module, Mapping[str, Any]] | None:
     """The layer that a call is, and its arguments by name; None where it is none.
 
-    Args:
-        call: of a function.
-        value: the tensor that an argument is in every pass, None where there is no such.
+    ``value`` gives the tensor that an argument is in every pass, None where it is another in each.
     """
-    kind = getattr(call.target, "__name__", "")
-    if call.op != "call_function" or kind not in _ARGUMENTS:
+    function = getattr(call.target, "__name__", "")
+    if call.op != "call_function" or function not in _ARGUMENTS:
         return None
-    bound = {
-        **_DEFAULTS,
-        **dict(zip(_ORDERS.get(call.target, _ARGUMENTS[kind]), call.args, strict=False)),
-        **call.kwargs,
-    }
-    tensors = {name: value(bound[name]) for name in _TENSORS if bound.get(name) is not None}
-    if any(tensor is None for tensor in tensors.values()) or value(bound["input"]) is not None:
-        return None
-    module = _make(kind, bound, tensors, len(call.shapes[0] or ()))
+    order = _ORDERS.get(call.target, _ARGUMENTS[function])
+    bound = _DEFAULTS | dict(zip(order, call.args, strict=False)) | call.kwargs
+    tensors: dict[str, Tensor] = {}
+    for name in TENSORS:
+        if bound.get(name) is not None:
+            tensor = value(bound[name])
+            if tensor is None:
+                return None
+            tensors[name] = tensor.detach()
+    module = None if value(bound["input"]) is not None else _make(function, bound, tensors, len(call.shapes[0] or ()))
     if module is None:
         return None
     for name, tensor in tensors.items():
-        assert tensor is not None
-        kept = tensor.detach()
-        setattr(module, name, kept if name.startswith("running") else nn.Parameter(kept, requires_grad=False))
+        setattr(module, name, tensor if name.startswith("running") else nn.Parameter(tensor, requires_grad=False))
     return module.eval(), bound
 
 
-def _make(kind: str, bound: Mapping[str, Any], tensors: Mapping[str, Tensor | None], rank: int) -> nn.Module | None:
+def _make(function: str, bound: Mapping[str, Any], tensors: Mapping[str, Tensor], rank: int) -> nn.Module | None:
     """A layer of that form, its weights still to be set."""
     weight, has_bias = tensors.get("weight"), bound["bias"] is not None
+    norm: nn.Module
     with torch.device("meta"):
-        if kind == "linear":
+        if function == "linear":
             return None if weight is None or weight.ndim != 2 else nn.Linear(weight.shape[1], len(weight), has_bias)
-        if kind.startswith("conv"):
-            layer: Any = nn.Conv1d if kind == "conv1d" else nn.Conv2d
+        if function.startswith("conv"):
             if weight is None or rank != weight.ndim:
                 return None
+            layer: Any = nn.Conv1d if function == "conv1d" else nn.Conv2d
             options = {name: bound[name] for name in ("stride", "padding", "dilation", "groups")}
-            return layer(
-                weight.shape[1] * bound["groups"], len(weight), tuple(weight.shape[2:]), bias=has_bias, **options
-            )
-        if kind == "batch_norm":
+            inputs, kernel = weight.shape[1] * bound["groups"], tuple(weight.shape[2:])
+            return layer(inputs, len(weight), kernel, bias=has_bias, **options)
+        if function == "batch_norm":
             mean = tensors.get("running_mean")
             if bound["training"] or mean is None or rank > 4:
                 return None
-            norm: nn.Module = (nn.BatchNorm2d if rank == 4 else nn.BatchNorm1d)(len(mean), bound["eps"])
-        elif kind == "layer_norm":
+            norm = (nn.BatchNorm2d if rank == 4 else nn.BatchNorm1d)(len(mean), bound["eps"])
+            norm.affine = weight is not None
+            norm.num_batches_tracked = None
+        elif function == "layer_norm":
             norm = nn.LayerNorm(tuple(bound["normalized_shape"]), bound["eps"])
         elif weight is None:
             return None
-        elif kind == "group_norm":
+        elif function == "group_norm":
             norm = GroupNorm(bound["num_groups"], len(weight), bound["eps"])
         else:
             if not bound.get("use_input_stats", True) or rank not in (3, 4):
@@ -146,7 +131,4 @@ def _make(kind: str, bound: Mapping[str, Any], tensors: Mapping[str, Tensor | No
     for name in ("weight", "bias"):
         if bound[name] is None:
             norm.register_parameter(name, None)
-    if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
-        norm.affine = weight is not None
-        norm.num_batches_tracked = None
     return norm

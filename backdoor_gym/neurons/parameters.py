@@ -6,17 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .recording import Named, Ref, Tape, Value
+from .recording import Named, Ref, Tape, Value, leaves
 
 
 class Parameters:
     """The parameters of a network, and the values of a record that depend on nothing else.
 
-    Args:
-        tensors: parameters and buffers by name.
-        tape: the record.
-
     Attributes:
+        tensors: parameters and buffers by name.
         constant: for each call so far, whether it gives the same for all images.
     """
 
@@ -25,52 +22,56 @@ class Parameters:
         self.constant: list[bool] = []
 
     def value(self, argument: Any) -> Tensor | None:
-        """The tensor that an argument is in every pass, None where there is no such."""
+        """The tensor that an argument is in every pass, None where it is another in each."""
         if isinstance(argument, Named):
             return self.tensors[argument.name]
         if isinstance(argument, Value):
             return argument.tensor
         if isinstance(argument, Ref) and argument.call >= 0 and self.constant[argument.call]:
-            return result_of(self._tape, argument)
+            return self._tape.result(argument)
         return None
 
     def read(self, argument: Any) -> list[str]:
         """The names of the parameters that a constant argument is, or is computed from."""
-        found: dict[str, None] = {}
+        names: dict[str, None] = {}
         front, seen = [argument], set()
         while front:
-            one = front.pop()
-            if isinstance(one, Named):
-                found[one.name] = None
-            elif isinstance(one, Ref) and one.call >= 0 and one not in seen:
-                seen.add(one)
-                call = self._tape.calls[one.call]
-                fx.node.map_aggregate((call.args, call.kwargs), front.append)
-        return list(found)
+            value = front.pop()
+            if isinstance(value, Named):
+                names[value.name] = None
+            elif isinstance(value, Ref) and value.call >= 0 and value not in seen:
+                seen.add(value)
+                call = self._tape.calls[value.call]
+                front += leaves((call.args, call.kwargs))
+        return list(names)
 
     def written(self, argument: Any) -> tuple[tuple[str, int], ...] | None:
-        """The parameters in whose rows zeros are zeros in those rows of the value and change no other, and their first rows.
+        """The parameters to write zeros into, so that single rows of a constant argument become zero.
 
-        A value that is computed from parameters may be put together of several. None where zeros cannot be written into it.
+        Each comes with the row of the argument that its first row makes: a value may be put together of several parameters.
+        Empty for None; None where no zeros can be written, or where they would change other rows.
         """
         if isinstance(argument, Named):
             return ((argument.name, 0),)
+        if argument is None:
+            return ()
         whole = self.value(argument)
-        if argument is None or whole is None or not isinstance(argument, Ref):
-            return () if argument is None else None
-        found: list[tuple[str, int]] = []
+        if whole is None or not isinstance(argument, Ref):
+            return None
+        makers: list[tuple[str, int]] = []
         left = _rows_with_values(whole)
         for name in sorted(self.read(argument), key=lambda name: -self.tensors[name].numel()):
             first = self._first_row(argument, whole, name)
-            if first is not None and left[first : first + len(self.tensors[name])].any():
-                found.append((name, first))
-                left[first : first + len(self.tensors[name])] = False
-        return None if left.any() else tuple(found)
+            rows = slice(first, None if first is None else first + len(self.tensors[name]))
+            if first is not None and left[rows].any():
+                makers.append((name, first))
+                left[rows] = False
+        return None if left.any() else tuple(makers)
 
     def _first_row(self, argument: Ref, whole: Tensor, name: str) -> int | None:
-        """The row of a value that the first row of a parameter makes, where each makes the next one; None elsewhere.
+        """The row of a value that the first row of a parameter makes, if each makes the next one; else None.
 
-        Which row makes which is read off bit by bit: with zeros in all rows whose number has that bit.
+        For each bit, zeros go into all rows whose number has it: it is in the number of the rows that become zero, too.
         """
         parameter = self.tensors[name]
         if not parameter.ndim or not 0 < len(parameter) <= len(whole):
@@ -93,7 +94,7 @@ class Parameters:
         return first if len(firsts) == 1 and 0 <= first <= len(whole) - len(parameter) else None
 
     def _zeroed(self, argument: Ref, whole: Tensor, instead: Mapping[str, Tensor]) -> Tensor | None:
-        """The rows that become zero with other parameters, bool (rows,); None where others change too."""
+        """The rows that become zero with other parameters, bool (rows,); None where rows become something else."""
         changed = self._computed(argument, instead)
         differs = (changed != whole).flatten(1).any(1) if whole.ndim > 1 else changed != whole
         gone = ~_rows_with_values(changed)
@@ -108,16 +109,10 @@ class Parameters:
         if not isinstance(argument, Ref):
             return argument
         call = self._tape.calls[argument.call]
-        args, kwargs = fx.node.map_aggregate((call.args, call.kwargs), lambda one: self._computed(one, instead))
-        function = getattr(args[0], call.target) if call.op == "call_method" else call.target
-        result = function(*(args[1:] if call.op == "call_method" else args), **kwargs)
+        args, kwargs = fx.node.map_aggregate((call.args, call.kwargs), lambda value: self._computed(value, instead))
+        function, args = (getattr(args[0], call.target), args[1:]) if call.op == "call_method" else (call.target, args)
+        result = function(*args, **kwargs)
         return result if argument.part is None else result[argument.part]
-
-
-def result_of(tape: Tape, ref: Ref) -> Tensor:
-    """What a call of a record gave, or a part of it."""
-    result = tape.calls[ref.call].result
-    return result if ref.part is None else result[ref.part]
 
 
 def _rows_with_values(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..models.infected import InfectedModel
 from ..networks.adapting import in_own_types
 from ..networks.preprocessing import Preprocessed, own_module
 from ..neurons.copying import taking_norms_off
-from ..neurons.finding import Neurons
+from ..neurons.layers import Neurons
 from ..rendering.drawing import Snapshot, frame
 from ..writing import as_json, beside, finite, write_text
 from .page import render

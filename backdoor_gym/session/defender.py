@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..neurons.finding import Neurons
+from ..neurons.layers import Neurons
 
 
 class Memory:

@@ -21,7 +21,8 @@ from ..analysis.uclc import uclc
 from ..devices import find_device
 from ..metrics import predict_logits, target_margin
 from ..models.infected import InfectedModel
-from ..neurons.finding import Neurons, find_neurons
+from ..neurons.finding import find_neurons
+from ..neurons.layers import Neurons
 from .defender import Defender
 
 

@@ -293,7 +293,7 @@ class Tied(nn.Module):
 def test_weights_that_two_layers_share_are_one_layer_of_neurons():
     neurons = check_masks(Tied().eval(), torch.rand(4, 1, 2, 2))
     assert [layer.name for layer in neurons.layers] == ["first"]
-    assert set(neurons.layers[0].biases) == {"first.bias", "second.bias"}
+    assert {name for part in neurons.layers[0].parts for name, _ in part.biases} == {"first.bias", "second.bias"}
 
 
 @pytest.mark.parametrize(

@@ -563,6 +563,22 @@ def test_a_cut_that_groups_of_a_convolution_stop_is_said():
     assert cut.stops == ("2 pruned channels of a could not be cut out: b is a convolution in groups",)
 
 
+def test_layers_whose_weights_are_computed_are_not_taken_for_one_layer():
+    def middle(m, x):
+        x = F.relu(F.conv2d(F.relu(m.a(x)), m.b * 1 + 1, padding=1))
+        return F.conv2d(x, m.c * 1 + 1, padding=1)
+
+    network = net(middle, a=conv())
+    network.b, network.c = (nn.Parameter(torch.rand(6, 6, 3, 3)) for _ in "bc")
+    neurons = find_neurons(network, IMAGES)
+    mask = np.ones(len(neurons), dtype=bool)
+    mask[[6, 7]] = False
+    cut = cut_channels(network, neurons, mask, IMAGES)
+    assert cut.stops == ()
+    assert (cut.network.a.out_channels, cut.network.b.shape[1]) == (4, 4)
+    torch.testing.assert_close(cut.network(IMAGES), write_mask(network, neurons, mask)(IMAGES), rtol=1e-4, atol=1e-4)
+
+
 class ResponseNormalised(nn.Module):
     """A ConvNeXtV2's block: channels are divided by the mean over them, and a bias is added."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from backdoor_gym import InfectedModel, RepairResult, repair
-from backdoor_gym.neurons.finding import NeuronLayer, Neurons
+from backdoor_gym.neurons.layers import NeuronLayer, Neurons
 from backdoor_gym.reporting.result import Change
 
 #: What a model file may say, to be shown and not to be obeyed.
