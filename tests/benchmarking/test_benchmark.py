@@ -100,7 +100,7 @@ def test_models_of_ones_own_are_run_under_their_names(infected, files, tmp_path,
     done = backdoor_gym.benchmark([own, files[0]], ["clp:1.5"], [OWN], out=tmp_path / "out", jobs=jobs)
     mine, saved = done.results
     assert (mine.model, saved.model) == ("mine", files[0])
-    assert (mine.acc, mine.asr, mine.session.state.pruned) == (saved.acc, saved.asr, saved.pruned)
+    assert (mine.acc, mine.asr, mine.pruned) == (saved.acc, saved.asr, saved.pruned)
     with pytest.raises(DataError, match="names that differ"):
         backdoor_gym.benchmark([own, own], ["clp"], [OWN], out=tmp_path / "out", jobs=1)
 
@@ -244,7 +244,7 @@ def test_a_cell_is_run_again_when_its_model_or_its_policy_is_another(files, infe
 
     first = run(mine="clp")
     other = run(mine="bnp")
-    assert (other.session.state.pruned, other.asr) != (first.session.state.pruned, first.asr)
+    assert (other.pruned, other.asr) != (first.pruned, first.asr)
     plain_infected.save(files[0])
     again = run(mine="bnp")
     assert again.attack == "blended"
