@@ -19,6 +19,9 @@ from .arrays import as_images, as_labels
 from .datasets import check_images
 from .pictures import as_tensor, plain
 
+#: Items of a data set that can be drawn from: their places are shuffled in memory.
+MOST_ITEMS = 10**8
+
 
 class Items(NamedTuple):
     """Labelled images, none of which is read yet.
@@ -115,7 +118,24 @@ def dataset_items(source: Any) -> Items:
     """The items of a Dataset or a sequence, or of a stream, which is read to its end."""
     if not (has_items(source) and hasattr(source, "__len__")):
         return array_items(*_collect(_each(source, "item")))
-    return Items(lambda chosen: _collect(_chosen(source, chosen)), len(source), _known_labels(source))
+    return Items(lambda chosen: _collect(_chosen(source, chosen)), _length(source), _known_labels(source))
+
+
+def _length(source: Any) -> int:
+    """How many items a Dataset says that it has.
+
+    Raises:
+        DataError: it says nothing usable, or more than can be drawn from.
+    """
+    try:
+        length = len(source)
+    except Exception as error:  # the user's code, which can raise anything
+        raise DataError(
+            f"the {type(source).__name__} does not tell how many items it has: {type(error).__name__}: {error}"
+        ) from error
+    if length > MOST_ITEMS:
+        raise DataError(f"the {type(source).__name__} says that it has {length} items; {MOST_ITEMS} can be drawn from")
+    return length
 
 
 def has_items(source: Any) -> bool:

@@ -11,7 +11,7 @@ from ..errors import BackdoorGymError, ModelFileError, WeightsError
 from ..files.fitting import COUNTER
 from ..files.sizes import within
 from ..networks.weights import check_finite, differences
-from ..wording import first_line
+from ..wording import cut, first_line
 from .described import CONFIG, NOT_FROM_A_FILE, Made, check_depth, check_size, library
 from .layout import WEIGHTS, quiet_transformers
 
@@ -84,7 +84,7 @@ def _classifier(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
     named = named if isinstance(named, list | tuple) else (named,)
     chosen = next((name for name in classes if name in named), None)
     if not isinstance(kind, str) or chosen is None:
-        what = ", ".join(map(str, named)) or repr(kind)
+        what = cut(", ".join(map(str, named)) or repr(kind))
         own_code = "; code that it brings is never run" if "auto_map" in config else ""
         raise ModelFileError(
             f"{folder / CONFIG} describes {what}, which is no image classifier of transformers "

@@ -287,3 +287,22 @@ def test_many_files_are_listed_in_time(tmp_path):
     start = time.monotonic()
     assert len(own_images(tmp_path, 10).images) == 10
     assert time.monotonic() - start < 10
+
+
+class Lengthy:
+    """A data set of items that says anything of how many there are."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return torch.zeros(3, 4, 4), 0
+
+
+@pytest.mark.parametrize("length", [10**12, -3, "many", 2.5])
+def test_data_sets_that_say_odd_things_of_their_length(length):
+    with pytest.raises(DataError, match=r"Lengthy (says that it has|does not tell how many items)"):
+        own_images(Lengthy(length), 10)
