@@ -19,10 +19,12 @@ from ..analysis.suspected_target import SuspectedTarget
 from ..analysis.trigger_inversion import InvertedTrigger
 from ..analysis.uclc import uclc
 from ..devices import find_device
+from ..errors import UntraceableError
 from ..metrics import predict_logits, target_margin
 from ..models.infected import InfectedModel
 from ..neurons.finding import find_neurons
 from ..neurons.layers import Neurons
+from ..neurons.tracing import ROUNDING, same_logits
 from .defender import Defender
 
 
@@ -87,7 +89,7 @@ class PreparedModel:
     def prepare(self) -> None:
         """Do now all that takes long, in one thread: environments of several threads may share the model."""
         with self.preparing:
-            _ = self.fragile, self.features, self.graph, self.first_gradients
+            _ = self.logits, self.fragile, self.features, self.graph, self.first_gradients
 
     @property
     def name(self) -> str:
@@ -152,10 +154,26 @@ class PreparedModel:
         return input_strengths(self.neurons.graph, self.neurons)
 
     @cached_property
+    def logits(self) -> Tensor:
+        """Of the network itself on the clean images, float32 (n, classes).
+
+        Raises:
+            UntraceableError: its record, made with three images, answers otherwise.
+        """
+        logits = predict_logits(self.model.network, self.clean.images)
+        if not self.neurons.graph.meta["live"]:
+            try:
+                same = same_logits(predict_logits(self.neurons.graph, self.clean.images), logits, ROUNDING)
+            except Exception as error:  # the user's operations, on as many images as they were not recorded with
+                raise UntraceableError(_counts_images(self.name, len(logits))) from error
+            if not same:
+                raise UntraceableError(_counts_images(self.name, len(logits)))
+        return logits
+
+    @cached_property
     def fragile(self) -> np.ndarray:
         """Which clean images are the first to be answered wrong, bool (n,): those that are wrong, and the least sure ones."""
-        logits = predict_logits(self.model.network, self.clean.images)
-        labels = self.clean.labels
+        logits, labels = self.logits, self.clean.labels
         own = logits.gather(1, labels[:, None]).squeeze(1)
         margins = (own - logits.scatter(1, labels[:, None], -torch.inf).max(1).values).numpy()
         count = min(len(margins), int((margins <= 0).sum()) + round(UNSURE * len(margins)))
@@ -240,3 +258,10 @@ class PreparedModel:
         if len(self.units) == len(self.neurons):
             return by_neuron
         return np.array([by_neuron[unit].sum() for unit in self.units])
+
+
+def _counts_images(name: str, count: int) -> str:
+    return (
+        f"the forward of {name} does other things with {count} images than with three, so that it cannot be followed; take out "
+        "of it what depends on how many images there are (pieces of a batch, a branch on its length)"
+    )
