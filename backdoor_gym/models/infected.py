@@ -165,6 +165,10 @@ class InfectedModel:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
             what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise DataError(f"the network must give logits (n, classes), not {what}")
+        if not logits.is_floating_point() or logits.layout != torch.strided:
+            raise DataError(
+                f"the network must give logits as plain floating-point numbers, not {logits.dtype}, {logits.layout}"
+            )
         if not torch.isfinite(logits).all():
             raise WeightsError(
                 "the network answers clean images with logits that are not finite: its weights are damaged"

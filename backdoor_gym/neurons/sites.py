@@ -135,6 +135,11 @@ class Sites:
             written = {name for name, _ in (*(layer.weight or ()), *(layer.bias or ()))}
             readers = {reader for name in written for reader in self._readers[name]}
             others = sorted(name for name in readers if self.channels.lowered[name].weight != layer.weight)
+            if written - self.channels.graph_module.meta["saved"]:
+                self.reasons[node] = (
+                    "its weights are no part of the state dict (persistent=False), and zeros would be lost"
+                )
+                return False
             if not written & self._read_beside and not others:
                 return True
             self.reasons[node] = (

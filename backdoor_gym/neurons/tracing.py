@@ -28,6 +28,7 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
         images -> conv1 (nn.Conv2d) -> relu -> fc (nn.Linear) -> output      nodes, all layers plain modules
         meta["lowered"]     {"conv1": Lowered("conv1", ...), ...}            where each layer comes from
         meta["parameters"]  {"conv1.weight": 4, ...}                         the network's, with their numbers of axes
+        meta["saved"]       {"conv1.weight", ...}                            names in its state dict
         meta["live"]        whether a batch normalisation takes the statistics of the batch
 
         node.meta["shape"]  of its value for two images      node.meta["where"]      the module that called it
@@ -71,6 +72,7 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
         )
     try:
         graph_module = Joiner(copied, _record(copied, three[:2], entry), _record(copied, three, entry)).join()
+        graph_module.meta["saved"] = set(copied.state_dict())
         _check(graph_module, expected, three)
     except UntraceableError as error:
         if _is_random(copied, three, expected):

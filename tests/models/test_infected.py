@@ -165,3 +165,19 @@ def test_files_that_contradict_themselves_are_refused(infected_file, tmp_path, c
     write_tensors(tmp_path / "changed.safetensors", tensors, metadata)
     with pytest.raises(error, match=words):
         InfectedModel.load(tmp_path / "changed.safetensors")
+
+
+class Answering(torch.nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.linear, self.answer = torch.nn.Linear(64, 3), answer
+
+    def forward(self, images):
+        return self.answer(self.linear(images.flatten(1)))
+
+
+@pytest.mark.parametrize("answer", [torch.Tensor.long, torch.Tensor.bool, torch.Tensor.cfloat, torch.Tensor.to_sparse])
+def test_logits_of_other_kinds_are_refused(answer):
+    images = torch.rand(4, 1, 8, 8)
+    with pytest.raises(DataError, match="logits as plain floating-point numbers, not torch|gives labels"):
+        InfectedModel.from_module(Answering(answer).eval(), (images, torch.tensor([0, 1, 2, 0])))

@@ -228,3 +228,23 @@ def test_a_forward_that_goes_through_the_images_one_by_one_is_refused():
 
     with pytest.raises(UntraceableError, match="how many images"):
         find_neurons(OneByOne().eval(), torch.rand(4, 1, 8, 8))
+
+
+class FixedFilter(nn.Module):
+    """Convolves with a kernel that its state dict does not hold."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        self.register_buffer("kernel", torch.randn(6, 1, 3, 3), persistent=persistent)
+        self.hidden, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, images):
+        return self.head(self.hidden(nn.functional.conv2d(images, self.kernel).relu().mean((2, 3))).relu())
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_kernels_that_no_state_dict_holds_have_no_neurons(persistent):
+    neurons = find_neurons(FixedFilter(persistent).eval(), torch.rand(2, 1, 8, 8))
+    assert [layer.name for layer in neurons.layers] == (["kernel", "hidden"] if persistent else ["hidden"])
+    reasons = {account.name: account.reason for account in neurons.left_out}
+    assert ("persistent=False" in reasons.get("kernel", "")) is not persistent
