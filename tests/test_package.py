@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,11 @@ def test_public_names_are_there(name):
 def test_other_names_are_not():
     with pytest.raises(AttributeError, match="nothing_like_it"):
         backdoor_gym.nothing_like_it  # noqa: B018
+
+
+def test_the_wheel_has_every_folder_of_the_package():
+    root = Path(__file__).parents[1]
+    folders = {path.parent.relative_to(root).as_posix() for path in (root / "backdoor_gym").rglob("__init__.py")}
+    named = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    beside = {"backdoor_gym.agents", "backdoor_gym.baselines"}
+    assert set(named) == {folder.replace("/", ".") for folder in folders} | beside
