@@ -179,5 +179,5 @@ class Answering(torch.nn.Module):
 @pytest.mark.parametrize("answer", [torch.Tensor.long, torch.Tensor.bool, torch.Tensor.cfloat, torch.Tensor.to_sparse])
 def test_logits_of_other_kinds_are_refused(answer):
     images = torch.rand(4, 1, 8, 8)
-    with pytest.raises(DataError, match="logits as plain floating-point numbers, not torch|gives labels"):
+    with pytest.raises(DataError, match=r"logits as plain floating-point numbers, not torch|gives labels"):
         InfectedModel.from_module(Answering(answer).eval(), (images, torch.tensor([0, 1, 2, 0])))
