@@ -7,6 +7,7 @@ from gymnasium import spaces
 
 from ..analysis.features import CLAMP, STATIC_FEATURES
 from ..analysis.neuron_graph import EDGE_FEATURES, max_edges
+from ..errors import DataError
 from ..session import RepairSession
 from ..session.prepared_model import PreparedModel
 
@@ -55,6 +56,14 @@ class ObservationBuilder:
         self._nodes = np.zeros(0)
         self._edges = np.zeros(0)
         self._edge_links = np.zeros(0)
+
+    def check_room(self, prepared: PreparedModel) -> None:
+        """Raise ``DataError`` where the model has more units than the space."""
+        if len(prepared) > self.max_units:
+            raise DataError(
+                f"{prepared.name} has {len(prepared)} neurons, and this environment's spaces have room for "
+                f"{self.max_units}; name it in infected= when the environment is made, or raise max_units"
+            )
 
     def observe(self, session: RepairSession, steps_left: float, action_mask: np.ndarray) -> dict[str, np.ndarray]:
         """The observation of a repair as it is now; ``steps_left`` is a share."""

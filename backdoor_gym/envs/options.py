@@ -22,6 +22,9 @@ class RenderModes(list[str]):
         return super().__contains__(mode)
 
 
+RENDER_MODES = RenderModes(("human", "rgb_array", "ansi"))
+
+
 def infected_option(options: Any) -> Any:
     """The model that ``reset`` is asked for, or None.
 
@@ -59,3 +62,5 @@ def check_arguments(options: Mapping[str, Any]) -> None:
     check_name("residual mode", options["residual"], RESIDUAL_MODES)
     check_path("data", options["data"], may_be_none=True)
     find_device(options["device"])
+    if options["render_mode"] is not None:
+        check_name("render mode", options["render_mode"], RENDER_MODES)

@@ -8,6 +8,8 @@ from typing import Any
 import gymnasium as gym
 import torch
 
+from ..session import RepairSession
+
 #: Bytes of all activations of a pass up to which environments step side by side. A larger network leaves no core idle when
 #: its operations are divided, and several of them at once drive each other out of the processor's cache.
 SIDE_BY_SIDE_BYTES = 128 << 20
@@ -45,7 +47,11 @@ class Ahead(gym.Wrapper[Any, Any, Any, Any]):
     @property
     def is_light(self) -> bool:
         """Whether what it is asked for is better computed on one core, beside others, than on all of them."""
-        return self.unwrapped.pass_bytes <= SIDE_BY_SIDE_BYTES  # type: ignore[attr-defined]
+        try:
+            session: RepairSession = self.get_wrapper_attr("session")
+        except gym.error.ResetNeeded:  # there is nothing to compute yet
+            return True
+        return session.pass_bytes <= SIDE_BY_SIDE_BYTES
 
     def begin_step(self, action: Any, reset_after: bool = False) -> None:
         """Begin this step, and the reset after it where it ends the episode."""

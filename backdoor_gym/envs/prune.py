@@ -1,6 +1,5 @@
 """BackdoorPrune-v0: prune the backdoor out of an infected network, one neuron a step."""
 
-import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -11,7 +10,6 @@ from gymnasium import spaces
 from gymnasium.utils import EzPickle
 
 from ..arguments import check_callable
-from ..errors import DataError, check_name
 from ..rendering.drawing import Snapshot
 from ..rendering.viewer import Viewer
 from ..session import RepairSession
@@ -21,7 +19,7 @@ from ..session.prepared_model import Preparation, PreparedModel
 from ..session.session import Transition
 from ..wording import shown
 from .observation import ObservationBuilder
-from .options import RenderModes, check_arguments, infected_option
+from .options import RENDER_MODES, check_arguments, infected_option
 from .reward import Reward, make_reward
 
 DEFAULT_INFECTED = "digits-badnets"
@@ -38,17 +36,16 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     ## Description
 
-    A defender holds a network that answers an attacker's label whenever an image bears a trigger. The defender has a
-    few clean images and neither the trigger nor the label. Each step prunes one neuron of the network (see
-    ``backdoor_gym.neurons.finding`` for what a neuron is) or ends the repair. After CLP (Zheng et al., ECCV 2022) and
-    ONP (2024).
+    A defender holds a network that answers an attacker's label whenever an image bears a trigger. The defender has a few clean
+    images and neither the trigger nor the label. Each step prunes one neuron of the network (see ``backdoor_gym.neurons.finding``
+    for what a neuron is) or ends the repair. After CLP (Zheng et al., ECCV 2022) and ONP (2024).
 
     ## Action space
 
-    ``Discrete(N + 1)``: prune neuron i in network order, or stop (the last action). N is the number of neurons of the
-    network, or of the largest one where several may be met. An action that is not legal (a neuron already
-    pruned, tried and undone, or padding) changes nothing, costs the step penalty and counts as a step.
-    ``env.unwrapped.action_masks()`` gives the legal actions, bool (N + 1,).
+    ``Discrete(N + 1)``: prune neuron i in network order, or stop (the last action). N is the number of neurons of the network, or
+    of the largest one where several may be met. An action that is not legal (a neuron already pruned, tried and undone, or
+    padding) changes nothing, costs the step penalty and counts as a step. ``env.unwrapped.action_masks()`` gives the legal
+    actions, bool (N + 1,).
 
     ## Observation space
 
@@ -63,55 +60,52 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     | ``action_mask`` | int8 | (N + 1,) | 1 where the action is legal; stop always is |
     | ``globals`` | float32 | (12,) | accuracy, its drop, rise of the clean loss, accuracy budget (1 if none), shares of neurons pruned, steps left, failures left; suspected danger and its fall; 2 + log10 of the shift of BN means towards the suspected target (``backdoor_gym.analysis.suspected_target``); error and evidence of the inverted trigger (``backdoor_gym.analysis.trigger_inversion``); clamped to +-6 |
 
-    The trigger never reaches the observation. The dynamic node features are: pruned, tried (pruned and undone), share
-    of the layer that is pruned, ``pull_now``, ``harm_now`` and ``clean_pull_now`` (what pruning the neuron would take
-    from the suspected target's margin under the inverted trigger, add to the clean loss, and take from that margin on
-    the clean images as they are, to first order, each in standard deviations over the network; taken anew after every
-    ``gradients_every`` prunes), and 1 for a real neuron.
+    The trigger never reaches the observation. The dynamic node features are: pruned, tried (pruned and undone), share of the layer
+    that is pruned, ``pull_now``, ``harm_now`` and ``clean_pull_now`` (what pruning the neuron would take from the suspected
+    target's margin under the inverted trigger, add to the clean loss, and take from that margin on the clean images as they are,
+    to first order, each in standard deviations over the network; taken anew after every ``gradients_every`` prunes), and 1 for a
+    real neuron.
 
     ## Accuracy budget
 
-    A prune that takes the accuracy on the defender's clean images more than ``accuracy_budget`` below its initial value
-    is undone, its neuron is flagged as tried, and ``failure_cost`` is charged. With ``accuracy_budget=None`` nothing is
-    undone: published rules run as published.
+    A prune that takes the accuracy on the defender's clean images more than ``accuracy_budget`` below its initial value is undone,
+    its neuron is flagged as tried, and ``failure_cost`` is charged. With ``accuracy_budget=None`` nothing is undone: published
+    rules run as published.
 
     ## Rewards
 
-    - ``"acc"`` (default): fall of the suspected danger, minus twice the accuracy that the prune cost. The suspected
-      danger is the smoothed share of clean images that get the suspected target when they bear the inverted trigger, a
-      change of the image found from the BN statistics (``backdoor_gym.analysis.trigger_inversion``): the trigger itself is
-      not needed.
-    - ``"oracle"``: fall of the danger, (ASR + mean sigmoid of a quarter of the target margin) / 2, minus the same price
-      of accuracy, of that on test images; a prune of a network known to be clean costs 0.05 instead. For models whose
-      trigger is known.
+    - ``"acc"`` (default): fall of the suspected danger, minus twice the accuracy that the prune cost. The suspected danger is the
+      smoothed share of clean images that get the suspected target when they bear the inverted trigger, a change of the image found
+      from the BN statistics (``backdoor_gym.analysis.trigger_inversion``): the trigger itself is not needed.
+    - ``"oracle"``: fall of the danger, (ASR + mean sigmoid of a quarter of the target margin) / 2, minus the same price of
+      accuracy, of that on test images; a prune of a network known to be clean costs 0.05 instead. For models whose trigger is
+      known.
     - a callable from ``reward.Transition`` to float.
 
     Each step but stop also costs ``step_cost``. Stopping at once scores 0.
 
     ## Starting state
 
-    The whole network, nothing pruned: of several models one is drawn, or ``reset(options={"infected": NAME})`` picks it.
-    Where a model is met for the first time, its graph is made and its trigger sought, which takes some seconds.
+    The whole network, nothing pruned: of several models one is drawn, or ``reset(options={"infected": NAME})`` picks it. Where a
+    model is met for the first time, its graph is made and its trigger sought, which takes some seconds.
 
     ## Episode end
 
-    *Terminated*: stop, ``max_failures`` prunes undone, or no neuron left to prune. *Truncated*: ``max_steps`` steps (by
-    default as many as the network has neurons).
+    *Terminated*: stop, ``max_failures`` prunes undone, or no neuron left to prune. *Truncated*: ``max_steps`` steps (by default as
+    many as the network has neurons).
 
     ``copy.deepcopy`` or ``pickle`` in mid-episode gives an environment that goes on where this one was.
 
     ## Info
 
-    ``acc`` (accuracy on the clean images), ``pruned`` (number of neurons pruned), ``neuron`` (name of what this step
-    pruned, "" if nothing), ``undone`` (whether this step's prune was undone), ``infected`` (name of the model);
-    ``test_acc`` where there are test images, and ``asr`` and ``ra`` where trigger and target are known too (see
-    ``score_samples``).
+    ``acc`` (accuracy on the clean images), ``pruned`` (number of neurons pruned), ``neuron`` (name of what this step pruned, "" if
+    nothing), ``undone`` (whether this step's prune was undone), ``infected`` (name of the model); ``test_acc`` where there are
+    test images, and ``asr`` and ``ra`` where trigger and target are known too (see ``score_samples``).
 
     ## Arguments
 
     Args:
-        infected: name, pattern (``digits-train/*``), file, ``InfectedModel``, or a list of them; one is drawn at each
-            reset.
+        infected: name, pattern (``digits-train/*``), file, ``InfectedModel``, or a list of them; one is drawn at each reset.
         reward: "acc", "oracle" or a callable.
         accuracy_budget: tolerated loss of clean accuracy, or None.
         max_steps: steps until truncation, or None for the number of neurons.
@@ -122,11 +116,11 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         connections: strongest inputs of each neuron that are edges.
         similar: similarity links of each neuron that are edges.
         gradients_every: prunes after which the derivatives among the features are taken anew.
-        max_units: N, None for that of the largest network of ``infected``. Environments that are stepped together as one
-            vector need the same.
+        max_units: N, None for that of the largest network of ``infected``. Environments that are stepped together as one vector
+            need the same.
         clean_samples: how many clean images the defender uses, None for all there are.
-        score_samples: how many triggered test images ASR and RA are measured on, and half of how many clean ones the
-            accuracy on test images; 0 switches them off.
+        score_samples: how many triggered test images ASR and RA are measured on, and half of how many clean ones the accuracy on
+            test images; 0 switches them off.
         data: data set to read the images of model files from, instead of the one they name.
         device: where the network runs.
         render_mode: "human", "rgb_array", "ansi" or None.
@@ -137,7 +131,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     """  # noqa: E501 (tables)
 
     metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by gym.Env)
-        "render_modes": RenderModes(("human", "rgb_array", "ansi")),
+        "render_modes": RENDER_MODES,
         "render_fps": 4,
     }
 
@@ -163,18 +157,13 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     ) -> None:
         options = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         EzPickle.__init__(self, **options)
-        if render_mode is not None:
-            check_name("render mode", render_mode, self.metadata["render_modes"])
         check_arguments(options)
         self._options = {key: options[key] for key in options.keys() - {"reward", "score_samples", "render_mode"}}
         self._accuracy_budget = accuracy_budget
-        self.max_steps = max_steps
-        self.max_failures = max_failures
-        self.step_cost = step_cost
-        self.failure_cost = failure_cost
+        self.max_steps, self.max_failures = max_steps, max_failures
+        self.step_cost, self.failure_cost = step_cost, failure_cost
+        self.gradients_every, self.score_samples = gradients_every, score_samples
         self.render_mode = render_mode
-        self.gradients_every = gradients_every
-        self.score_samples = score_samples
         self._reward = make_reward(reward)
         self.generator = InfectedGenerator(
             infected, Preparation(residual, connections, similar, clean_samples, device), data
@@ -186,8 +175,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._viewer: Viewer | None = None
         self._session: RepairSession | None = None
         self._given: dict[str, np.ndarray] | None = None
-        self._steps = 0
-        self._over = False
+        self._steps, self._over = 0, False
 
     def __getstate__(self) -> dict[str, Any]:
         """The arguments, and where the episode is: a copy or pickle in mid-episode goes on where it was.
@@ -283,11 +271,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     @property
     def session(self) -> RepairSession:
-        """The repair of this episode.
-
-        Raises:
-            gymnasium.error.ResetNeeded: no episode has begun.
-        """
+        """The repair of this episode; raises ``gymnasium.error.ResetNeeded`` where none has begun."""
         if self._session is None:
             raise gym.error.ResetNeeded(_RESET)
         return self._session
@@ -302,11 +286,6 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._accuracy_budget = budget
         if self._session is not None:
             self._session.accuracy_budget = budget
-
-    @property
-    def pass_bytes(self) -> int:
-        """Size of all values of a pass of the images that every step may look at, 0 before the first episode."""
-        return 0 if self._session is None or not self._session.is_open else self._session.masked.pass_bytes
 
     @property
     def step_limit(self) -> int:
@@ -385,19 +364,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             self._session.close()
 
     def worth(self, transition: Transition) -> float:
-        """What the reward function says of a prune.
-
-        Raises:
-            DataError: it is no finite number.
-        """
-        reward: Any = self._reward(transition)
-        try:
-            number = float(reward)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise DataError(f"a reward must be a finite number, not {shown(reward)}")
-        return number
+        """What the reward function says of a prune; ``DataError`` where it is no finite number."""
+        return self._reward(transition)
 
     def _new_session(self, prepared: PreparedModel, state: Any = None) -> RepairSession:
         return RepairSession(
@@ -413,11 +381,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     def _begin(self, prepared: PreparedModel) -> RepairSession:
         """The repair of an episode, with what is kept of the last one where the model is the same."""
-        if len(prepared) > self._observer.max_units:
-            raise DataError(
-                f"{prepared.name} has {len(prepared)} neurons, and this environment's spaces have room for "
-                f"{self._observer.max_units}; name it in infected= when the environment is made, or raise max_units"
-            )
+        self._observer.check_room(prepared)
         before = self._session
         if before is not None and before.is_open and before.prepared is prepared:
             before.restart()

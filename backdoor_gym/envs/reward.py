@@ -5,10 +5,14 @@ that of the DER: within an accuracy budget accuracy is to be spent where it buys
 nothing scores 0.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from ..errors import DataError, check_name
 from ..session.session import Transition
+from ..wording import shown
 
 #: Reward lost with each unit of accuracy.
 ACCURACY_WEIGHT = 2.0
@@ -57,12 +61,23 @@ REWARDS: dict[str, Reward] = {"acc": accuracy_reward, "oracle": oracle_reward}
 
 
 def make_reward(reward: str | Reward) -> Reward:
-    """A reward by name ("acc" or "oracle"), or the callable itself.
+    """A reward by name ("acc" or "oracle"), or the callable itself; a number that is not finite raises ``DataError``.
 
     Raises:
         UnknownNameError: no such reward.
     """
-    if callable(reward):
-        return reward
-    check_name("reward", reward, REWARDS)
-    return REWARDS[reward]
+    if not callable(reward):
+        check_name("reward", reward, REWARDS)
+        reward = REWARDS[reward]
+    return partial(_finite, reward)
+
+
+def _finite(reward: Reward, transition: Transition) -> float:
+    value: Any = reward(transition)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"a reward must be a finite number, not {shown(value)}")
+    return number

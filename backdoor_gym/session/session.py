@@ -162,6 +162,11 @@ class RepairSession:
         return self._masked
 
     @property
+    def pass_bytes(self) -> int:
+        """Size of all values of a pass of the images that every step may look at, 0 where it is closed."""
+        return 0 if self._masked is None else self._masked.pass_bytes
+
+    @property
     def defender(self) -> Defender:
         """What a pruning rule may look at."""
         return self.prepared.defender

@@ -78,7 +78,7 @@ def test_the_budget_holds_while_neurons_come_back(infected_file):
         pytest.fail("nothing that came back cost accuracy: the test shows nothing")
     same_floor, accuracies = restored(str(infected_file), prunes, guarded=True)
     assert same_floor == floor
-    assert all(acc >= floor - 1e-6 for acc in accuracies)
+    assert all(acc >= floor for acc in accuracies)
 
 
 def test_without_a_sign_of_the_trigger_nothing_comes_back(planted):

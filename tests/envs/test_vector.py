@@ -93,7 +93,7 @@ def test_large_networks_step_in_turn_on_all_cores(infected, monkeypatch):
     light = BackdoorPruneVectorEnv(2, **options)
     light.reset(seed=0)
     beside = light.step([0, 1])
-    monkeypatch.setattr(ahead, "SIDE_BY_SIDE_BYTES", light.get_attr("pass_bytes")[0] - 1)
+    monkeypatch.setattr(ahead, "SIDE_BY_SIDE_BYTES", light.get_attr("session")[0].pass_bytes - 1)
     seen.clear()
     light.reset(seed=0)
     assert data_equivalence(light.step([0, 1]), beside, exact=True)
