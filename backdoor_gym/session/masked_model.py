@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from math import isfinite
 from typing import Any, Self
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from ..attacks.targets import target_labels
 from ..data.datasets import LabelledImages
+from ..errors import WeightsError
 from ..masking.masked import KEPT_BYTES, MaskedNetwork
 from ..metrics import accuracy, attack_success, danger, target_margin
 from .prepared_model import GRADIENT_IMAGES, MaskGradients, PreparedModel
@@ -116,10 +118,15 @@ class MaskedModel:
         return sum(network.pass_bytes for network in looked_at)
 
     def figures(self, pruned: np.ndarray, score: bool = True) -> Figures:
-        """Figures of the network without the pruned units, bool (units,); without ``score`` on the clean images alone."""
+        """Figures of the network without the pruned units, bool (units,); without ``score`` on the clean images alone.
+
+        Raises:
+            WeightsError: its answers to them are not finite.
+        """
         mask = self.prepared.neuron_mask(pruned)
         clean = self.clean(pruned)
-        assert clean is not None
+        if clean is None:
+            raise WeightsError(f"without these units {self.prepared.name} gives logits that are not finite")
         figures = Figures(*clean, self.suspected_danger(pruned))
         if score and self._triggered is not None:
             asr, ra, true_danger = self._score(self._triggered.logits(mask))
@@ -132,7 +139,8 @@ class MaskedModel:
     def clean(self, pruned: np.ndarray, least_acc: float = 0.0) -> tuple[float, float] | None:
         """Accuracy and mean cross-entropy on the clean images alone, without the pruned units, bool (units,).
 
-        None where the accuracy is below ``least_acc``: most prunes that cost so much are found out by the fragile images.
+        None where the accuracy is below ``least_acc`` (most prunes that cost so much are found out by the fragile images), or
+        where the cross-entropy is not finite.
         """
         mask = self.prepared.neuron_mask(pruned)
         count, wrong, loss = len(self.prepared.clean), 0, 0.0
@@ -142,7 +150,7 @@ class MaskedModel:
             if 1 - wrong / count < least_acc:
                 return None
             loss += part.loss(logits).item()
-        return 1 - wrong / count, loss / count
+        return (1 - wrong / count, loss / count) if isfinite(loss) else None
 
     def gradients(self, pruned: np.ndarray) -> MaskGradients:
         """``PreparedModel.gradients``, up to rounding, from the activations that are kept; best after ``keep`` of that mask."""
