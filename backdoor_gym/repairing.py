@@ -46,7 +46,7 @@ def repair(
     Args:
         infected: a model, a name, or a file.
         policy: "onp" (the policy that comes with the package), the file of a policy that ``ONP.save`` wrote, a published
-            rule ("clp", "bnp", "ep", "anp", "rnp", "fine-pruning", "magnitude", "greedy"), "random", or any object with
+            rule ("clp", "bnp", "ep", "anp", "rnp", "fine-pruning", "magnitude", "greedy"), "ridge", "random", or any object with
             ``predict``; its ``finish(env)``, if it has one, is called when the episode is over and may give prunes back
             (``env.session.restore(unit, env.worth)``).
         accuracy_budget: clean accuracy that may be lost (a prune beyond it is undone), or None for no guard; by default

@@ -35,8 +35,8 @@ def repair(
     policy: Annotated[
         str,
         typer.Option(
-            help="onp; a published rule: clp, bnp, ep, anp, rnp, fine-pruning, magnitude, greedy; random; or the file of a "
-            "policy that train wrote (*.safetensors)."
+            help="onp; a published rule: clp, bnp, ep, anp, rnp, fine-pruning, magnitude, greedy; ridge; random; or the file of "
+            "a policy that train wrote (*.safetensors)."
         ),
     ] = "onp",
     threshold: Annotated[

@@ -51,7 +51,7 @@ class ObservationBuilder:
                 "globals": box(-CLAMP, CLAMP, (len(GLOBAL_FEATURES),), np.float32),
             }
         )
-        self._victim: PreparedModel | None = None
+        self._prepared: PreparedModel | None = None
         self._evidence: tuple[float, ...] = ()
         self._nodes = np.zeros(0)
         self._edges = np.zeros(0)
@@ -68,7 +68,7 @@ class ObservationBuilder:
     def observe(self, session: RepairSession, steps_left: float, action_mask: np.ndarray) -> dict[str, np.ndarray]:
         """The observation of a repair as it is now; ``steps_left`` is a share."""
         prepared, state = session.prepared, session.state
-        if prepared is not self._victim:
+        if prepared is not self._prepared:
             self._lay_out(prepared)
         count = len(prepared)
         nodes = self._nodes.copy()
@@ -114,7 +114,7 @@ class ObservationBuilder:
         self._edge_links = np.zeros((self.max_edges, 2), dtype=np.int64)
         self._edge_links[:edges] = prepared.graph.edge_links
         self._evidence = evidence(prepared)
-        self._victim = prepared
+        self._prepared = prepared
 
 
 def evidence(prepared: PreparedModel) -> tuple[float, ...]:
