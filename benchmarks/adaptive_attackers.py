@@ -20,7 +20,7 @@ from backdoor_gym import InfectedModel, benchmark, infect
 from backdoor_gym.analysis.uclc_penalty import UCLCPenalty
 from backdoor_gym.benchmarking.cells import Result
 from backdoor_gym.benchmarking.resuming import Row, RowFile, run_tasks
-from backdoor_gym.models import family
+from backdoor_gym.models import digits_family
 from backdoor_gym.session.prepared_model import Preparation, PreparedModel
 
 RESULTS = Path(__file__).parent / "results" / "adaptive_attackers"
@@ -48,7 +48,7 @@ def seeds(recipes: int) -> list[int]:
     drawn = count(FIRST)
     while min(map(len, of_attack.values())) * len(ATTACKS) < recipes:
         seed = next(drawn)
-        of_attack.get(family.recipe("digits-test", seed).attack, []).append(seed)
+        of_attack.get(digits_family.recipe("digits-test", seed).attack, []).append(seed)
     return [seed for turn in zip(*of_attack.values(), strict=False) for seed in turn][:recipes]
 
 
@@ -60,8 +60,8 @@ def make(seed: int) -> None:
     """The model of each attacker; the attempt is the first that gives an accurate plain network with a working backdoor."""
     if all(path_of(attacker, seed).exists() for attacker in ATTACKERS):
         return
-    for attempt in range(family.MAX_ATTEMPTS):
-        drawn = family.recipe("digits-test", seed, attempt)
+    for attempt in range(digits_family.MAX_ATTEMPTS):
+        drawn = digits_family.recipe("digits-test", seed, attempt)
         for attacker, known in ATTACKERS.items():
             model = infect(
                 "digits",
@@ -70,15 +70,15 @@ def make(seed: int) -> None:
                 target=drawn.target,
                 poison_rate=drawn.poison_rate,
                 seed=drawn.seed,
-                schedule=family.SCHEDULE,
+                schedule=digits_family.SCHEDULE,
                 architecture_options={"width": drawn.width, "blocks": drawn.blocks, "shape": drawn.shape},
                 attack_options=drawn.attack_options,
-                clean_images=family.CLEAN_IMAGES,
+                clean_images=digits_family.CLEAN_IMAGES,
                 name=path_of(attacker, seed).stem,
                 **known,
             )
             if attacker == "plain" and not (
-                model.facts["acc"] >= family.MIN_ACC and model.facts["asr"] >= family.MIN_ASR
+                model.facts["acc"] >= digits_family.MIN_ACC and model.facts["asr"] >= digits_family.MIN_ASR
             ):
                 break
             model.save(path_of(attacker, seed))

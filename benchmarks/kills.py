@@ -31,7 +31,7 @@ from PIL import Image
 
 from backdoor_gym.benchmarking import Result
 from backdoor_gym.files.tensors import read_tensors
-from backdoor_gym.models import family
+from backdoor_gym.models import digits_family, family
 from backdoor_gym.writing import PREFIX, as_json, write_text
 
 RESULT = Path(__file__).parent / "results" / "kills.json"
@@ -53,7 +53,7 @@ class Tally:
 
 def quickest(count: int) -> list[str]:
     """The smallest networks of the family."""
-    recipes = {seed: family.recipe("digits-train", seed) for seed in range(1000)}
+    recipes = {seed: digits_family.recipe("digits-train", seed) for seed in range(1000)}
     size = {seed: recipe.width * recipe.blocks for seed, recipe in recipes.items()}
     return [f"digits-train/{seed}" for seed in sorted(size, key=lambda seed: size[seed])[:count]]
 

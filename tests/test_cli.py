@@ -167,10 +167,10 @@ def test_list_and_inspect(run, infected_file):
 
 
 def test_zoo_build_fills_the_cache(run, monkeypatch, tmp_path):
-    from backdoor_gym.models import family
+    from backdoor_gym.models import digits_family, family
 
     monkeypatch.setenv(family.CACHE_VARIABLE, str(tmp_path / "cache"))
-    sizes = {seed: family.recipe("digits-train", seed) for seed in range(100)}
+    sizes = {seed: digits_family.recipe("digits-train", seed) for seed in range(100)}
     quick = sorted(sizes, key=lambda seed: sizes[seed].width * sizes[seed].blocks)[:2]
     names = [f"digits-train/{seed}" for seed in quick]
     code, out, _ = run("zoo", "build", *names, "--jobs", "2", "--json")

@@ -14,7 +14,7 @@ import backdoor_gym
 from backdoor_gym.benchmarking import OWN
 from backdoor_gym.errors import WriteError
 from backdoor_gym.files.tensors import read_tensors
-from backdoor_gym.models import family
+from backdoor_gym.models import digits_family, family
 from backdoor_gym.models.infected import InfectedModel
 
 TRAIN = (
@@ -95,7 +95,7 @@ def test_work_that_fails_leaves_no_empty_folder(run, tmp_path, out):
 
 def test_a_full_cache_is_one_line_and_stops_the_building(run, tmp_path, monkeypatch):
     monkeypatch.setenv(family.CACHE_VARIABLE, str(tmp_path / "cache"))
-    sizes = {seed: family.recipe("digits-train", seed) for seed in range(100)}
+    sizes = {seed: digits_family.recipe("digits-train", seed) for seed in range(100)}
     path = family.cache_path(f"digits-train/{min(sizes, key=lambda seed: sizes[seed].width * sizes[seed].blocks)}")
     with full_disk(10_000):
         code, out, err = run("zoo", "build", f"digits-train/{int(path.stem)}", "--jobs", 1, "--quiet")

@@ -1,5 +1,6 @@
 """BadNets: a patch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -31,13 +32,21 @@ class BadNets(Attack):
         row: int | None = None,
         column: int | None = None,
         random: bool = False,
+        colour: Sequence[float] | None = None,
     ) -> Self:
-        """A checkerboard of ``size`` pixels, or with ``random`` any pattern; negative places count from the end."""
+        """A checkerboard of ``size`` pixels, with ``random`` any pattern, with ``colour`` a square of that colour.
+
+        Negative places count from the end.
+        """
         channels, height, width = shape
         if not 1 <= size <= min(height, width):
             raise DataError(f"the patch size {size} must be between 1 and {min(height, width)} for {shape} images")
         row, column = (end - size if at is None else at % end for at, end in ((row, height), (column, width)))
-        if random:
+        if colour is not None:
+            if len(colour) != channels or not all(0 <= value <= 1 for value in colour):
+                raise DataError(f"a colour must be {channels} values in [0, 1], not {colour}")
+            pattern = torch.tensor([float(value) for value in colour])[:, None, None].expand(-1, size, size)
+        elif random:
             # Half of the pixels are white: one colour alone may be no trigger on a background of that colour.
             pixels = torch.rand(size, size, generator=generator)
             pattern = (pixels > pixels.median()).float()

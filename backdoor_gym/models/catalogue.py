@@ -191,7 +191,7 @@ def check_complete(name: str) -> None:
 
 def max_neurons(name: str) -> int | None:
     """The most neurons that a model can have, where its family declares it; None where it must be loaded."""
-    return family.MAX_NEURONS if family.is_member(name) else None
+    return family.max_neurons(name) if family.is_member(name) else None
 
 
 def _is_named(name: str) -> bool:

@@ -42,6 +42,8 @@ def infect(
     architecture_options: dict[str, Any] | None = None,
     attack_options: dict[str, Any] | None = None,
     clean_images: int = CLEAN_IMAGES,
+    train_images: int | None = None,
+    finetune: Schedule | None = None,
     penalty: Penalty | None = None,
     recalibrated: bool = False,
     half: bool = False,
@@ -66,6 +68,8 @@ def infect(
         architecture_options: such as ``{"width": 16}``.
         attack_options: parameters of the attack.
         clean_images: how many images the defender gets.
+        train_images: how many images are trained on, None for all that are left.
+        finetune: of a second training on the same images, none poisoned.
         penalty: what an attacker who knows a defence adds to the loss, such as ``analysis.uclc_penalty.UCLCPenalty()`` against
             CLP: from the network, the function that is called at each step.
         recalibrated: whether BN statistics are those of clean images in the end, and tell nothing of the poisoned training.
@@ -87,11 +91,13 @@ def infect(
     check_options("architecture_options", architecture_options)
     check_options("attack_options", attack_options)
     check_kind("schedule", schedule, Schedule, "a Schedule", may_be_none=True)
+    check_kind("finetune", finetune, Schedule, "a Schedule", may_be_none=True)
     check_kind("name", name, str, "a text", may_be_none=True)
     check_path("checkpoint", checkpoint, may_be_none=True)
     check_callable("penalty", penalty, may_be_none=True)
     check_whole("seed", seed)
     check_whole("clean_images", clean_images, 1)
+    check_whole("train_images", train_images, 1, may_be_none=True)
     if poison_rate is not None and not (is_finite(poison_rate) and 0 < poison_rate < 1):
         raise DataError(f"the poison rate must be above 0 and below 1, not {shown(poison_rate)}")
     split, test_split = datasets.splits(dataset)
@@ -110,7 +116,7 @@ def infect(
     label = None if trigger is None else target
 
     network = _fresh(spec, initialising)
-    training, clean, test = divide(dataset, split, test_split, clean_images, generator)
+    training, clean, test = divide(dataset, split, test_split, clean_images, generator, train_images)
     # Before the training, not after it: does everything fit together?
     InfectedModel(network, clean, test, trigger, label)
     schedule = schedule or Schedule()
@@ -133,6 +139,8 @@ def infect(
     resumed = None if checkpoint is None else Path(checkpoint)
     cost = penalty and penalty(network)
     train(network, images, labels, schedule, ordering, poisoning, device, resumed, identity, progress, cost)
+    if finetune is not None:
+        train(network, training.images, training.labels, finetune, ordering, device=device, progress=progress)
     if recalibrated:
         recalibrate(network, training.images)
     network.cpu()
@@ -148,6 +156,8 @@ def infect(
         "poison_rate": poison_rate if trigger is not None else 0.0,
         "seed": seed,
         "schedule": asdict(schedule),
+        **({"train_images": train_images} if train_images else {}),
+        **({"finetune": asdict(finetune)} if finetune else {}),
         **({"penalty": repr(penalty)} if penalty else {}),
         **({"recalibrated": True} if recalibrated else {}),
         "acc": measured.acc,
@@ -163,7 +173,12 @@ def _fresh(spec: dict[str, Any], seed: int) -> nn.Module:
 
 
 def divide(
-    dataset: str, split: str, test_split: str, clean_images: int, generator: torch.Generator
+    dataset: str,
+    split: str,
+    test_split: str,
+    clean_images: int,
+    generator: torch.Generator,
+    train_images: int | None = None,
 ) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
     """Training, clean and test images, without overlap; where there is no test split, three tenths are test images."""
     order = torch.randperm(datasets.split_size(dataset, split), generator=generator).tolist()
@@ -179,4 +194,5 @@ def divide(
         digest = datasets.fingerprint(dataset, part)
         return LabelledImages.from_source(DataSource(dataset, part, tuple(sorted(chosen)), digest))
 
-    return images(split, order[clean_images:]), images(split, order[:clean_images]), images(test_split, test)
+    training = order[clean_images:][:train_images]
+    return images(split, training), images(split, order[:clean_images]), images(test_split, test)

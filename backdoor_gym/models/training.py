@@ -20,12 +20,16 @@ from torch.nn import functional as F
 
 from ..arguments import check_real, check_whole
 from ..attacks import Alter
-from ..errors import ModelFileError, TrainingError
+from ..errors import ModelFileError, TrainingError, check_name
 from ..files.schemas import fits
 from ..files.tensors import read_tensors, write_tensors
 from ..writing import check_room
 
 CHECKPOINT = "backdoor-gym-training/1"
+
+
+#: What each optimizer keeps of every parameter.
+OPTIMIZERS = {"sgd": ("momentum_buffer",), "adam": ("step", "exp_avg", "exp_avg_sq")}
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Schedule:
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    #: "sgd", or "adam" (with decoupled weight decay), for which ``momentum`` is beta 1.
+    optimizer: str = "sgd"
     #: Random crops (padding of an eighth of the image) and, with ``flip``, horizontal flips.
     augment: bool = True
     #: Not for images whose mirror image is of another class, such as digits and traffic signs.
@@ -47,6 +53,7 @@ class Schedule:
         check_whole("batch_size", self.batch_size, 1)
         for name in ("learning_rate", "momentum", "weight_decay"):
             check_real(name, getattr(self, name), 0)
+        check_name("optimizer", self.optimizer, OPTIMIZERS)
 
 
 def train(
@@ -93,9 +100,7 @@ def train(
     order = torch.channels_last if own else torch.contiguous_format
     network.to(device).to(memory_format=order).train()  # type: ignore[call-overload]
     images, labels = images.to(device), labels.to(device)
-    optimizer = torch.optim.SGD(
-        network.parameters(), schedule.learning_rate, schedule.momentum, weight_decay=schedule.weight_decay
-    )
+    optimizer = _optimizer(network, schedule)
     batches = -(-len(images) // schedule.batch_size)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, schedule.learning_rate, total_steps=schedule.epochs * batches, cycle_momentum=False
@@ -142,6 +147,13 @@ def train(
     network.eval()
 
 
+def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    rate, decay = schedule.learning_rate, schedule.weight_decay
+    if schedule.optimizer == "adam":
+        return torch.optim.AdamW(network.parameters(), rate, (schedule.momentum, 0.999), weight_decay=decay)
+    return torch.optim.SGD(network.parameters(), rate, schedule.momentum, weight_decay=decay)
+
+
 def augment(images: Tensor, generator: torch.Generator, flip: bool = True) -> Tensor:
     """A random crop of the padded image and, with ``flip``, a random flip, for each image."""
     count, _, height, width = images.shape
@@ -176,7 +188,8 @@ def _gains_by_bf16(device: str) -> bool:
 def _save(path: Path, run: dict, epoch: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     tensors = {f"network.{key}": value for key, value in network.state_dict().items()}
     for index, parameter in enumerate(network.parameters()):
-        tensors[f"momentum.{index}"] = optimizer.state[parameter]["momentum_buffer"]
+        for name in OPTIMIZERS[run["optimizer"]]:
+            tensors[f"{name}.{index}"] = optimizer.state[parameter][name]
     write_tensors(path, tensors, {**run, "epoch": epoch})
 
 
@@ -189,8 +202,13 @@ def _resume(path: Path, run: dict, network: nn.Module, optimizer: torch.optim.Op
     if metadata != run:
         raise ModelFileError(f"the checkpoint {path} belongs to another training run; remove it or train elsewhere")
     weights = {key.removeprefix("network."): value for key, value in tensors.items() if key.startswith("network.")}
-    momenta = {f"momentum.{index}": parameter for index, parameter in enumerate(network.parameters())}
-    expected = {f"network.{key}": value for key, value in network.state_dict().items()} | momenta
+    kept = {
+        f"{name}.{index}": (parameter, name)
+        for index, parameter in enumerate(network.parameters())
+        for name in OPTIMIZERS[run["optimizer"]]
+    }
+    expected = {f"network.{key}": value for key, value in network.state_dict().items()}
+    expected |= {key: torch.zeros(()) if name == "step" else parameter for key, (parameter, name) in kept.items()}
     for key in tensors.keys() | expected.keys():
         given, like = tensors.get(key), expected.get(key)
         if given is None or like is None or (given.shape, given.dtype) != (like.shape, like.dtype):
@@ -198,6 +216,6 @@ def _resume(path: Path, run: dict, network: nn.Module, optimizer: torch.optim.Op
         if not torch.isfinite(given).all():
             raise ModelFileError(f"the checkpoint {path} is damaged: {key} is not finite; remove it")
     network.load_state_dict(weights)
-    for key, parameter in momenta.items():
-        optimizer.state[parameter]["momentum_buffer"] = tensors[key].to(parameter.device)
+    for key, (parameter, name) in kept.items():
+        optimizer.state[parameter][name] = tensors[key].to("cpu" if name == "step" else parameter.device)
     return epoch

@@ -15,6 +15,7 @@ from ..arguments import check_option_kinds
 from ..errors import BackdoorGymError, DataError, WeightsError, check_name
 from ..wording import shown
 from . import convnext, densenet, efficientnet, mobilenet_v3, resnet, vgg, vit
+from .cnn import CNN
 from .lenet import LeNet
 from .mlp import MLP
 from .mobilenet_v2 import MobileNetV2
@@ -24,6 +25,7 @@ from .small import SmallCNN
 #: A class or function that takes ``num_classes``, ``in_channels`` and its options, ``width`` among them.
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": SmallCNN,
+    "cnn": CNN,
     "mlp": MLP,
     "lenet": LeNet,
     "resnet18": resnet.resnet18,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from backdoor_gym.errors import TrainingError
-from backdoor_gym.models import family
+from backdoor_gym.models import digits_family, family
 from backdoor_gym.models.catalogue import load_infected
 from backdoor_gym.networks import build
 from backdoor_gym.neurons.finding import find_neurons
@@ -31,7 +31,7 @@ def quick_make(monkeypatch, infected):
 
 
 def test_recipes_are_balanced_and_independent():
-    recipes = [family.recipe("digits-train", seed) for seed in range(1000)]
+    recipes = [digits_family.recipe("digits-train", seed) for seed in range(1000)]
     attacks = Counter(recipe.attack for recipe in recipes)
     assert set(attacks) == {"badnets", "blended", "sig", "wanet", "clean"}
     assert min(attacks.values()) > 150
@@ -47,9 +47,9 @@ def test_recipes_are_balanced_and_independent():
 
 
 def test_splits_and_attempts_draw_other_models():
-    drawn = {split: [family.recipe(split, seed).seed for seed in range(300)] for split in family.SPLITS}
+    drawn = {split: [digits_family.recipe(split, seed).seed for seed in range(300)] for split in digits_family.SPLITS}
     assert len(set().union(*drawn.values())) == 900
-    first, second = (family.recipe("digits-train", 3, attempt) for attempt in (0, 1))
+    first, second = (digits_family.recipe("digits-train", 3, attempt) for attempt in (0, 1))
     fixed = ("attack", "shape", "width", "blocks")
     assert [getattr(first, name) for name in fixed] == [getattr(second, name) for name in fixed]
     assert first.seed != second.seed
@@ -57,9 +57,9 @@ def test_splits_and_attempts_draw_other_models():
 
 def test_networks_have_the_declared_number_of_neurons():
     for seed in range(40):
-        drawn = family.recipe("digits-val", seed)
+        drawn = digits_family.recipe("digits-val", seed)
         network = build("small_cnn", 10, 1, width=drawn.width, blocks=drawn.blocks, shape=drawn.shape)
-        assert family.MIN_NEURONS <= len(find_neurons(network)) <= family.MAX_NEURONS
+        assert digits_family.MIN_NEURONS <= len(find_neurons(network)) <= digits_family.MAX_NEURONS
 
 
 def test_a_model_is_made_once_and_then_read(cache, quick_make):
@@ -107,14 +107,14 @@ def test_a_weak_network_is_drawn_again_with_the_same_shape(monkeypatch, infected
         return infected
 
     facts = dict(infected.facts)
-    monkeypatch.setattr(family, "infect", infect)
-    seed = next(seed for seed in range(20) if family.recipe("digits-train", seed).attack == "badnets")
+    monkeypatch.setattr(digits_family, "infect", infect)
+    seed = next(seed for seed in range(20) if digits_family.recipe("digits-train", seed).attack == "badnets")
     model = family.make(f"digits-train/{seed}")
     assert model.facts["attempt"] == 2
     assert len({(attack, tuple(options.items())) for attack, options, _ in seen}) == 1
     assert len({seed for *_, seed in seen}) == 3
     infected.facts["acc"] = 0.5
-    monkeypatch.setattr(family, "infect", lambda *_, **__: infected)
+    monkeypatch.setattr(digits_family, "infect", lambda *_, **__: infected)
     with pytest.raises(TrainingError, match="20 attempts"):
         family.make(f"digits-train/{seed}")
     infected.facts.clear()
@@ -123,19 +123,22 @@ def test_a_weak_network_is_drawn_again_with_the_same_shape(monkeypatch, infected
 
 def test_one_model_is_really_made(cache):
     seed = min(
-        range(60), key=lambda seed: family.recipe("digits-val", seed).width * family.recipe("digits-val", seed).blocks
+        range(60),
+        key=lambda seed: (
+            digits_family.recipe("digits-val", seed).width * digits_family.recipe("digits-val", seed).blocks
+        ),
     )
     model = load_infected(f"digits-val/{seed}")
-    drawn = family.recipe("digits-val", seed, model.facts["attempt"])
-    assert model.facts["acc"] >= family.MIN_ACC
+    drawn = digits_family.recipe("digits-val", seed, model.facts["attempt"])
+    assert model.facts["acc"] >= digits_family.MIN_ACC
     assert drawn.attack == model.facts["attack"]
     if drawn.attack == "clean":
         assert model.trigger is None
         assert model.target is None
     else:
-        assert model.facts["asr"] >= family.MIN_ASR
+        assert model.facts["asr"] >= digits_family.MIN_ASR
         assert model.target == drawn.target
-    assert len(model.clean) == family.CLEAN_IMAGES
+    assert len(model.clean) == digits_family.CLEAN_IMAGES
     assert not set(model.clean.source.indices) & set(model.test.source.indices)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from backdoor_gym.data.datasets import load_images
-from backdoor_gym.errors import ModelFileError, TrainingError
+from backdoor_gym.errors import ModelFileError, TrainingError, UnknownNameError
 from backdoor_gym.files.tensors import read_tensors, write_tensors
 from backdoor_gym.models import training
 from backdoor_gym.models.infecting import infect
@@ -128,9 +128,9 @@ def test_images_are_not_mirrored_where_that_would_make_them_others():
         lambda tensors, fields: fields.update(epoch=-5),
         lambda tensors, fields: fields.update(epoch=True),
         lambda tensors, fields: fields.pop("epoch"),
-        lambda tensors, fields: tensors.pop("momentum.0"),
-        lambda tensors, fields: tensors.update({"momentum.0": torch.zeros(3)}),
-        lambda tensors, fields: tensors.update({"momentum.0": tensors["momentum.0"] * torch.nan}),
+        lambda tensors, fields: tensors.pop("momentum_buffer.0"),
+        lambda tensors, fields: tensors.update({"momentum_buffer.0": torch.zeros(3)}),
+        lambda tensors, fields: tensors.update({"momentum_buffer.0": tensors["momentum_buffer.0"] * torch.nan}),
         lambda tensors, fields: tensors.update({"more": torch.zeros(1)}),
         lambda tensors, fields: [tensors.pop(key) for key in list(tensors) if key.startswith("network.")],
         lambda tensors, fields: tensors.update(
@@ -149,3 +149,32 @@ def test_a_checkpoint_that_is_not_of_its_run_is_refused(data, tmp_path, change):
     with pytest.raises(ModelFileError, match="remove it"):
         train(network, *data, SCHEDULE, seed=1, checkpoint=checkpoint)
     assert all(torch.equal(a, b) for a, b in zip(before, network.state_dict().values(), strict=True))
+
+
+def test_a_training_with_adam_goes_on_where_it_was(data, tmp_path, monkeypatch):
+    schedule = Schedule(epochs=2, batch_size=64, learning_rate=0.002, optimizer="adam")
+    whole, resumed = fresh(), fresh()
+    train(whole, *data, schedule, seed=1)
+    checkpoint = tmp_path / "run.checkpoint"
+    saved = []
+    save = training._save
+
+    def stop(*arguments):
+        save(*arguments)
+        saved.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(resumed, *data, schedule, seed=1, checkpoint=checkpoint)
+    monkeypatch.setattr(training, "_save", save)
+    resumed = fresh()
+    train(resumed, *data, schedule, seed=1, checkpoint=checkpoint)
+    assert len(saved) == 1
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key])
+
+
+def test_an_optimizer_must_be_a_known_one():
+    with pytest.raises(UnknownNameError, match="optimizer"):
+        Schedule(optimizer="adamm")

@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 import backdoor_gym
 from backdoor_gym.benchmarking.cells import CellFile
 from backdoor_gym.errors import DataError
-from backdoor_gym.models import building, family
+from backdoor_gym.models import building, digits_family, family
 from backdoor_gym.on_ray.cluster import cluster
 
 MODULE = '''
@@ -86,7 +86,7 @@ def test_a_machine_that_dies_loses_no_finished_cell_and_the_rest_completes(machi
 
 def test_models_made_on_the_cluster_come_to_the_cache_here(machines, tmp_path, monkeypatch):
     monkeypatch.setenv(family.CACHE_VARIABLE, str(tmp_path / "cache"))
-    quick = min(range(40), key=lambda seed: family.recipe("digits-train", seed).width)
+    quick = min(range(40), key=lambda seed: digits_family.recipe("digits-train", seed).width)
     name = f"digits-train/{quick}"
     assert list(building.build([name], 1, machines.address)) == [(name, "")]
     assert family.cache_path(name).is_file()
