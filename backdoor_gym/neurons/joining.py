@@ -6,6 +6,7 @@ how many images there are. Records that differ otherwise are refused.
 
 import keyword
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,11 @@ from ..errors import UntraceableError
 from .lowering import TENSORS, Lowered, lower
 from .parameters import Parameters
 from .recording import Call, Named, Ref, Tape, Value, in_words, leaves, named_tensors
+
+#: Parts of names that graphs, and layers in them, have for themselves, and beginnings of such.
+_KINDS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+_ATTRIBUTES = frozenset(TENSORS).union(dir(fx.GraphModule({}, fx.Graph())), *(kind.__constants__ for kind in _KINDS))
+_OWN_NAMES = ("neuron_mask", "_tensor_", "_units_")
 
 
 def is_number(node: fx.Node) -> bool:
@@ -35,6 +41,8 @@ class Joiner:
         #: What the graph's nodes name: layers and tensors.
         self._root: dict[str, Any] = {}
         self._lowered: dict[str, Lowered] = {}
+        #: The network's names of the modules in it.
+        self._names: dict[str, str] = {}
         self._images = self._graph.placeholder("images")
         self._images.meta["shape"] = first.shape
         self._nodes: dict[Ref, fx.Node] = {Ref(-1): self._images}
@@ -83,9 +91,9 @@ class Joiner:
         layer = lower(call, self._parameters.value)
         if layer is None:
             args, kwargs = self._joined(call, (call.args, call.kwargs), (again.args, again.kwargs))
-            node = self._graph.create_node(call.op, call.target, args, kwargs)
-            if call.op == "call_module":
-                self._root[call.target] = self._modules[call.target]
+            is_module = call.op == "call_module"
+            target = self._put(call.target, self._modules[call.target]) if is_module else call.target
+            node = self._graph.create_node(call.op, target, args, kwargs)
         else:
             module, arguments = layer
             node = self._graph.call_module(self._place(call, module, arguments), (self._node(arguments["input"]),))
@@ -104,15 +112,21 @@ class Joiner:
         elif name.endswith((".weight", ".running_mean")):
             name = name.rpartition(".")[0]
         else:
-            name = name.removesuffix("_weight")
-        safe = free = ".".join(f"{part}_" if _is_reserved(part) else part for part in name.split("."))
+            name = name.removesuffix("_weight").removesuffix(".") or name
+        free = self._put(name, module)
+        is_plain = arguments["weight"] == Named(f"{free}.weight")
+        self._lowered[free] = Lowered(name, weight, bias, tuple(dict.fromkeys(read)), is_plain)
+        return free
+
+    def _put(self, name: str, module: nn.Module) -> str:
+        """Put a module of the network into the graph; its name there."""
+        safe = free = _identifiers(name)
         number = 1
-        while free in self._root and not _same(self._root[free], module):
+        while free in self._root and not (self._names.get(free) == name and _same(self._root[free], module)):
             number += 1
             free = f"{safe}_use{number}"
         self._root.setdefault(free, module)
-        is_plain = arguments["weight"] == Named(f"{free}.weight")
-        self._lowered[free] = Lowered(name, weight, bias, tuple(dict.fromkeys(read)), is_plain)
+        self._names[free] = name
         return free
 
     def _joined(self, call: Call, value: Any, again: Any) -> Any:
@@ -199,7 +213,12 @@ def _same(layer: Any, other: nn.Module) -> bool:
     return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
+def _identifiers(name: str) -> str:
+    """A name for the graph: torch.fx compiles code with the names of layers in it, so that they are letters and digits alone."""
+    parts = (re.sub(r"[^0-9A-Za-z_]", "_", part) for part in name.split("."))
+    return ".".join(f"{part}_" if _is_reserved(part) else part for part in parts)
+
+
 def _is_reserved(part: str) -> bool:
-    """Whether a part of a name cannot be one in a graph: a word of Python, or an attribute that graphs have themselves."""
-    taken = keyword.iskeyword(part) or hasattr(fx.GraphModule, part)
-    return taken or part in ("graph", "meta") or part.startswith("neuron_mask")
+    """Whether a part of a name cannot be one in a graph: a word of Python, or an attribute that modules there have already."""
+    return keyword.iskeyword(part) or part in _ATTRIBUTES or part.startswith(_OWN_NAMES)

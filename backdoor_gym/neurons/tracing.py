@@ -53,6 +53,11 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
         raise UntraceableError(
             "the network has lazy layers that were never called; call it once with some images before"
         )
+    unwritable = next((name for name in named_tensors(network) if name != name.encode(errors="replace").decode()), None)
+    if unwritable is not None:
+        raise UntraceableError(
+            f"no file can hold the name {unwritable!r}, which is no UTF-8: name that layer otherwise"
+        )
     copied = plain_copy(network).eval().float().cpu()
     known = named_tensors(copied).keys()
     three = _three(_guess(copied) if images is None else images)
