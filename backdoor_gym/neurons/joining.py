@@ -8,6 +8,7 @@ import keyword
 import operator
 import re
 from collections.abc import Mapping, Sequence
+from types import EllipsisType, NoneType
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from .recording import Call, Named, Ref, Tape, Value, in_words, leaves, named_te
 #: Parts of names that graphs, and layers in them, have for themselves, and beginnings of such.
 _KINDS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 _ATTRIBUTES = frozenset(TENSORS).union(dir(fx.GraphModule({}, fx.Graph())), *(kind.__constants__ for kind in _KINDS))
+#: Arguments that torch.fx writes into code as they are.
+_WRITTEN = (
+    bool, int, float, complex, str, NoneType, EllipsisType, range, torch.dtype, torch.layout, torch.memory_format,
+)  # fmt: skip
 _OWN_NAMES = ("neuron_mask", "_tensor_", "_units_")
 
 
@@ -135,15 +140,23 @@ class Joiner:
             raise self._depends(call)
         if isinstance(value, Named | Value):
             return self._attribute(call, value, again)
-        if isinstance(value, tuple | list) and len(value) == len(again):
-            return type(value)(self._joined(call, *pair) for pair in zip(value, again, strict=True))
+        if isinstance(value, tuple | list | dict) and len(value) != len(again):
+            raise self._depends(call)
+        if isinstance(value, tuple | list):
+            joined = [self._joined(call, *pair) for pair in zip(value, again, strict=True)]
+            return tuple(joined) if isinstance(value, tuple) else joined
         if isinstance(value, dict):
-            return {key: self._joined(call, value[key], again[key]) for key in value}
+            return dict(self._joined(call, list(value.items()), list(again.items())))
         if isinstance(value, slice):
             ends = ((part.start, part.stop, part.step) for part in (value, again))
             return slice(*self._joined(call, *ends))
         if isinstance(value, torch.device):
             return self._number("device", getattr, self._images, "device")
+        if not isinstance(value, (Ref, *_WRITTEN)):
+            raise UntraceableError(
+                f"{in_words(call.where)} gives a {type(value).__name__} to an operation of PyTorch, which no graph can hold; "
+                "give it tensors and numbers"
+            )
         if type(value) is int and value != again:
             return self._counted(value, again)
         if value != again and not (value != value and again != again):  # not a number both times
