@@ -242,7 +242,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, infected_file, tmp_path):
         assert code == 2, (arguments, out, err)
         assert words in err, (arguments, err)
         assert "Traceback" not in err
-        if "--budgit" not in arguments:  # the command line's own parser draws a box
+        if not {"--budgit", ""}.intersection(arguments):  # the command line's own parser draws a box
             assert len(err.strip().splitlines()) == 1, err
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from ..errors import DataError, UntraceableError
 from ..networks.adapting import find_logits, pick_logits
 from ..networks.preprocessing import own_module
+from ..wording import first_line
 from .copying import plain_copy
 from .joining import Joiner
 from .precision import CASTS, REDUCED, InFloat32
@@ -153,11 +154,6 @@ def _cannot_take(what: str, images: Tensor, error: Exception) -> UntraceableErro
         f"{what} cannot take {len(images)} images of shape {tuple(images.shape[1:])} ({first_line(error)}); are these the "
         "images that it was made for (clean=, --image-size)?"
     )
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says first, its class where it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _guess(network: nn.Module, in_float32: InFloat32) -> Tensor:
