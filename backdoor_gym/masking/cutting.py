@@ -41,10 +41,14 @@ class Cut(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """What is cut out of one tensor: these places along an axis, which are of so many channels."""
+    """What is cut out of one tensor: these places along an axis, which are of so many channels.
+
+    With groups, those of a convolution, places of axis 1 are counted through all groups.
+    """
 
     tensor: str
     axis: int
+    groups: int
     places: tuple[int, ...]
     channels: int
 
@@ -127,16 +131,19 @@ def _attempt(
 
 
 def _remove(network: nn.Module, pieces: list[_Piece]) -> None:
-    places: dict[tuple[str, int], set[int]] = {}
+    places: dict[tuple[str, int, int], set[int]] = {}
     for piece in pieces:
-        places.setdefault((piece.tensor, piece.axis), set()).update(piece.places)
-    for (name, axis), gone in places.items():
+        places.setdefault(piece[:3], set()).update(piece.places)
+    for (name, axis, groups), gone in places.items():
         owner_name, _, attribute = name.rpartition(".")
         owner = network.get_submodule(owner_name)
         tensor = getattr(owner, attribute)
-        size = tensor.shape[axis]
+        size = tensor.shape[axis] * groups
         left = torch.tensor([place for place in range(size) if place not in gone], dtype=torch.int64)
-        smaller = tensor.index_select(axis, left)
+        # A group of a convolution has inputs of its own: as many of them, elsewhere.
+        inputs = left.view(groups, -1) % tensor.shape[axis]
+        rows = tensor.chunk(groups) if groups > 1 else [tensor]
+        smaller = torch.cat([group.index_select(axis, of_group) for group, of_group in zip(rows, inputs, strict=True)])
         if isinstance(tensor, nn.Parameter):
             smaller = nn.Parameter(smaller, tensor.requires_grad)
         setattr(owner, attribute, smaller)
@@ -169,23 +176,27 @@ class _Plan:
         #: What needs a class of channels whatever they hold, and the first layer that reads what is not zero in it.
         self.held: dict[int, str] = {}
         self.read: dict[int, str] = {}
-        self.along: list[tuple[str, int, np.ndarray]] = []
+        self.along: list[tuple[str, int, int, np.ndarray]] = []
+        self.grouped: list[tuple[str, np.ndarray]] = []
         for node in self.channels.nodes:
             self._look_at(node)
-        for _, _, labels in self.along:  # a layer keeps one channel at least, and reads one
+        for *_, labels in self.along:  # a layer keeps one channel at least, and reads one
             if len(labels) and (labels > 0).all() and not self.needed[self.classes[labels]].any():
                 self._need(labels[:1], self.held, "a layer keeps one channel at least")
+        self._keep_groups_alike()
 
     def groups(self) -> dict[str, list[_Piece]]:
         """What to cut, by what must go together; each is named after its first layer."""
         pieces: list[tuple[_Piece, int]] = []
         pairs: list[tuple[np.ndarray, np.ndarray]] = []
-        for tensor, axis, labels in self.along:
+        for tensor, axis, groups, labels in self.along:
             dead = (labels > 0) & ~self.needed[self.classes[np.maximum(labels, 0)]]
             if dead.any():
                 numbers = np.unique(self.classes[labels[dead]])
                 pairs.append((numbers, np.full_like(numbers, numbers[0])))  # those of one layer go together
-                pieces.append((_Piece(tensor, axis, tuple(np.flatnonzero(dead).tolist()), len(numbers)), numbers[0]))
+                pieces.append(
+                    (_Piece(tensor, axis, groups, tuple(np.flatnonzero(dead).tolist()), len(numbers)), numbers[0])
+                )
         group_of = joined(len(self.needed), pairs)
         groups: dict[int, list[_Piece]] = {}
         for piece, number in pieces:
@@ -213,6 +224,18 @@ class _Plan:
         self.needed[numbers] = True
         for number in numbers.tolist():
             reasons.setdefault(number, reason)
+
+    def _keep_groups_alike(self) -> None:
+        """Need more of them until each group of a convolution loses as many channels and has one left."""
+        before = -1
+        while before < self.needed.sum():
+            before = self.needed.sum()
+            for name, labels in self.grouped:
+                dead = (labels > 0) & ~self.needed[self.classes[np.maximum(labels, 0)]]
+                lost = min(int(dead.sum(axis=1).min()), labels.shape[1] - 1)
+                for of_group, dead_of_group in zip(labels, dead, strict=True):
+                    why = f"{name} is a convolution in groups, and each has to lose as many"
+                    self._need(of_group[dead_of_group][lost:], self.held, why)
 
     def _need_all(self, node: fx.Node, by: fx.Node) -> None:
         labels = self.channels.labels[node]
@@ -243,15 +266,16 @@ class _Plan:
         channels, module = self.channels, module_of(self.neurons.graph, node)
         layer = channels.lowered[str(node.target)]
         made, read = channels.made(node), channels.read(node)
-        grouped, calls = getattr(module, "groups", 1) > 1, len(channels.uses(node))
+        groups, calls = getattr(module, "groups", 1), len(channels.uses(node))
         if channels.labels[source] is not None and (read == UNKNOWN).all():
             self._need_all(source, node)
-        if calls > 1 or (grouped and not (is_depthwise(channels, node) and (read > 0).all())):
-            # Other uses would have to change too, or groups would differ in size.
-            why = f"{layer.name} {'is used several times' if calls > 1 else 'is a convolution in groups'}"
-            self._need(made, self.held, why)
-            self._need(read, self.held, why)
-        elif isinstance(module, WEIGHTED) and not grouped:
+        if calls > 1:  # other uses would have to change too
+            self._need(np.concatenate([made, read]), self.held, f"{layer.name} is used several times")
+        elif groups > 1 and is_depthwise(channels, node) and (read > 0).all():
+            groups = 1
+        elif isinstance(module, WEIGHTED):
+            if groups > 1:
+                self.grouped += [(layer.name, labels.reshape(groups, -1)) for labels in (made, read)]
             self._need(read[~self.zero[np.maximum(read, 0)]], self.read, layer.name)
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and (read == UNKNOWN).any():
             self._need(made, self.held, f"what {layer.name} reads could not be followed")
@@ -260,9 +284,9 @@ class _Plan:
         for name in layer.tensors:
             shape = attrgetter(name)(self.network).shape
             if shape and shape[0] == len(made):
-                self.along.append((name, 0, made))
-            if len(shape) > 1 and isinstance(module, WEIGHTED) and shape[1] == len(read):
-                self.along.append((name, 1, read))
+                self.along.append((name, 0, 1, made))
+            if len(shape) > 1 and isinstance(module, WEIGHTED) and shape[1] * groups == len(read):
+                self.along.append((name, 1, groups, read))
 
     def _look_beside(self, node: fx.Node) -> None:
         """Parameters that an operation reads beside channels, one for each of them."""
@@ -286,7 +310,7 @@ class _Plan:
             if len(varying) != 1 or len(along) != shape[place] or parameter is None:
                 self._need_all(node, node)
             else:
-                self.along.append((parameter, place, along))
+                self.along.append((parameter, place, 1, along))
 
     def _zeros(self) -> np.ndarray:
         """Of each label, whether it is of zeros whatever the image, bool (labels,)."""

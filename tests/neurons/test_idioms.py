@@ -561,7 +561,8 @@ def test_a_cut_that_groups_of_a_convolution_stop_is_said():
     mask = np.ones(len(neurons), dtype=bool)
     mask[[6, 7]] = False
     cut = cut_channels(network, neurons, mask, IMAGES)
-    assert cut.stops == ("2 pruned channels of a could not be cut out: b is a convolution in groups",)
+    reason = "b is a convolution in groups, and each has to lose as many"
+    assert cut.stops == (f"2 pruned channels of a could not be cut out: {reason}",)
 
 
 def test_layers_whose_weights_are_computed_are_not_taken_for_one_layer():
