@@ -82,17 +82,28 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
     groups, stops = plan.groups(), plan.stops()
     if not groups and not mask.all() and not stops:
         return Cut(masked, (_none_alone(neurons, mask),))
-    compact, _ = _attempt(masked, [piece for group in groups.values() for piece in group], images, expected)
+    compact, _ = _attempt(masked, [piece for group in groups for part in group for piece in part], images, expected)
     if compact is not None:
         return Cut(compact, tuple(stops))
     accepted: list[_Piece] = []
-    for name, group in groups.items():
-        smaller, reason = _attempt(masked, [*accepted, *group], images[:3], expected[:3])
-        if smaller is None:
-            stops.append(_stop(max(piece.channels for piece in group), name, reason))
-        else:
-            compact, accepted = smaller, [*accepted, *group]
+    for group in groups:
+        whole = [piece for part in group for piece in part]
+        smaller, reason = _attempt(masked, [*accepted, *whole], images[:3], expected[:3])
+        if smaller is not None:
+            compact, accepted = smaller, [*accepted, *whole]
+            continue
+        for part in group:
+            if len(group) > 1:
+                smaller, reason = _attempt(masked, [*accepted, *part], images[:3], expected[:3])
+            if smaller is None:
+                stops.append(_stop(part[0].channels, _layer_of(part), reason))
+            else:
+                compact, accepted = smaller, [*accepted, *part]
     return Cut(masked if compact is None else compact, tuple(stops))
+
+
+def _layer_of(part: list[_Piece]) -> str:
+    return part[0].tensor.rpartition(".")[0] or part[0].tensor
 
 
 def _none_alone(neurons: Neurons, mask: np.ndarray) -> str:
@@ -185,23 +196,27 @@ class _Plan:
                 self._need(labels[:1], self.held, "a layer keeps one channel at least")
         self._keep_groups_alike()
 
-    def groups(self) -> dict[str, list[_Piece]]:
-        """What to cut, by what must go together; each is named after its first layer."""
-        pieces: list[tuple[_Piece, int]] = []
-        pairs: list[tuple[np.ndarray, np.ndarray]] = []
-        for tensor, axis, groups, labels in self.along:
-            dead = (labels > 0) & ~self.needed[self.classes[np.maximum(labels, 0)]]
-            if dead.any():
-                numbers = np.unique(self.classes[labels[dead]])
-                pairs.append((numbers, np.full_like(numbers, numbers[0])))  # those of one layer go together
-                pieces.append(
-                    (_Piece(tensor, axis, groups, tuple(np.flatnonzero(dead).tolist()), len(numbers)), numbers[0])
-                )
-        group_of = joined(len(self.needed), pairs)
-        groups: dict[int, list[_Piece]] = {}
-        for piece, number in pieces:
-            groups.setdefault(group_of[number], []).append(piece)
-        return {group[0].tensor.rpartition(".")[0] or group[0].tensor: group for group in groups.values()}
+    def groups(self) -> list[list[list[_Piece]]]:
+        """What to cut, by what should go together, in parts that can go alone: the channels that lie along the same tensors."""
+        dead = [(labels > 0) & ~self.needed[self.classes[np.maximum(labels, 0)]] for *_, labels in self.along]
+        where: dict[int, list[int]] = {}
+        for index, (*_, labels) in enumerate(self.along):
+            for number in np.unique(self.classes[labels[dead[index]]]).tolist():
+                where.setdefault(number, []).append(index)
+        parts: dict[tuple[int, ...], list[int]] = {}
+        for number, indices in where.items():
+            parts.setdefault(tuple(indices), []).append(number)
+        # Those of one layer go together.
+        group_of = joined(len(dead), [(np.array(part), np.full(len(part), part[0])) for part in parts])
+        groups: dict[int, list[list[_Piece]]] = {}
+        for part, numbers in parts.items():
+            pieces = []
+            for index in part:
+                *tensor, labels = self.along[index]
+                places = np.flatnonzero(dead[index] & np.isin(self.classes[np.maximum(labels, 0)], numbers))
+                pieces.append(_Piece(*tensor, tuple(places.tolist()), len(numbers)))
+            groups.setdefault(group_of[part[0]], []).append(pieces)
+        return list(groups.values())
 
     def stops(self) -> list[str]:
         """Pruned channels that something needs although no neuron gives them anything, by layer, and what that is.
