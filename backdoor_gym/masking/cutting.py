@@ -12,9 +12,9 @@ from ..networks.adapting import deep_copy
 from ..networks.preprocessing import own_module
 from ..neurons.channel_origin import classes, is_depthwise, joined
 from ..neurons.channels import WEIGHTED, Channels, Kind, module_of
-from ..neurons.labels import UNKNOWN, ZERO
+from ..neurons.labels import UNKNOWN, ZERO, Labels
 from ..neurons.layers import Neurons
-from ..neurons.operations import operation
+from ..neurons.operations import MOVES, operation
 from ..neurons.recording import in_words, watching
 from ..neurons.tracing import first_line, same_logits
 from .export import write_mask
@@ -57,7 +57,7 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
     """A smaller network without the channels that the mask makes useless, with the same outputs.
 
     A channel can be cut where everything that reads it reads zeros: in a residual network, where all neurons that share
-    a sum are pruned. The others are zeroed as in ``write_mask``. At least one channel a layer stays. Where the network's own code
+    a sum are pruned. The others are zeroed as in ``write_mask``. At least two channels a layer stay. Where the network's own code
     counts on a number of channels (``view(-1, 64)``) they stay as well, and ``stops`` names the layer.
 
     Args:
@@ -86,20 +86,39 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
     if compact is not None:
         return Cut(compact, tuple(stops))
     accepted: list[_Piece] = []
+
+    def without(pieces: list[_Piece]) -> str | None:
+        """Cut these, too, or tell why not."""
+        nonlocal compact
+        smaller, reason = _attempt(masked, [*accepted, *pieces], images[:3], expected[:3])
+        if smaller is None:
+            return reason or plan.difference(pieces[0])
+        compact = smaller
+        accepted.extend(pieces)
+        return None
+
+    refused: dict[tuple[str, str], int] = {}
     for group in groups:
-        whole = [piece for part in group for piece in part]
-        smaller, reason = _attempt(masked, [*accepted, *whole], images[:3], expected[:3])
-        if smaller is not None:
-            compact, accepted = smaller, [*accepted, *whole]
-            continue
-        for part in group:
-            if len(group) > 1:
-                smaller, reason = _attempt(masked, [*accepted, *part], images[:3], expected[:3])
-            if smaller is None:
-                stops.append(_stop(part[0].channels, _layer_of(part), reason))
-            else:
-                compact, accepted = smaller, [*accepted, *part]
+        reason = without([piece for part in group for piece in part])
+        if reason is not None:
+            reasons = [without(part) for part in group] if len(group) > 1 else [reason]
+            for part, why in zip(group, reasons, strict=True):
+                if why is not None:
+                    key = _layer_of(part), reason if None not in reasons else why
+                    refused[key] = refused.get(key, 0) + part[0].channels
+    stops += [_stop(count, layer, why) for (layer, why), count in refused.items()]
     return Cut(masked if compact is None else compact, tuple(stops))
+
+
+def _words(node: fx.Node) -> str:
+    where = node.meta.get("where") or "the network's own forward"
+    return f"{operation(node)} in {where}"
+
+
+def _in_order(labels: Labels | None) -> np.ndarray:
+    """The labels of a value, each once, as they come; int64."""
+    flat = np.zeros(0, dtype=np.int64) if labels is None else labels.thin.flatten().long().numpy()
+    return flat[np.sort(np.unique(flat, return_index=True)[1])]
 
 
 def _layer_of(part: list[_Piece]) -> str:
@@ -123,7 +142,7 @@ def _stop(count: int, layer: str, reason: str) -> str:
 def _attempt(
     network: nn.Module, pieces: list[_Piece], images: Tensor, expected: Tensor
 ) -> tuple[nn.Module | None, str]:
-    """A copy without these pieces, or None and the reason why it would not answer as before."""
+    """A copy without these pieces, or None and why it cannot run; no reason where it would answer differently."""
     smaller = deep_copy(network)
     path: list[str] = []
 
@@ -137,7 +156,7 @@ def _attempt(
     except Exception as error:  # the user's code, made for other numbers of channels
         return None, f"{in_words(path[-1] if path else '')} counts on their number ({first_line(error)})"
     if not same_logits(logits, expected, ROUNDING):
-        return None, "without them the network would answer differently"
+        return None, ""
     return smaller, ""
 
 
@@ -191,14 +210,11 @@ class _Plan:
         self.grouped: list[tuple[str, np.ndarray]] = []
         for node in self.channels.nodes:
             self._look_at(node)
-        for *_, labels in self.along:  # a layer keeps one channel at least, and reads one
-            if len(labels) and (labels > 0).all() and not self.needed[self.classes[labels]].any():
-                self._need(labels[:1], self.held, "a layer keeps one channel at least")
-        self._keep_groups_alike()
+        self._keep_what_has_to_stay()
 
     def groups(self) -> list[list[list[_Piece]]]:
         """What to cut, by what should go together, in parts that can go alone: the channels that lie along the same tensors."""
-        dead = [(labels > 0) & ~self.needed[self.classes[np.maximum(labels, 0)]] for *_, labels in self.along]
+        dead = [self._dead(labels) for *_, labels in self.along]
         where: dict[int, list[int]] = {}
         for index, (*_, labels) in enumerate(self.along):
             for number in np.unique(self.classes[labels[dead[index]]]).tolist():
@@ -212,11 +228,23 @@ class _Plan:
         for part, numbers in parts.items():
             pieces = []
             for index in part:
-                *tensor, labels = self.along[index]
+                tensor, axis, groups_of, labels = self.along[index]
                 places = np.flatnonzero(dead[index] & np.isin(self.classes[np.maximum(labels, 0)], numbers))
-                pieces.append(_Piece(*tensor, tuple(places.tolist()), len(numbers)))
+                pieces.append(_Piece(tensor, axis, groups_of, tuple(places.tolist()), len(numbers)))
             groups.setdefault(group_of[part[0]], []).append(pieces)
         return list(groups.values())
+
+    def difference(self, piece: _Piece) -> str:
+        """Why the network would answer differently without these: an order of channels can hang on their number."""
+        labels = next(labels for *tensor, labels in self.along if tensor == [*piece[:3]])
+        numbers = self.classes[labels[list(piece.places)]]
+        for node in self.channels.nodes if len(numbers) else ():
+            for source in self.channels.inputs(node) if operation(node) in MOVES else ():
+                before, after = (_in_order(self.channels.labels[value]) for value in (source, node))
+                moved = not np.array_equal(before[np.isin(before, after)], after[np.isin(after, before)])
+                if moved and np.isin(self.classes[before[before > 0]], numbers).any():
+                    return f"{_words(node)} puts channels into an order that hangs on their number"
+        return "without them the network would answer differently"
 
     def stops(self) -> list[str]:
         """Pruned channels that something needs although no neuron gives them anything, by layer, and what that is.
@@ -240,24 +268,33 @@ class _Plan:
         for number in numbers.tolist():
             reasons.setdefault(number, reason)
 
-    def _keep_groups_alike(self) -> None:
-        """Need more of them until each group of a convolution loses as many channels and has one left."""
+    def _keep_what_has_to_stay(self) -> None:
+        """Need more of them until each group of a convolution loses as many channels, and each layer keeps two of its own."""
         before = -1
         while before < self.needed.sum():
             before = self.needed.sum()
-            for name, labels in self.grouped:
-                dead = (labels > 0) & ~self.needed[self.classes[np.maximum(labels, 0)]]
+            for name, labels in sorted(
+                self.grouped, key=lambda side: -len(side[1])
+            ):  # what is alike in small ones is in large ones
+                dead = self._dead(labels)
                 lost = min(int(dead.sum(axis=1).min()), labels.shape[1] - 1)
                 for of_group, dead_of_group in zip(labels, dead, strict=True):
                     why = f"{name} is a convolution in groups, and each has to lose as many"
                     self._need(of_group[dead_of_group][lost:], self.held, why)
+            for *_, labels in self.along:  # an axis of a single channel would be taken away by ``squeeze()``
+                dead = self._dead(labels)
+                lacking = max(0, 2 - int((~dead).sum()))
+                self._need(labels[dead][:lacking], self.held, "a layer keeps two channels at least")
+
+    def _dead(self, labels: np.ndarray) -> np.ndarray:
+        """Which places are of channels that nothing needs, bool like the labels."""
+        return (labels > 0) & ~self.needed[self.classes[np.maximum(labels, 0)]]
 
     def _need_all(self, node: fx.Node, by: fx.Node) -> None:
         labels = self.channels.labels[node]
         if labels is not None:
             layer = self.channels.lowered.get(str(by.target))
-            where = by.meta.get("where") or "the network's own forward"
-            what = f"{operation(by)} in {where}" if layer is None else layer.name
+            what = _words(by) if layer is None else layer.name
             self._need(np.unique(labels.thin.long().numpy()), self.held, f"{what} works on all of them together")
 
     def _look_at(self, node: fx.Node) -> None:
