@@ -57,7 +57,8 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
     """A smaller network without the channels that the mask makes useless, with the same outputs.
 
     A channel can be cut where everything that reads it reads zeros: in a residual network, where all neurons that share
-    a sum are pruned. The others are zeroed as in ``write_mask``. At least two channels a layer stay. Where the network's own code
+    a sum are pruned. The others are zeroed as in ``write_mask``. At least two channels a layer stay. Each group of a convolution
+    loses as many, those of the group with the fewest useless ones. Where the network's own code
     counts on a number of channels (``view(-1, 64)``) they stay as well, and ``stops`` names the layer.
 
     Args:
@@ -192,7 +193,8 @@ class _Plan:
 
     Attributes:
         needed: for each class, whether it has to stay, bool (classes,).
-        along: axes of tensors of the network that channels lie along: name, axis, and the label of each place.
+        along: axes of tensors of the network that channels lie along: name, axis, in how many groups, and the label of each place.
+        grouped: what each group of a convolution reads or gives: its name, and labels, int64 (groups, channels of a group).
     """
 
     def __init__(self, network: nn.Module, neurons: Neurons, mask: np.ndarray) -> None:
@@ -275,7 +277,7 @@ class _Plan:
             before = self.needed.sum()
             for name, labels in sorted(
                 self.grouped, key=lambda side: -len(side[1])
-            ):  # what is alike in small ones is in large ones
+            ):  # large groups are made of small ones
                 dead = self._dead(labels)
                 lost = min(int(dead.sum(axis=1).min()), labels.shape[1] - 1)
                 for of_group, dead_of_group in zip(labels, dead, strict=True):
