@@ -39,7 +39,7 @@ def why_none(told: Iterable[Account]) -> str:
 
 
 def notes(sites: Sites) -> list[str]:
-    """Batch normalisations that no neuron is masked at, and layers that no pass uses, a sentence each."""
+    """Batch normalisations that no neuron is masked at, and layers that no pass reads, a sentence each."""
     channels, meta = sites.channels, sites.channels.graph_module.meta
     sentences = []
     for node in channels.nodes:
@@ -50,14 +50,19 @@ def notes(sites: Sites) -> list[str]:
             else:
                 why = sites.reasons.get(node) or "it reads no layer that has neurons"
             sentences.append(f"The batch normalisation {sites.name(node)} has no neurons: {why}.")
-    if meta["live"]:
-        sentences.append(
-            "A batch normalisation takes the statistics of the batch (it has no running statistics, or its call has "
-            "training=True), so that answers depend on the other images of a batch; masks are right for whole batches alone."
-        )
+        if meta["live"] and operation(node) == "batch_norm":
+            read = [name for source in node.all_input_nodes for name in source.meta.get("read", ())]
+            name = sites.shown(read[0].rpartition(".")[0] if read else node.meta["where"])
+            sentences.append(
+                f"The batch normalisation {name or 'that the network calls'} takes the statistics of the batch (it has no running "
+                "statistics, or its call has training=True), so that answers depend on the other images of a batch; masks are "
+                "right for whole batches alone."
+            )
     unused = [sites.shown(name).removesuffix(".weight") for name in _unused(sites)]
     if unused:
-        sentences.append(f"No pass uses the weights of {', '.join(unused[:5])}{', ...' if unused[5:] else ''}.")
+        sentences.append(
+            f"No recorded pass reads the weights of {', '.join(unused[:5])}{', ...' if unused[5:] else ''}."
+        )
     return sentences
 
 
@@ -142,7 +147,7 @@ def _of_others(sites: Sites, claimed: set[str]) -> Iterator[Account]:
             if parameter not in claimed:
                 yield Account(name or _layer_of(parameter), 0, 0, reason=reason, parameters=(parameter,))
     for parameter in _large(sites, _unused(sites)):
-        yield Account(_layer_of(parameter), 0, 0, reason="no pass uses it", parameters=(parameter,))
+        yield Account(_layer_of(parameter), 0, 0, reason="no recorded pass reads it", parameters=(parameter,))
 
 
 def _unused(sites: Sites) -> list[str]:

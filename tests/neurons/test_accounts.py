@@ -209,7 +209,7 @@ def test_names_are_those_of_the_network_that_the_user_gave():
     infected = InfectedModel.from_module(network, clean=(IMAGES, torch.arange(12) % 3))
     neurons = find_neurons(infected.network, IMAGES)
     assert [account.name for account in neurons.accounts] == ["stem", "head", "network", "spare"]
-    assert neurons.notes[0] == "No pass uses the weights of network, spare."
+    assert neurons.notes[0] == "No recorded pass reads the weights of network, spare."
     assert neurons.notes[1].startswith("The weights of spare are computed")
     infected.network.network.is_whole = False
     with pytest.raises(UntraceableError, match="the network's own forward reads the values"):
@@ -222,4 +222,4 @@ def test_normalisation_by_the_batch_is_said_whatever_statistics_there_are():
         return m.head(F.batch_norm(x, m.norm.running_mean, m.norm.running_var, training=True).mean((2, 3)))
 
     notes = neurons_of(Net(forward, norm=nn.BatchNorm2d(6), head=nn.Linear(6, 3))).notes
-    assert any("statistics of the batch" in note and "training=True" in note for note in notes)
+    assert any("normalisation norm takes the statistics of the batch" in note for note in notes)
