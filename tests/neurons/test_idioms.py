@@ -332,7 +332,7 @@ def test_weights_of_a_matrix_product_are_accounted_for():
     accounts = {account.name: account for account in neurons.accounts}
     assert (accounts["matrix"].channels, accounts["matrix"].units) == (6, 0)
     assert neurons.coverage == 0.5
-    assert any("No pass uses the weights of a." in note for note in neurons.notes)
+    assert any("No recorded pass reads the weights of a." in note for note in neurons.notes)
 
 
 def test_layers_that_are_made_at_the_first_call_are_asked_for():
