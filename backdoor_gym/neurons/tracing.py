@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import DataError, UntraceableError
 from ..networks.adapting import find_logits, pick_logits
-from ..networks.preprocessing import own_module
+from ..networks.preprocessing import own_module, own_name
 from ..wording import first_line
 from .copying import plain_copy
 from .joining import Joiner
@@ -55,8 +55,8 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
             )
         if type(module).__module__.startswith("torch.") and ".quantized." in type(module).__module__:
             raise UntraceableError(
-                f"{in_words(name)} is quantised, and holds no weights that zeros can be written into; give the network of floats "
-                "that it was made from"
+                f"{in_words(own_name(network, name))} is quantised, and holds no weights that zeros can be written into; give the "
+                "network of floats that it was made from"
             )
     if any(nn.parameter.is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers())):
         raise UntraceableError(
@@ -69,7 +69,7 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
         )
     copied = plain_copy(network).eval().float().cpu()
     known = named_tensors(copied).keys()
-    own = named_tensors(network)
+    own = {own_name(network, name): tensor for name, tensor in named_tensors(network).items()}
     others = {value.dtype for value in own.values() if value.dtype in CASTS}
     in_float32 = InFloat32(REDUCED | others)
     three = _three(_guess(copied, in_float32) if images is None else images)
@@ -88,7 +88,7 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
             f"the network makes {made[0]} when it is first called; call it once with some images before"
         )
     try:
-        tapes = [_record(copied, some, entry, in_float32) for some in (three[:2], three)]
+        tapes = [_record(copied, images, entry, in_float32) for images in (three[:2], three)]
         _check_copied(tapes[0], own)
         graph_module = Joiner(copied, *tapes).join()
         computes_in = sorted(str(kind).removeprefix("torch.") for kind in in_float32.met)

@@ -131,7 +131,7 @@ PACKED = quantized.dynamic.Linear(8, 8)._packed_params._packed_params
 @pytest.mark.parametrize(
     ("middle", "cause"),
     [
-        (lambda m, x: torch.vmap(lambda one: F.conv2d(one[None], m.a.weight)[0])(x), "torch.vmap"),
+        (lambda m, x: torch.vmap(lambda image: F.conv2d(image[None], m.a.weight)[0])(x), "torch.vmap"),
         (lambda m, x: torch.from_numpy(m.a(x).detach().numpy()), "gives tensors to numpy"),
         (
             lambda m, x: torch.ops.quantized.linear_dynamic(m.a(x), PACKED, False),
