@@ -52,6 +52,8 @@ def forged(infected_file, tmp_path):
         {"trigger": {"attack": "badnets"}},
         {"trigger": {"attack": "badnets", "parameters": {"row": "1", "column": 2}}},
         {"trigger": {"attack": "badnets", "parameters": {"row": 1.5, "column": 2}}},
+        {"trigger": {"attack": "badnets", "parameters": {"row": -1, "column": 2}}},
+        {"trigger": {"attack": "badnets", "parameters": {"row": 8, "column": 2}}},
         {"trigger": {"attack": "multi-trigger", "parameters": {"triggers": "x"}}},
         {"trigger": {"attack": "multi-trigger", "parameters": {"triggers": [{"attack": "sig"}]}}},
         {"more": 1},
@@ -135,6 +137,12 @@ def test_a_trigger_is_made_of_finite_floats(forged, infected_file):
     for other in (patch.double(), torch.full_like(patch, torch.nan)):
         with pytest.raises(ModelFileError, match="finite"):
             load_infected(forged(**{"trigger.patch": other}))
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 3), (1, 3, 0), (0, 3, 3), (0,), ()])
+def test_a_patch_has_rows_and_columns(forged, shape):
+    with pytest.raises((DataError, ModelFileError), match="trigger"):
+        load_infected(forged(**{"trigger.patch": torch.ones(shape)}))
 
 
 def test_variances_below_zero_are_refused(infected):
