@@ -27,14 +27,14 @@ class Made(NamedTuple):
 
     Attributes:
         network: from what the preprocessing makes of images to logits, or an answer that holds them.
-        labels: the number of each class, by name.
+        labels: the name of each class, by its number; two may have the same.
         unread: code that the folder names and that was not touched.
         unused: tensors that the network has no place for.
         prefix: see ``Layout``.
     """
 
     network: nn.Module
-    labels: dict[str, int]
+    labels: dict[int, str]
     unread: list[str]
     unused: list[str]
     prefix: str = ""

@@ -83,7 +83,7 @@ def make_timm(config: Mapping[str, Any], weights: dict[str, Tensor], folder: Pat
     first = next(iter(network.state_dict()))
     prefix = next((key.removesuffix(first) for key in weights if key == first or key.endswith(f".{first}")), "")
     names = config.get("label_names")
-    labels = {str(label): place for place, label in enumerate(names)} if isinstance(names, list) else {}
+    labels = dict(enumerate(map(str, names))) if isinstance(names, list) else {}
     return Made(network, labels, [], unused, prefix)
 
 

@@ -69,7 +69,7 @@ def make_transformers(config: Mapping[str, Any], weights: dict[str, Tensor], fol
     if problems:
         raise WeightsError(f"the weights in {folder} are not those of the {chosen} that it describes: {problems}")
     check_finite(network)
-    labels = {str(name): int(key) for key, name in (config.get("id2label") or {}).items()}
+    labels = {int(key): str(name) for key, name in (config.get("id2label") or {}).items()}
     unread = sorted({str(name) for name in values_in(config.get("auto_map", {}))})
     return Made(network.float(), labels, unread, sorted(info["unexpected_keys"]))
 

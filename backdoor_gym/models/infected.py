@@ -267,4 +267,5 @@ def check_trigger(trigger: Callable[[Tensor], Tensor], images: Tensor) -> None:
     if not alike or not bool(((triggered >= 0) & (triggered <= 1)).all()):
         raise DataError(f"the trigger must give images of shape {tuple(images.shape[1:])} with values in [0, 1]")
     if isinstance(trigger, Attack):
-        check_change(trigger, tuple(images.shape[1:]))
+        channels, height, width = images.shape[1:]
+        check_change(trigger, (channels, height, width))

@@ -197,6 +197,7 @@ def test_how_a_network_is_run_is_not_taken_from_a_folder(tmp_path):
         ({"architectures": [3]}, ModelFileError, "describes 3, which is no image classifier"),
         ({"id2label": ["a", "b"]}, ModelFileError, "id2label must be an object"),
         ({"id2label": {"a": 0}}, ModelFileError, "id2label must name the class of each number, not of 'a'"),
+        ({"id2label": {"1": "a", "01": "b"}}, ModelFileError, "id2label names class 1 more than once"),
         ({"architecture": "resnet18", "pretrained_cfg": [1]}, ModelFileError, "pretrained_cfg must be an object"),
         ({"depths": [1, 1, 10**9]}, ModelFileError, "depths is 1000000000; 1000 is the most"),
         ({"hidden_sizes": [8, 10**7]}, WeightsError, "describes a network of .* numbers and holds"),
@@ -285,6 +286,18 @@ def test_subfolders_with_the_names_of_the_classes(tmp_path):
     assert load_infected(tmp_path / "theirs", clean=tmp_path / "numbers").clean.labels.tolist() == [1, 3]
     edit(tmp_path / "theirs" / "config.json", id2label={"0": "3", "1": "2", "2": "1", "3": "0"})
     assert load_infected(tmp_path / "theirs", clean=tmp_path / "numbers").clean.labels.tolist() == [2, 0]
+
+
+def test_a_name_of_two_classes_is_no_label(tmp_path):
+    make(tmp_path / "theirs", size=16)
+    edit(tmp_path / "theirs" / "config.json", id2label={"0": "crane", "1": "dog", "2": "Crane", "3": "cat"})
+    pictures(tmp_path / "clear", ["dog", "cat"], 16)
+    assert load_infected(tmp_path / "theirs", clean=tmp_path / "clear").clean.labels.tolist() == [3, 1]
+    pictures(tmp_path / "unclear", ["dog", "crane"], 16)
+    with pytest.raises(DataError, match=r"subfolder crane of .* may be any of the classes \[0, 2\]"):
+        load_infected(tmp_path / "theirs", clean=tmp_path / "unclear")
+    pictures(tmp_path / "numbers", ["1", "2"], 16)
+    assert load_infected(tmp_path / "theirs", clean=tmp_path / "numbers").clean.labels.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
