@@ -1,5 +1,6 @@
 """Networks made as large as a file says, and never larger than what the file holds."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
@@ -16,6 +17,8 @@ from ..errors import WeightsError
 
 #: Modules of any network, and those for each tensor beside them: many layers have no tensor.
 FEW_MODULES, MODULES_PER_TENSOR = 1000, 20
+#: Calls in the making of any network, and those for each tensor beside them: some loop over all pairs of places in an image.
+FEW_CALLS, CALLS_PER_TENSOR = 3_000_000, 4000
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -27,7 +30,7 @@ def within(make: Callable[[], Network], weights: Mapping[str, Tensor]) -> Networ
 
 @contextmanager
 def counted(weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """A block that ends when a network made in it has far more parameters or layers than there are weights.
+    """A block that ends when a network made in it has far more parameters or layers, or takes more work, than its weights say.
 
     Raises:
         WeightsError: it has.
@@ -50,6 +53,9 @@ def counted(weights: Mapping[str, Tensor]) -> Iterator[None]:
     few = 2 * len(weights) + FEW_MODULES  # of parameters, some are made, and then replaced or taken away
     many = MODULES_PER_TENSOR * len(weights) + FEW_MODULES
     with ExitStack() as hooks:
+        work = counter("steps of its making", FEW_CALLS + CALLS_PER_TENSOR * len(weights))
+        hooks.callback(sys.setprofile, sys.getprofile())
+        sys.setprofile(work)  # of this thread alone; called where a function begins or ends
         hooks.callback(register_module_parameter_registration_hook(counter("parameters", few)).remove)
         hooks.callback(register_module_module_registration_hook(counter("layers", many)).remove)
         yield

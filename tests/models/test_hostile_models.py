@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 import time
 
 import pytest
@@ -180,6 +181,25 @@ def test_sizes_are_bounded_on_the_way_and_not_at_the_end():
         within(make, {"a": torch.zeros(1)})
     assert made < 2000
     assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+def test_the_work_of_making_a_network_is_bounded(monkeypatch):
+    from backdoor_gym.files.sizes import within
+
+    monkeypatch.setattr("backdoor_gym.files.sizes.FEW_CALLS", 10_000)
+    done = 0
+
+    def make():
+        nonlocal done
+        for number in range(10**7):
+            done = abs(number)
+        return torch.nn.Identity()
+
+    before = sys.getprofile()
+    with pytest.raises(WeightsError, match="more steps of its making"):
+        within(make, {})
+    assert done < 10_000
+    assert sys.getprofile() is before
 
 
 def test_images_are_named_once_and_nothing_else_is_held(forged, infected_file):

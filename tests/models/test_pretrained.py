@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,10 @@ KINDS = {
     },
     "EfficientNet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "image_size": 32, "hidden_dim": 320},
     "RegNet": {**STAGES, "groups_width": 4},
+    "Levit": {
+        "image_size": 64, "hidden_sizes": [16] * 3, "num_attention_heads": [2] * 3, "depths": [1] * 3, "key_dim": [4] * 3,
+        "attention_ratio": [2] * 3, "mlp_ratio": [2] * 3,
+    },
 }  # fmt: skip
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 NAMES = ["tabby cat", "Dog", "bird", "great white shark"]
@@ -200,6 +205,10 @@ def test_how_a_network_is_run_is_not_taken_from_a_folder(tmp_path):
         ({"id2label": {"1": "a", "01": "b"}}, ModelFileError, "id2label names class 1 more than once"),
         ({"architecture": "resnet18", "pretrained_cfg": [1]}, ModelFileError, "pretrained_cfg must be an object"),
         ({"depths": [1, 1, 10**9]}, ModelFileError, "depths is 1000000000; 1000 is the most"),
+        ({"depths": [1] * 2000}, ModelFileError, "depths has 2000 entries; 1000 is the most"),
+        ({"image_size": 10**9}, ModelFileError, "image_size is 1000000000; 1024 is the most"),
+        ({"vision": {"image_size": [64, 10**400]}}, ModelFileError, "image_size is .* 1024 is the most"),
+        ({"padding": 1000}, ModelFileError, "padding is 1000; 64 is the most"),
         ({"hidden_sizes": [8, 10**7]}, WeightsError, "describes a network of .* numbers and holds"),
         ({"hidden_sizes": [8, 24]}, WeightsError, r"\d of another shape \("),
         ({"depths": [1, 2]}, WeightsError, "missing"),
@@ -213,6 +222,18 @@ def test_configs_that_cannot_be_used(entries, error, message, tmp_path):
     with pytest.raises(error, match=message) as raised:
         load_infected(tmp_path, clean=some())
     assert "\n" not in str(raised.value)
+
+
+def test_a_network_that_is_long_in_the_making_is_refused_on_the_way(tmp_path, monkeypatch):
+    """LeViT goes through all pairs of places in an image."""
+    monkeypatch.setattr("backdoor_gym.files.sizes.FEW_CALLS", 300_000)
+    make(tmp_path, "Levit")
+    assert load_infected(tmp_path, clean=some(64)).num_classes == len(NAMES)
+    edit(tmp_path / "config.json", image_size=1024)
+    start = time.monotonic()
+    with pytest.raises(WeightsError, match="more steps of its making than the file"):
+        load_infected(tmp_path, clean=some(64))
+    assert time.monotonic() - start < 10
 
 
 def test_weights_that_are_not_finite_or_too_many(tmp_path):
