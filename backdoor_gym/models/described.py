@@ -39,6 +39,7 @@ class Made(NamedTuple):
         labels: the name of each class, by its number; two may have the same.
         unread: code that the folder names and that was not touched.
         unused: tensors that the network has no place for.
+        planned: the same without weights, on the meta device where it can be made there.
         prefix: see ``Layout``.
     """
 
@@ -46,6 +47,7 @@ class Made(NamedTuple):
     labels: dict[int, str]
     unread: list[str]
     unused: list[str]
+    planned: nn.Module
     prefix: str = ""
 
 

@@ -84,7 +84,7 @@ def make_timm(config: Mapping[str, Any], weights: dict[str, Tensor], folder: Pat
     prefix = next((key.removesuffix(first) for key in weights if key == first or key.endswith(f".{first}")), "")
     names = config.get("label_names")
     labels = dict(enumerate(map(str, names))) if isinstance(names, list) else {}
-    return Made(network, labels, [], unused, prefix)
+    return Made(network, labels, [], unused, planned, prefix)
 
 
 def create(name: Any, arguments: Mapping[str, Any]) -> nn.Module:

@@ -72,7 +72,7 @@ def make_transformers(config: Mapping[str, Any], weights: dict[str, Tensor], fol
     check_finite(network)
     labels = {int(key): str(name) for key, name in (config.get("id2label") or {}).items()}
     unread = sorted({str(name) for name in values_in(config.get("auto_map", {}))})
-    return Made(network.float(), labels, unread, sorted(info["unexpected_keys"]))
+    return Made(network.float(), labels, unread, sorted(info["unexpected_keys"]), planned)
 
 
 def _classifier(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:

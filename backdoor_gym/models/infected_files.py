@@ -15,7 +15,7 @@ from ..data.datasets import DataSource, LabelledImages, fingerprint, named_in_fi
 from ..data.pictures import MOST_SIDE
 from ..errors import BackdoorGymError, DataError, ModelFileError
 from ..files.schemas import MOST_NAME, ImagesFields, ModelFields, checked, free
-from ..files.sizes import within
+from ..files.sizes import check_pass, within
 from ..files.tensors import read_tensors, write_tensors
 from ..networks import build_from_spec
 from ..networks.preprocessing import Normalise, Preprocessed
@@ -99,12 +99,14 @@ def read_infected(path: Path, data: str | None, make: Callable[..., Model]) -> M
             raise ModelFileError(f"{path} holds {strange[0]}, which no infected model has")
         weights = _part(tensors, "network.")
         # A file says how large the network is: nothing is allocated before its weights fit.
-        check_shapes(within(lambda: build_from_spec(fields.architecture), weights), weights)
+        planned = within(lambda: build_from_spec(fields.architecture), weights)
+        check_shapes(planned, weights)
         network = build_from_spec(fields.architecture)
         load_weights(network, weights)
         if fields.normalise is not UNSET:
             network = Preprocessed(Normalise(fields.normalise.mean, fields.normalise.std), network)
         clean, test, trigger = _unpack_images(fields.data.clean, "clean", tensors, data), None, None
+        check_pass(planned, clean.images.shape[1:])
         if fields.data.test is not UNSET:
             test = _unpack_images(fields.data.test, "test", tensors, data)
         if fields.trigger is not UNSET:

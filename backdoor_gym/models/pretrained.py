@@ -20,6 +20,7 @@ from ..data.folders import is_image_folder
 from ..data.own_images import Source
 from ..errors import DataError, ModelFileError
 from ..files.schemas import plain
+from ..files.sizes import check_pass
 from ..files.tensors import check_names, is_pickle, read_safetensors
 from ..wording import first_line, shown
 from .checkpoint_spec import CheckpointSpec
@@ -75,6 +76,7 @@ def load_pretrained(name: str, spec: CheckpointSpec) -> InfectedModel:
     weights = _read_weights(folder)
     made = (make_timm if of_timm else make_transformers)(config, weights, folder)
     clean, scoring = spec.read_images(size)
+    check_pass(made.planned, clean.images.shape[1:])
     if spec.test is not None and scoring is not None:
         scoring = _relabelled(spec.test, scoring, made.labels)
     facts = {

@@ -14,6 +14,8 @@ from backdoor_gym.data.datasets import LabelledImages
 from backdoor_gym.errors import BackdoorGymError, DataError, ModelFileError, WeightsError
 from backdoor_gym.files.schemas import MOST_TEXT
 from backdoor_gym.files.tensors import read_tensors, write_tensors
+from backdoor_gym.models.infected_files import FORMAT
+from backdoor_gym.networks import build
 
 
 @pytest.fixture
@@ -200,6 +202,31 @@ def test_the_work_of_making_a_network_is_bounded(monkeypatch):
         within(make, {})
     assert done < 10_000
     assert sys.getprofile() is before
+
+
+def test_a_pass_of_what_a_small_file_describes_takes_bearable_memory(tmp_path):
+    """Attention over all pairs of the 256 x 256 places in an image."""
+    described = {"name": "vit", "num_classes": 3, "in_channels": 1, "width": 4, "depth": 1, "heads": 1}
+    images = LabelledImages(torch.rand(3, 1, 256, 256), torch.arange(3))
+
+    def written(**options):
+        spec = {**described, **options}
+        weights = {f"network.{key}": value for key, value in build(**spec).state_dict().items()}
+        path = tmp_path / "vit.safetensors"
+        metadata = {
+            "format": FORMAT,
+            "name": "a",
+            "architecture": spec,
+            "target": None,
+            "facts": {},
+            "data": {"clean": {}},
+        }
+        write_tensors(path, {**weights, "clean.images": images.images, "clean.labels": images.labels}, metadata)
+        return path
+
+    assert load_infected(written(image_size=256, patch=32)).num_classes == 3
+    with pytest.raises(WeightsError, match="would take 8,590,"):
+        load_infected(written(image_size=256, patch=1))
 
 
 def test_images_are_named_once_and_nothing_else_is_held(forged, infected_file):

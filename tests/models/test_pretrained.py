@@ -236,6 +236,13 @@ def test_a_network_that_is_long_in_the_making_is_refused_on_the_way(tmp_path, mo
     assert time.monotonic() - start < 10
 
 
+def test_a_pass_takes_bearable_memory(tmp_path):
+    make(tmp_path, "Levit")
+    edit(tmp_path / "config.json", padding=64)  # four convolutions, each of which makes the image wider
+    with pytest.raises(WeightsError, match="numbers at once"):
+        load_infected(tmp_path, clean=some(64))
+
+
 def test_weights_that_are_not_finite_or_too_many(tmp_path):
     make(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
