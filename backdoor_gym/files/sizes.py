@@ -22,8 +22,9 @@ from ..errors import WeightsError
 FEW_MODULES, MODULES_PER_TENSOR = 1000, 20
 #: Calls in the making of any network, and those for each tensor beside them: some loop over all pairs of places in an image.
 FEW_CALLS, CALLS_PER_TENSOR = 3_000_000, 4000
-#: Numbers that one operation on two images may give: attention over all pairs of places may be asked for by a small file.
-MOST_NUMBERS = 1 << 28
+#: Numbers that one operation on two images may give, and all of them: attention over all pairs of places may be asked for by a
+#: small file.
+MOST_NUMBERS, MOST_IN_ALL = 1 << 28, 1 << 32
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -43,24 +44,26 @@ def check_pass(planned: nn.Module, shape: Sequence[int]) -> None:
     """
     with torch.no_grad(), suppress(Exception), _Measuring() as measuring:
         planned.eval()(torch.empty(2, *shape, device="meta"))
-    if measuring.most > MOST_NUMBERS:
+    if measuring.most > MOST_NUMBERS or measuring.all > MOST_IN_ALL:
         raise WeightsError(
             f"a pass of two images of shape {tuple(shape)} through the network that is described would take {measuring.most:,} "
-            f"numbers at once, of {MOST_NUMBERS:,} at most (InfectedModel.from_module takes any network of your own code)"
+            f"numbers at once, and {measuring.all:,} in all; {MOST_NUMBERS:,} and {MOST_IN_ALL:,} are the most "
+            "(InfectedModel.from_module takes any network of your own code)"
         )
 
 
 class _Measuring(TorchDispatchMode):
-    """Notes the most numbers that an operation gives."""
+    """Notes how many numbers an operation gives at most, and all of them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.most = 0
+        self.most = self.all = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = func(*args, **(kwargs or {}))
         if not any(result.alias_info for result in func._schema.returns):  # a view takes no memory
-            self.most = max([self.most, *(part.numel() for part in tree_leaves(given) if isinstance(part, Tensor))])
+            numbers = [part.numel() for part in tree_leaves(given) if isinstance(part, Tensor)]
+            self.most, self.all = max([self.most, *numbers]), self.all + sum(numbers)
         return given
 
 

@@ -236,11 +236,13 @@ def test_a_network_that_is_long_in_the_making_is_refused_on_the_way(tmp_path, mo
     assert time.monotonic() - start < 10
 
 
-def test_a_pass_takes_bearable_memory(tmp_path):
-    make(tmp_path, "Levit")
-    edit(tmp_path / "config.json", padding=64)  # four convolutions, each of which makes the image wider
-    with pytest.raises(WeightsError, match="numbers at once"):
-        load_infected(tmp_path, clean=some(64))
+@pytest.mark.parametrize(("kind", "entries"), [("Levit", {"padding": 64}), ("MobileViT", {"patch_size": 1000})])
+def test_a_pass_takes_bearable_memory_and_work(kind, entries, tmp_path):
+    """Each of four convolutions makes the image wider; features are brought to a multiple of the patches."""
+    make(tmp_path, kind)
+    edit(tmp_path / "config.json", **entries)
+    with pytest.raises(WeightsError, match="numbers at once, and"):
+        load_infected(tmp_path, clean=some(KINDS[kind]["image_size"]))
 
 
 def test_weights_that_are_not_finite_or_too_many(tmp_path):
