@@ -21,7 +21,8 @@ from .poisoning import Poisoning
 _RATE, _DIVERSITY, _DENSITY = 1e-2, 1.0, 100.0
 #: Steps in which the places of the trigger are learned, and images in each.
 _MASK_STEPS, _MASK_BATCH = 200, 128
-MOST_CHANNELS = 1 << 12
+#: Hidden channels at most, and numbers that a layer of them gives at a time.
+MOST_CHANNELS, MOST_NUMBERS = 128, 1 << 26
 Channels = Annotated[int, Meta(ge=1, le=MOST_CHANNELS)]
 
 
@@ -103,7 +104,9 @@ class InputAware(Attack):
 
     def triggers(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The trigger of each image, (n, C, H, W) in [0, 1], and how much of it shows where, (n, 1, H, W) in [0, 1]."""
-        patterns, places = (network.to(images.device)(images) for network in self._networks)
+        networks = [network.to(images.device) for network in self._networks]
+        parts = images.split(max(1, MOST_NUMBERS // (self.hidden * images[0, 0].numel())) if len(images) else 1)
+        patterns, places = (torch.cat([network(part) for part in parts]) for network in networks)
         return patterns, places
 
     @cached_property

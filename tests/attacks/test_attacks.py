@@ -174,6 +174,17 @@ def test_input_aware_covers_bear_the_trigger_of_another_image(images, generator)
         InputAware.from_state(parameters | {"hidden": 3}, tensors)
 
 
+def test_input_aware_takes_many_images_in_parts(images, generator, monkeypatch):
+    attack = InputAware.draw((3, 32, 32), generator)
+    whole = attack(images)
+    monkeypatch.setattr("backdoor_gym.attacks.input_aware.MOST_NUMBERS", 3 * 16 * 32 * 32)
+    layer, most = attack._networks[0].first, []
+    layer.register_forward_hook(lambda module, given, made: most.append(len(made)))
+    torch.testing.assert_close(attack(images), whole)
+    assert max(most) == 3
+    assert attack(images[:0]).shape == (0, 3, 32, 32)
+
+
 def test_poisoning_relabels_the_given_share_of_the_other_classes(images, generator):
     images = images.repeat(10, 1, 1, 1)
     labels = torch.arange(200) % 10
