@@ -22,10 +22,10 @@ from backdoor_gym.arguments import check_kind, check_path, check_whole
 from backdoor_gym.devices import find_device
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.errors import DataError, check_name
+from backdoor_gym.files.schemas import free
 from backdoor_gym.files.tensors import read_tensors, write_tensors
 from backdoor_gym.policies.contract import checked_observation
 from backdoor_gym.wording import shown
-from backdoor_gym.writing import finite
 
 from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
 from .graph_policy import GraphPolicy
@@ -220,7 +220,7 @@ class ONP(ScoringPolicy):
             "look_ahead": None if self.look_ahead is None else asdict(self.look_ahead),
             "threshold": self.threshold,
             "verdict_threshold": self.verdict_threshold,
-            "facts": finite(self.facts),
+            "facts": free(self.facts, "the policy"),
         }
 
     @classmethod
@@ -248,5 +248,5 @@ class ONP(ScoringPolicy):
             options.setdefault("verdict_threshold", policy.fields.verdict_threshold)
         onp = cls(env, encoder=policy.encoder, **options)
         onp.network.load_state_dict(tensors)
-        onp.facts = dict(policy.fields.facts)
+        onp.facts = free(metadata["facts"], str(path))
         return onp

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .attacks.targets import Target, target_labels
 from .errors import WeightsError
 
-#: Images that a network is given at a time.
-BATCH_SIZE = 500
+#: Images that a network is given at a time, and pixels of a channel of all of them.
+BATCH_SIZE, MOST_PIXELS = 500, 1 << 25
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ def require_finite(what: str, *values: Tensor) -> None:
         raise WeightsError(f"{what} is not finite: the network's weights are damaged, or far too large")
 
 
+def batch_size(images: Tensor) -> int:
+    """How many of the images (n, C, H, W) a network is given at a time: large ones are fewer."""
+    return max(2, min(BATCH_SIZE, MOST_PIXELS // images[0, 0].numel()))
+
+
 @torch.no_grad()
 def predict_logits(network: nn.Module, images: Tensor, on_batch: Callable[[int], None] | None = None) -> Tensor:
     """Logits (n, classes) of float32 images (n, C, H, W), on the network's device, returned on the CPU.
@@ -51,7 +56,7 @@ def predict_logits(network: nn.Module, images: Tensor, on_batch: Callable[[int],
     device = torch.device("cpu") if parameter is None else parameter.device
     network.eval()
     found: list[Tensor] = []
-    batches = list(images.split(BATCH_SIZE))
+    batches = list(images.split(batch_size(images)))
     if len(batches) > 1 and len(batches[-1]) == 1:  # some networks cannot take a single image
         batches[-2:] = [torch.cat(batches[-2:])]
     for batch in batches:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..wording import printable
+from ..wording import one_line, printable
 from . import own_network
 from .common import DEFAULT_MODEL, DataOption, JsonOption, ModelArgument, Output, QuietOption
 
@@ -55,7 +55,7 @@ def inspect(
     left_out = [asdict(account) for account in neurons.left_out]
     output.result({**facts, "u": u, "layers": rows, "left_out": left_out, "notes": list(neurons.notes)})
     for key, value in facts.items():
-        output.say(f"{key:<14} {value}")
+        output.say(f"{key:<14} {one_line(str(value))}")
     output.say(_table(rows, u))
     output.say(own_network.coverage_in_words(neurons))
     if left_out:

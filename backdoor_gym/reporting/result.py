@@ -10,10 +10,12 @@ from torch import nn
 
 from ..analysis.bn_evidence import Reading
 from ..arguments import check_path
+from ..errors import BackdoorGymError
 from ..files.tensors import STATE_DICT, write_tensors
 from ..masking.cutting import cut_channels
 from ..metrics import Metrics
 from ..models.infected import InfectedModel
+from ..models.infected_files import packed
 from ..networks.adapting import in_own_types
 from ..networks.preprocessing import Preprocessed, own_module
 from ..neurons.copying import taking_norms_off
@@ -106,7 +108,11 @@ class RepairResult:
     @property
     def complete(self) -> bool:
         """Whether ``save`` writes an infected model; the state dict of ``module`` alone otherwise."""
-        return self.infected.architecture is not None and self.infected.checkpoint is None
+        try:
+            packed(self.infected)
+        except BackdoorGymError:
+            return False
+        return self.infected.checkpoint is None
 
     @property
     def norms_off(self) -> str:
@@ -162,7 +168,8 @@ class RepairResult:
     def save(self, folder: str | Path, command: str | None = None) -> list[Path]:
         """Write the repaired network, ``report.html``, ``pruned.json`` and ``repair.png`` into a folder, made if needed.
 
-        A network of a known architecture is saved as an infected model, ready for another ``repair``. One out of a folder of
+        A network of a known architecture is saved as an infected model, ready for another ``repair``, where its file can hold all
+        that is known of it (see ``InfectedModel.save``). One out of a folder of
         transformers or timm is saved as that folder was. Any other one, and one out of somebody's checkpoint, is saved as the
         state dict of ``module``, for its own class to load. All files are written, or none.
 
