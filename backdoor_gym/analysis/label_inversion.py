@@ -27,7 +27,7 @@ STEPS, FIRST_STEPS, MOST_LABELS = 30, 8, 20
 
 
 @dataclass
-class _Found:
+class _Search:
     """The addition for one label, and what it costs."""
 
     label: int
@@ -56,14 +56,14 @@ def invert_by_label(neurons: Neurons, images: Tensor, labels: Tensor, num_classe
         return None
     done = 0
     if len(searches) > MOST_LABELS:
-        for one in searches:
-            _search(one, neurons, images[labels != one.label], FIRST_STEPS)
-        searches = sorted(searches, key=lambda one: one.cost)[:MOST_LABELS]
+        for search in searches:
+            _go_on(search, neurons, images[labels != search.label], FIRST_STEPS)
+        searches = sorted(searches, key=lambda search: search.cost)[:MOST_LABELS]
         done = FIRST_STEPS
-    for one in searches:
-        _search(one, neurons, images[labels != one.label], STEPS - done)
-    best, second, *_ = sorted(searches, key=lambda one: one.cost)
-    median = float(torch.tensor([one.cost for one in searches]).median())
+    for search in searches:
+        _go_on(search, neurons, images[labels != search.label], STEPS - done)
+    best, second, *_ = sorted(searches, key=lambda search: search.cost)
+    median = float(torch.tensor([search.cost for search in searches]).median())
     foreign = images[labels != best.label]
     with torch.no_grad():
         triggered = best.trigger(foreign).contiguous(memory_format=torch.channels_last)
@@ -78,25 +78,27 @@ def invert_by_label(neurons: Neurons, images: Tensor, labels: Tensor, num_classe
     )
 
 
-def _begin(images: Tensor, label: int) -> _Found:
+def _begin(images: Tensor, label: int) -> _Search:
     trigger = Addition(images)
-    return _Found(label, trigger, torch.optim.Adam([trigger.parameter], trigger.rate), torch.Generator().manual_seed(0))
+    return _Search(
+        label, trigger, torch.optim.Adam([trigger.parameter], trigger.rate), torch.Generator().manual_seed(0)
+    )
 
 
-def _search(one: _Found, neurons: Neurons, foreign: Tensor, steps: int) -> None:
+def _go_on(search: _Search, neurons: Neurons, foreign: Tensor, steps: int) -> None:
     """Go on for some steps, and take the cost over all images of other labels."""
     for _ in range(steps):
-        some = foreign[torch.randperm(len(foreign), generator=one.random)[:BATCH]]
-        loss = _cost(one, neurons, some)
-        (gradient,) = torch.autograd.grad(loss, [one.trigger.parameter])
+        batch = foreign[torch.randperm(len(foreign), generator=search.random)[:BATCH]]
+        loss = _cost(search, neurons, batch)
+        (gradient,) = torch.autograd.grad(loss, [search.trigger.parameter])
         require_finite("the loss of a search for the trigger", loss, gradient)
-        one.trigger.parameter.grad = gradient
-        one.optimizer.step()
+        search.trigger.parameter.grad = gradient
+        search.optimizer.step()
     with torch.no_grad():
-        one.cost = _cost(one, neurons, foreign).item()
+        search.cost = _cost(search, neurons, foreign).item()
 
 
-def _cost(one: _Found, neurons: Neurons, images: Tensor) -> Tensor:
-    wanted = torch.full((len(images),), one.label, device=images.device)
-    logits = neurons.graph(one.trigger(images).contiguous(memory_format=torch.channels_last))
-    return F.cross_entropy(logits, wanted) + PRICE * one.trigger.price()
+def _cost(search: _Search, neurons: Neurons, images: Tensor) -> Tensor:
+    targets = torch.full((len(images),), search.label, device=images.device)
+    logits = neurons.graph(search.trigger(images).contiguous(memory_format=torch.channels_last))
+    return F.cross_entropy(logits, targets) + PRICE * search.trigger.price()

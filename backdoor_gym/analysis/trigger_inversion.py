@@ -81,8 +81,8 @@ def invert_trigger(
         search.go(MEANS_STEPS)
     evidence = [danger(search.logits(), suspected.target) for search in searches]
     best = max(evidence)
-    ranked = sorted(zip(evidence, searches, strict=True), key=lambda one: -one[0])
-    kept = [search for found, search in ranked if found >= CREDIBLE * best]
+    ranked = sorted(zip(evidence, searches, strict=True), key=lambda pair: -pair[0])
+    kept = [search for level, search in ranked if level >= CREDIBLE * best]
     for search in kept:
         search.go(TARGET_STEPS, TARGET_WEIGHT)
     with torch.no_grad():
@@ -110,10 +110,10 @@ class _Search:
     def go(self, steps: int, target_weight: float = 0.0) -> None:
         """Some steps towards the means, and towards the target where it has a weight."""
         for _ in range(steps):
-            some = self.images[torch.randperm(len(self.images), generator=self._random)[:BATCH]]
-            error, logits = _means_error(self.neurons, self.trigger(some), self.suspected)
-            wanted = torch.full((len(some),), self.suspected.target, device=some.device)
-            loss = error + self.trigger.price() + target_weight * F.cross_entropy(logits, wanted)
+            batch = self.images[torch.randperm(len(self.images), generator=self._random)[:BATCH]]
+            error, logits = _means_error(self.neurons, self.trigger(batch), self.suspected)
+            targets = torch.full((len(batch),), self.suspected.target, device=batch.device)
+            loss = error + self.trigger.price() + target_weight * F.cross_entropy(logits, targets)
             (gradient,) = torch.autograd.grad(loss, [self.trigger.parameter])
             require_finite("the loss of a search for the trigger", loss, gradient)
             self.trigger.parameter.grad = gradient
@@ -130,7 +130,7 @@ def _means_error(neurons: Neurons, images: Tensor, suspected: SuspectedTarget) -
     weights = torch.full((len(images),), 1 / len(images), device=images.device)
     reader = NormReader(neurons, weights).run_on(images)
     errors = [
-        ((reader.mean(name, weights) - wanted) / suspected.deviations[name]).square().mean()
-        for name, wanted in suspected.means.items()
+        ((reader.mean(name, weights) - mean) / suspected.deviations[name]).square().mean()
+        for name, mean in suspected.means.items()
     ]
     return torch.stack(errors).mean(), reader.logits

@@ -126,13 +126,13 @@ def check_writable(*files: Path) -> None:
 
 def pairs(options: list[str] | None, flag: str) -> dict[str, Any]:
     """KEY=VALUE options; values are read as JSON where they are that, and as text otherwise."""
-    found = {}
+    parsed = {}
     for option in options or []:
         key, sign, value = option.partition("=")
         if not sign or not key:
             raise DataError(f"{flag} takes KEY=VALUE, not {option!r}")
         try:
-            found[key] = json.loads(value)
+            parsed[key] = json.loads(value)
         except ValueError:
-            found[key] = value
-    return found
+            parsed[key] = value
+    return parsed

@@ -78,7 +78,7 @@ def test_images_of_one_label_tell_nothing():
 
 def test_a_victim_without_batch_normalisation_is_read_by_it():
     prepared = PreparedModel(InfectedModel.from_module(planted(True), clean()), Preparation())
-    assert prepared.reading is None
+    assert prepared.bn_evidence is None
     assert prepared.inverted.target == TARGET
     assert int(prepared.first_gradients.pull.argmax()) == 10
     assert np.isfinite(prepared.features).all()
