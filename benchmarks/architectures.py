@@ -7,9 +7,9 @@ It shows that all of them go through ``repair``, and what that does to networks 
 comparison of the policies. ONP takes 60 steps at most. One line a network in ``results/architectures.jsonl``, which are not made
 again; the table goes to ``results/architectures.md``.
 
-*residual*: whether neurons that share a residual sum are better pruned together (``residual="group"``) or each alone. The first 24
-infected models from ``digits-val/200`` on that have such sums, CLP (up to the budget) and ONP, at one and at two points; same
-network, same policy, same budget in pairs. Nothing was chosen with them. ``results/residual.jsonl`` and ``.md``.
+*residual*: whether neurons that share a residual sum are better pruned together (``residual="group"``) or each alone. The first 20
+infected models from ``digits-val/200`` on that have such sums, CLP (up to the budget) and ONP, with a budget of two points; same
+network and policy in pairs. Nothing was chosen with them. ``results/residual.jsonl`` and ``.md``.
 """
 
 import argparse
@@ -56,8 +56,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], Schedule]] = {
 }
 MOST_STEPS = 60
 SUMS = RowFile(RESULTS / "residual.jsonl", ("model", "residual"))
-FIRST, MODELS_WITH_SUMS = 200, 24
-POLICIES, BUDGETS = ("clp", "onp"), (0.01, 0.02)
+FIRST, MODELS_WITH_SUMS = 200, 20
+POLICIES, BUDGET = ("clp", "onp"), 0.02
 #: Figures of a repair, and what they are multiplied by in the table.
 FIGURES = {"acc_lost": 100, "asr": 1, "der": 1, "pruned": 1}
 COLUMNS = ("", "neurons", "ACC", "ASR", "CLP: pruned", "ACC", "ASR", "ONP: pruned", "ACC", "ASR", "label")
@@ -122,40 +122,29 @@ def measure_residual(model: str, residual: str, file: RowFile) -> None:
     """All repairs of one model in one mode."""
     conditions = Conditions(residual=residual)
     ready = make_ready(model, conditions)
-    repairs = []
+    repairs = {}
     for policy in POLICIES:
-        for budget in BUDGETS:
-            result = run_cell(Result(model, policy, budget, 0, "", {}), policy, ready, conditions)
-            figures = {figure: getattr(result, figure) for figure in FIGURES}
-            repairs.append({"policy": policy, "budget": budget, **figures})
-    file.add(model=model, residual=residual, units=len(ready.env.session.prepared.units), repairs=repairs)
+        result = run_cell(Result(model, policy, BUDGET, 0, "", {}), policy, ready, conditions)
+        repairs[policy] = {figure: getattr(result, figure) for figure in FIGURES}
+    file.add(model=model, residual=residual, units=len(ready.env.session.prepared.units), **repairs)
 
 
 def residual_table(rows: list[dict[str, Any]]) -> str:
     """Means of both modes and of their differences within a network, with the standard error, as Markdown."""
-    heads = ("policy", "budget", "", "ACC lost (points)", "ASR", "DER", "pruned")
+    heads = ("policy", "", "networks", "ACC lost (points)", "ASR", "DER", "pruned")
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    pairs = [(policy, budget) for policy in POLICIES for budget in BUDGETS]
-    for place, (policy, budget) in enumerate(pairs):
-        repairs = {(row["model"], row["residual"]): row["repairs"][place] for row in rows}
-        values = {
-            mode: {
-                figure: [factor * repair[figure] for (_, own), repair in sorted(repairs.items()) if own == mode]
-                for figure, factor in FIGURES.items()
-            }
-            for mode in RESIDUAL_MODES
-        }
-        for mode in RESIDUAL_MODES:
-            means = " | ".join(f"{mean(figures):.3f}" for figures in values[mode].values())
-            lines.append(f"| {policy} | {budget:g} | {mode} | {means} |")
+    modes = {mode: {row["model"]: row for row in rows if row["residual"] == mode} for mode in RESIDUAL_MODES}
+    networks = [name for name in modes["channel"] if name in modes["group"]]
+    for policy in POLICIES:
+        for mode, of_network in modes.items():
+            means = [mean(by * of_network[name][policy][figure] for name in networks) for figure, by in FIGURES.items()]
+            lines.append(f"| {policy} | {mode} | {len(networks)} | {' | '.join(f'{value:.3f}' for value in means)} |")
         cells = []
-        for figure in FIGURES:
-            differences = [
-                group - channel
-                for channel, group in zip(values["channel"][figure], values["group"][figure], strict=True)
-            ]
+        for figure, by in FIGURES.items():
+            channel, group = ([by * modes[mode][name][policy][figure] for name in networks] for mode in RESIDUAL_MODES)
+            differences = [after - before for before, after in zip(channel, group, strict=True)]
             cells.append(f"{mean(differences):+.3f} ± {stdev(differences) / len(differences) ** 0.5:.3f}")
-        lines.append(f"| {policy} | {budget:g} | group less channel | {' | '.join(cells)} |")
+        lines.append(f"| {policy} | group less channel | {len(networks)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

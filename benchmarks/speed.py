@@ -140,8 +140,7 @@ def measure_preparation(network: str) -> Row:
     for _ in range(sizes_of(network)[2]):
         ours.append(seconds(know))
         passes.append(seconds(lambda: forward_backward(module, clean.images, clean.labels)))
-    a_pass = median(our / other for our, other in zip(ours, passes, strict=True))
-    return figures | {"features_and_graph": {"seconds": median(ours), "passes": a_pass}}
+    return figures | {"features_and_graph": {"seconds": median(ours), "passes": ratio(passes, ours)["ratio"]}}
 
 
 @torch.no_grad()
@@ -241,16 +240,12 @@ def measure_vector(network: str) -> Row:
             random = np.random.default_rng(index)
             actions = [random.permutation(len(first.session.prepared))[:count] for _ in range(steps)]
             answers: list[Any] = []
-            into.append(seconds(partial(_play, env, actions, answers)))
+            into.append(seconds(partial(answers.extend, map(env.step, actions))))
             returned.append([answer[0]["nodes"] for answer in answers])
         assert all(map(np.array_equal, *returned)), "the two returned something else"
     vector.close()
     sync.close()
     return {"num_envs": count, **ratio(*taken)}
-
-
-def _play(env: Any, actions: list[np.ndarray], answers: list[Any]) -> None:
-    answers.extend(env.step(action) for action in actions)
 
 
 def measure_scaling(network: str) -> Row:

@@ -8,7 +8,7 @@ import typer
 
 from ..errors import DataError, TrainingError
 from . import own_network
-from .common import DataOption, DeviceOption, JsonOption, Output, QuietOption, RayOption, check_writable
+from .common import DataOption, DeviceOption, JsonOption, Output, QuietOption, RayOption, ResidualOption, check_writable
 
 
 @own_network.takes_network
@@ -40,6 +40,7 @@ def benchmark(
     ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="Most prunes under a budget.")] = 100,
     out: Annotated[Path, typer.Option(help="Folder for cells, table and figures.")] = Path("benchmark"),
+    residual: ResidualOption = "channel",
     data: DataOption = None,
     device: DeviceOption = "cpu",
     ray: RayOption = None,
@@ -66,6 +67,7 @@ def benchmark(
             clean_samples=clean_samples,
             test_samples=test_samples,
             max_steps=max_steps,
+            residual=residual,
             data=data,
             device=device,
             ray=ray,

@@ -33,6 +33,12 @@ DataOption = Annotated[
     str | None,
     typer.Option("--data", help="Hub id or folder to read the images from, instead of the one the model names."),
 ]
+ResidualOption = Annotated[
+    str,
+    typer.Option(
+        "--residual", help='"channel" prunes each neuron alone, "group" those that share a residual sum together.'
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where the network runs: cpu, cuda, ...")]
 RayOption = Annotated[
     str | None,

@@ -19,6 +19,7 @@ from .common import (
     ModelArgument,
     Output,
     QuietOption,
+    ResidualOption,
     check_writable,
 )
 
@@ -60,6 +61,7 @@ def repair(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: repaired/NAME.")] = None,
+    residual: ResidualOption = "channel",
     data: DataOption = None,
     device: DeviceOption = "cpu",
     network: own_network.OwnNetwork = own_network.NOTHING_SAID,
@@ -92,6 +94,7 @@ def repair(
             infected,
             policy,
             repairing.DEFAULT_BUDGET if budget is None else budget,
+            residual=residual,
             device=device,
             watch=watch,
             **options,
