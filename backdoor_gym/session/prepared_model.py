@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..analysis.bn_evidence import BNEvidence, find_bn_evidence
-from ..analysis.features import STATIC_FEATURES, neuron_features, standardise
+from ..analysis.features import STATIC_FEATURES, neuron_features
 from ..analysis.label_inversion import invert_by_label
 from ..analysis.mask_gradient import mask_gradient
 from ..analysis.neuron_graph import NeuronGraph, input_strengths, max_edges, neuron_graph
 from ..analysis.suspected_target import SuspectedTarget
 from ..analysis.trigger_inversion import InvertedTrigger
-from ..analysis.uclc import uclc
 from ..devices import find_device
 from ..errors import UntraceableError
 from ..metrics import predict_logits, target_margin
@@ -129,11 +128,6 @@ class PreparedModel:
         if len(self.units) == len(self.neurons):
             return features
         return np.stack([features[unit].max(axis=0) for unit in self.units])
-
-    @cached_property
-    def uclc_scores(self) -> np.ndarray:
-        """UCLC of each neuron, standardised within its layer, float64 (neurons,)."""
-        return torch.cat([standardise(bounds) for bounds in uclc(self.neurons.graph, self.neurons)]).numpy()
 
     @cached_property
     def neuron_features(self) -> np.ndarray:
