@@ -113,11 +113,6 @@ class RepairResult:
         """Python that takes weight norm and the like off another ``network`` of the class, which then loads these weights."""
         return taking_norms_off(self.infected.module)
 
-    @property
-    def coverage(self) -> float:
-        """Share of the channels of all layers with weights but the output that belong to a neuron."""
-        return self.neurons.coverage
-
     def compact(self) -> nn.Module:
         """A smaller network with the same outputs, from which the pruned channels are cut out where shapes allow.
 
