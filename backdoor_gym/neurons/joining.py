@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import UntraceableError
+from ..networks.preprocessing import own_name
 from .lowering import TENSORS, Lowered, lower
 from .parameters import Parameters
 from .recording import Call, Named, Ref, Tape, Value, in_words, leaves, named_tensors
@@ -28,8 +29,13 @@ class Joiner:
 
     def __init__(self, network: nn.Module, first: Tape, second: Tape) -> None:
         self._first, self._second = first, second
+        self._network = network
         self._tensors = named_tensors(network)
-        self._ranks = {name: value.ndim for name, value in network.named_parameters(remove_duplicate=False)}
+        #: Of several names of a parameter the first one. What norms of weights computed is a buffer now (``plain_copy``).
+        self._ranks = {name: value.ndim for name, value in network.named_parameters()}
+        for name, value in network.named_buffers():
+            if name.rpartition(".")[2].startswith("weight"):
+                self._ranks[name] = value.ndim
         self._modules = dict(network.named_modules())
         self._graph = fx.Graph()
         #: What the graph's nodes name: layers and tensors.
@@ -174,7 +180,7 @@ class Joiner:
             tensor = value.tensor
             if tensor.shape != again.tensor.shape or not torch.equal(tensor, again.tensor):
                 raise UntraceableError(
-                    f"{in_words(call.where)} reads a tensor that is another one in each pass, and that no operation of PyTorch "
+                    f"{self._where(call)} reads a tensor that is another one in each pass, and that no operation of PyTorch "
                     "made: by a function of TorchScript, numpy or C++, or at random; write it with operations of PyTorch, or "
                     "take it out"
                 )
@@ -184,9 +190,12 @@ class Joiner:
         node.meta.update(shape=tensor.shape, read=tuple(read), parameter=parameter)
         return node
 
+    def _where(self, call: Call) -> str:
+        return in_words(own_name(self._network, call.where))
+
     def _depends(self, call: Call) -> UntraceableError:
         return UntraceableError(
-            f"{in_words(call.where)} does other things with two images than with three: the network's forward must not depend on "
+            f"{self._where(call)} does other things with two images than with three: the network's forward must not depend on "
             "how many images it is given, but treat each on its own"
         )
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import UntraceableError
 from ..networks.adapting import pick_logits
-from ..networks.preprocessing import Preprocess, own_module
+from ..networks.preprocessing import Preprocess, own_module, own_name
 from .canonical import canonical, is_attribute, name_of, self_attention, self_attention_arguments
 
 
@@ -122,6 +122,7 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         super().__init__()
+        self._network = network
         self.tape = Tape(images.shape)
         self.path: list[str] = []
         #: Of several names of a tensor the first one.
@@ -160,7 +161,7 @@ class Recorder(TorchFunctionMode):
     @property
     def where(self) -> str:
         """The module that is being called, in words."""
-        return in_words(self._here)
+        return in_words(own_name(self._network, self._here))
 
     @property
     def _here(self) -> str:
