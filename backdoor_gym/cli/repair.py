@@ -20,6 +20,7 @@ from .common import (
     Output,
     QuietOption,
     ResidualOption,
+    as_place,
     check_writable,
 )
 
@@ -60,7 +61,9 @@ def repair(
             "Default: 0.01 for onp, none for rules with a published threshold, 0.02 for the others."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results; default: repaired/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=as_place, help="Folder for the results; default: repaired/NAME.")
+    ] = None,
     residual: ResidualOption = "channel",
     data: DataOption = None,
     device: DeviceOption = "cpu",

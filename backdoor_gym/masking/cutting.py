@@ -16,7 +16,8 @@ from ..neurons.labels import UNKNOWN, ZERO, Labels
 from ..neurons.layers import Neurons
 from ..neurons.operations import MOVES, operation
 from ..neurons.recording import in_words, watching
-from ..neurons.tracing import first_line, same_logits
+from ..neurons.tracing import same_logits
+from ..wording import first_line
 from .export import write_mask
 
 #: Largest difference of logits, over the largest of them, that rounding may make.

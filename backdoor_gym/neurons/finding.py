@@ -61,6 +61,12 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
             "normalisation of weights or another parametrisation; in the repaired network they are plain, as after "
             "torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm."
         )
+    computes_in = graph_module.meta["computes_in"]
+    if computes_in:
+        sentences.append(
+            f"Its forward computes in {' and '.join(computes_in)}, by casts or autocast; masks are computed in float32, so that "
+            "its own answers differ from theirs by rounding."
+        )
     _insert_masks(sites, layers)
     graph_module.to(next((parameter.device for parameter in network.parameters()), torch.device("cpu")))
     return Neurons(tuple(layers), graph_module, told, tuple(sentences))

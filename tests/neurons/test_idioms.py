@@ -286,7 +286,7 @@ def test_tensors_that_are_no_buffers():
         (lambda m, x: torch.stack([image * 2 for image in x]), "how many images"),
         (lambda m, x: x - x.mean(0, keepdim=True), "how many images"),
         (lambda m, x: x * torch.rand(()), "other answers each time"),
-        (lambda m, x: x + torch.from_numpy(x.detach().numpy() * 2), "values of tensors"),
+        (lambda m, x: x + torch.from_numpy(x.detach().numpy() * 2), "tensors to numpy"),
         (lambda m, x: x if (x > 9).nonzero().shape[0] == 0 else -x, "selection by values"),
         (lambda m, x: x if len(x[x > 9]) == 0 else -x, "selection by values"),
         (lambda m, x: x if not torch.is_nonzero((x > 9).sum()) else -x, "values of tensors"),
