@@ -11,12 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
-import gymnasium as gym
 import numpy as np
 import torch
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
-from stable_baselines3.common.vec_env import VecEnv
 
 from backdoor_gym.arguments import check_kind, check_path, check_whole
 from backdoor_gym.devices import find_device
@@ -25,7 +23,6 @@ from backdoor_gym.errors import DataError, check_name
 from backdoor_gym.files.schemas import free
 from backdoor_gym.files.tensors import read_tensors, write_tensors
 from backdoor_gym.policies.contract import checked_observation
-from backdoor_gym.wording import shown
 
 from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
 from .graph_policy import GraphPolicy
@@ -120,8 +117,6 @@ class ONP(ScoringPolicy):
 
     def set_env(self, env: Any) -> None:
         """Learn and look ahead in this environment from now on; what was learned is kept."""
-        if env is not None and not isinstance(env, gym.Env | VecEnv):
-            raise DataError(f"ONP is for a Gymnasium or Stable-Baselines3 environment, not {shown(env)}")
         super().set_env(env)
         self._ppo = None
 

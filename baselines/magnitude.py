@@ -16,6 +16,8 @@ from .rule import Rule
 class Magnitude(Rule):
     """Minus the L1 norm of a neuron's incoming weights over the mean of its layer; of several convolutions their sum."""
 
+    reads_images = False
+
     def scores(self, defender: Defender) -> np.ndarray:
         scores = np.zeros(len(defender.neurons))
         for layer in defender.neurons.layers:

@@ -76,9 +76,9 @@ def inspect(
 def _table(rows: list[dict[str, Any]], u: float) -> Table:
     table = Table("layer", "neurons", "UCLC mean", "UCLC max", f"outliers, more than {u:g} deviations above the mean")
     for row in rows:
-        found = sorted(row["outliers"].items(), key=lambda item: -item[1])
-        shown = ", ".join(f"{name.rpartition('[')[2][:-1]} ({score:.1f})" for name, score in found[:6])
-        more = f", and {len(found) - 6} more" if len(found) > 6 else ""
+        outliers = sorted(row["outliers"].items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name.rpartition('[')[2][:-1]} ({score:.1f})" for name, score in outliers[:6])
+        more = f", and {len(outliers) - 6} more" if len(outliers) > 6 else ""
         table.add_row(
             printable(row["layer"]),
             str(row["neurons"]),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..analysis.bn_evidence import Reading
+from ..analysis.bn_evidence import BNEvidence
 from ..arguments import check_path
 from ..errors import BackdoorGymError
 from ..files.tensors import STATE_DICT, write_tensors
@@ -67,7 +67,7 @@ class RepairResult:
         snapshot: the network as it is drawn.
         features: static features of each neuron, standardised within its layer (``analysis.features``), float32 (neurons, F).
         course: what was pruned and given back, step by step.
-        reading: what the BN statistics say, the inverted trigger among it; None where there is no batch normalisation.
+        bn_evidence: what the BN statistics say, the inverted trigger among it; None where there is no batch normalisation.
         arguments: what ``repair`` was called with, for doing it again; None for a model or a policy that is no name.
         verdict: probability that the network has a backdoor, as the policy judges it before it prunes; None where the
             policy gives none, or there are no BN statistics to judge by.
@@ -91,7 +91,7 @@ class RepairResult:
     snapshot: Snapshot
     features: np.ndarray
     course: tuple[Change, ...]
-    reading: Reading | None
+    bn_evidence: BNEvidence | None
     arguments: dict[str, Any]
     verdict: float | None = None
     suspected_target: int | None = None
@@ -118,11 +118,6 @@ class RepairResult:
     def norms_off(self) -> str:
         """Python that takes weight norm and the like off another ``network`` of the class, which then loads these weights."""
         return taking_norms_off(self.infected.module)
-
-    @property
-    def coverage(self) -> float:
-        """Share of the channels of all layers with weights but the output that belong to a neuron."""
-        return self.neurons.coverage
 
     def compact(self) -> nn.Module:
         """A smaller network with the same outputs, from which the pruned channels are cut out where shapes allow.

@@ -175,8 +175,8 @@ class MaskedModel:
             for part in parts:
                 if part.foreign is not None and len(part.foreign):
                     clean_pull += part.network.mask_gradient(mask, margin, part.foreign)
-        found = (pull, harm, clean_pull / len(inverted.clean))
-        return MaskGradients(*(prepared.by_unit(one) for one in found))
+        gradients = (pull, harm, clean_pull / len(inverted.clean))
+        return MaskGradients(*(prepared.by_unit(gradient) for gradient in gradients))
 
     def suspected_danger(self, pruned: np.ndarray) -> float:
         """``Figures.suspected_danger`` of the network without the pruned units, bool (units,)."""
@@ -202,8 +202,8 @@ class MaskedModel:
         if model.test is None or model.trigger is None or model.target is None or count == 0:
             return torch.empty(0), torch.empty(0)
         test = model.test.first(4 * count)  # not the whole test split, which may be large
-        wanted = target_labels(test.labels, model.target, model.num_classes)
-        others = torch.nonzero(test.labels != wanted).flatten()[:count]
+        targets = target_labels(test.labels, model.target, model.num_classes)
+        others = torch.nonzero(test.labels != targets).flatten()[:count]
         return model.trigger(test.images[others]), test.labels[others]
 
     @cached_property
@@ -215,8 +215,8 @@ class MaskedModel:
     def _score(self, logits: Tensor) -> tuple[float, float, float]:
         model, labels = self.prepared.model, self.triggered[1].to(logits.device)
         assert model.target is not None
-        wanted = target_labels(labels, model.target, model.num_classes)
-        return attack_success(logits, wanted), accuracy(logits, labels), danger(logits, wanted)
+        targets = target_labels(labels, model.target, model.num_classes)
+        return attack_success(logits, targets), accuracy(logits, labels), danger(logits, targets)
 
     def _networks(self) -> Iterator[MaskedNetwork]:
         clean = [part.network for part in self._clean]

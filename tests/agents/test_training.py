@@ -41,7 +41,7 @@ def test_too_few_models_for_a_school_are_named(files):
 
 def test_outcomes_are_those_of_the_episodes(infected):
     env = gym.make("BackdoorPrune-v0", infected=[infected, "digits-clean"], accuracy_budget=None, max_steps=30)
-    outcomes = run(CLP(1.5), env, [infected, "digits-clean"])
+    outcomes = run(CLP(env, 1.5), env, [infected, "digits-clean"])
     _, before = env.reset(options={"infected": infected})
     assert outcomes[0].asr <= before["asr"]
     assert outcomes[0].pruned > 0
