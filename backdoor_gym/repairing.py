@@ -118,7 +118,9 @@ def repair(
     run_episode(acting, env, observation, lambda steps: watch("pruning: steps", steps, None))
     seconds = time.perf_counter() - start
     if prepared.neurons.coverage < LITTLE:
-        left = ", ".join(f"{account.name} ({account.reason})" for account in prepared.neurons.left_out[:3])
+        left = ", ".join(
+            f"{account.name} ({account.reason})" for account in prepared.neurons.left_out[:3] if account.channels
+        )
         warnings.warn(
             f"only {prepared.neurons.coverage:.0%} of the network's channels can be pruned; a backdoor may sit in the others: "
             f"{left}",

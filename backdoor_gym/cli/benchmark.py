@@ -8,7 +8,7 @@ import typer
 
 from ..errors import DataError, TrainingError
 from . import own_network
-from .common import DataOption, DeviceOption, JsonOption, Output, QuietOption, RayOption, check_writable
+from .common import DataOption, DeviceOption, JsonOption, Output, QuietOption, RayOption, as_place, check_writable
 
 
 @own_network.takes_network
@@ -39,7 +39,9 @@ def benchmark(
         int | None, typer.Option(min=1, help="How many test images are scored on; default: all.")
     ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="Most prunes under a budget.")] = 100,
-    out: Annotated[Path, typer.Option(help="Folder for cells, table and figures.")] = Path("benchmark"),
+    out: Annotated[Path, typer.Option(parser=as_place, help="Folder for cells, table and figures.")] = Path(
+        "benchmark"
+    ),
     data: DataOption = None,
     device: DeviceOption = "cpu",
     ray: RayOption = None,

@@ -124,6 +124,13 @@ def check_writable(*files: Path) -> None:
         check_place(file)
 
 
+def as_place(text: str | Path) -> Path:
+    """Where an option says to write; not the working folder, which ``Path("")`` would be."""
+    if not str(text):
+        raise typer.BadParameter("it is empty, and names no place to write to")
+    return Path(text)
+
+
 def pairs(options: list[str] | None, flag: str) -> dict[str, Any]:
     """KEY=VALUE options; values are read as JSON where they are that, and as text otherwise."""
     found = {}

@@ -24,6 +24,7 @@ def inspect(
     from ..analysis.features import standardise
     from ..analysis.uclc import uclc
     from ..neurons.finding import find_neurons
+    from ..neurons.layers import Account
 
     output = Output(as_json, quiet)
     rows: list[dict[str, Any]] = []
@@ -58,10 +59,14 @@ def inspect(
     output.say(_table(rows, u))
     output.say(own_network.coverage_in_words(neurons))
     if left_out:
-        table = Table("layer without neurons", "channels", "in neurons", "why")
+        table = Table("without neurons", "channels", "in neurons", "why")
+        together: dict[str, list[Account]] = {}  # what makes no channels, by its reason
         for account in neurons.left_out:
+            together.setdefault(account.name if account.channels else str(account.reason), []).append(account)
+        for first, *others in together.values():
+            more = f" and {len(others)} more" if others else ""
             table.add_row(
-                printable(account.name), str(account.channels), str(account.units), printable(account.reason or "")
+                printable(first.name) + more, str(first.channels), str(first.units), printable(first.reason or "")
             )
         output.say(table)
     for note in neurons.notes:

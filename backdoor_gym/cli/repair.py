@@ -19,6 +19,7 @@ from .common import (
     ModelArgument,
     Output,
     QuietOption,
+    as_place,
     check_writable,
 )
 
@@ -59,7 +60,9 @@ def repair(
             "Default: 0.01 for onp, none for rules with a published threshold, 0.02 for the others."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results; default: repaired/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=as_place, help="Folder for the results; default: repaired/NAME.")
+    ] = None,
     data: DataOption = None,
     device: DeviceOption = "cpu",
     network: own_network.OwnNetwork = own_network.NOTHING_SAID,

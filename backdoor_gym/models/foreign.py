@@ -19,7 +19,7 @@ from ..networks import ARCHITECTURES, build
 from ..networks.adapting import unwrapped
 from ..networks.preprocessing import Normalise, Preprocessed, check_preprocess
 from ..networks.weights import check_finite
-from ..wording import first_line
+from ..wording import first_line, shown
 from .checkpoint_spec import CheckpointSpec, Factory
 from .infected import InfectedModel
 
@@ -137,7 +137,7 @@ def make_module(factory: Factory | None) -> nn.Module:
     if isinstance(factory, str):
         name, sign, attribute = factory.partition(":")
         if not sign or not name or not attribute:
-            raise DataError(f"--module takes package.module:factory, not {factory!r}")
+            raise DataError(f"--module takes package.module:factory, not {shown(factory)}")
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         try:

@@ -15,7 +15,7 @@ from ..files.fitting import fit_weights
 from ..files.sizes import counted
 from ..networks.preprocessing import Normalise
 from ..networks.weights import check_finite
-from ..wording import first_line
+from ..wording import first_line, shown
 from .checkpoint_spec import CheckpointSpec
 from .described import NOT_FROM_A_FILE, Made, check_depth, check_size, library
 from .foreign import differing_length, load_foreign
@@ -98,7 +98,7 @@ def create(name: Any, arguments: Mapping[str, Any]) -> nn.Module:
     if refused:
         raise DataError(f"a network of timm is made without {refused[0]}: weights come out of the file alone")
     if not isinstance(name, str) or re.search(r"[:/\\]", name) or not timm.is_model(name):
-        raise DataError(f"timm {timm.__version__} has no network {name!r}; timm.list_models() lists them")
+        raise DataError(f"timm {timm.__version__} has no network {shown(name)}; timm.list_models() lists them")
     try:
         return timm.create_model(name, pretrained=False, **arguments)
     except Exception as error:  # arguments of a file or of a user, in any combination

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..data.datasets import DIGITS, LabelledImages, check_labels
 from ..data.own_images import Source, all_images, own_images
 from ..errors import BackdoorGymError, DataError, WeightsError
 from ..metrics import Metrics, evaluate
-from ..networks.adapting import LOGITS, in_float32, unwrapped
+from ..networks.adapting import LOGITS, in_float32, in_own_types, unwrapped
 from ..networks.preprocessing import Preprocessed, check_preprocess, giving_logits, own_module
 from ..networks.weights import check_finite
 from ..wording import first_line
@@ -158,6 +159,12 @@ class InfectedModel:
         except BackdoorGymError:
             raise
         except Exception as error:  # the user's code, which can raise anything
+            if self.dtypes:  # its forward may cast to these types itself
+                given = self.network, self.dtypes
+                self.network, self.dtypes = in_own_types(*given), {}
+                with suppress(DataError):
+                    return self.num_classes
+                self.network, self.dtypes = given
             raise DataError(
                 f"the network cannot take images of shape {tuple(images.shape[1:])}: {first_line(error)}; give it images as it was "
                 "trained with (--image-size resizes those of folders and named data sets)"

@@ -140,7 +140,7 @@ def _check_kinds(config: Mapping[str, Any], folder: Path) -> None:
     """Raise ``ModelFileError`` where an entry of a config that is looked into is of another kind than it should be."""
     for key in ("id2label", "model_args", "pretrained_cfg"):
         if not isinstance(config.get(key) or {}, Mapping):
-            raise ModelFileError(f"{folder / CONFIG}: {key} must be an object, not {config[key]!r}")
+            raise ModelFileError(f"{folder / CONFIG}: {key} must be an object, not {shown(config[key])}")
     for key in config.get("id2label") or {}:
         if not (str(key).isdecimal() and len(str(key)) < 10):
             raise ModelFileError(f"{folder / CONFIG}: id2label must name the class of each number, not of {shown(key)}")

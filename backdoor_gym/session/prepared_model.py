@@ -24,6 +24,7 @@ from ..metrics import predict_logits, target_margin
 from ..models.infected import InfectedModel
 from ..neurons.finding import find_neurons
 from ..neurons.layers import Neurons
+from ..neurons.precision import InFloat32
 from ..neurons.tracing import ROUNDING, same_logits
 from .defender import Defender
 
@@ -164,7 +165,11 @@ class PreparedModel:
         logits = predict_logits(self.model.network, self.clean.images)
         if not self.neurons.graph.meta["live"]:
             try:
-                same = same_logits(predict_logits(self.neurons.graph, self.clean.images), logits, ROUNDING)
+                own = logits
+                if self.neurons.graph.meta["computes_in"]:
+                    with InFloat32():
+                        own = predict_logits(self.model.network, self.clean.images)
+                same = same_logits(predict_logits(self.neurons.graph, self.clean.images), own, ROUNDING)
             except Exception as error:  # the user's operations, on as many images as they were not recorded with
                 raise UntraceableError(_counts_images(self.name, len(logits))) from error
             if not same:

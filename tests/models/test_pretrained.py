@@ -214,6 +214,17 @@ def test_configs_that_cannot_be_used(entries, error, message, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "key", ["architectures", "model_type", "id2label", "hidden_act", "architecture", "hidden_sizes"]
+)
+def test_what_a_config_says_at_length_is_cut(key, tmp_path):
+    make(tmp_path)
+    edit(tmp_path / "config.json", **{key: "x" * 10**6})
+    with pytest.raises(BackdoorGymError) as raised:
+        load_infected(tmp_path, clean=some(), preprocess=lambda images: images)
+    assert len(str(raised.value)) < 1000
+
+
 def test_weights_that_are_not_finite_or_too_many(tmp_path):
     make(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
