@@ -71,6 +71,16 @@ class ONP(ScoringPolicy):
 
     Raises:
         DataError: the observations are not those of ``BackdoorPrune-v0``, or an argument is out of range.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.agents import ONP
+        >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
+        >>> observation, _ = env.reset(seed=0)
+        >>> onp = ONP.load("pretrained", env)
+        >>> action, _ = onp.predict(observation, deterministic=True)
+        >>> env.step(action)[-1]["neuron"]
+        'layer2.0.conv1[14]'
     """
 
     def __init__(

@@ -35,6 +35,16 @@ class GraphRolloutBuffer(MaskableDictRolloutBuffer):
 
     Attributes:
         graphs: the edges, their ends, and the static columns of the nodes of each graph.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from sb3_contrib import MaskablePPO
+        >>> from backdoor_gym.agents import GraphPolicy, GraphRolloutBuffer
+        >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
+        >>> options = {"n_steps": 8, "batch_size": 8, "rollout_buffer_class": GraphRolloutBuffer}
+        >>> model = MaskablePPO(GraphPolicy, env, **options).learn(8)
+        >>> len(model.rollout_buffer.graphs)
+        1
     """
 
     def __init__(self, buffer_size: int, observation_space: spaces.Dict, *args: Any, **kwargs: Any) -> None:

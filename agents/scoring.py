@@ -39,6 +39,17 @@ class ScoringPolicy(Policy):
 
     Raises:
         DataError: a threshold is out of range, or no look-ahead.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.agents import LookAhead, ScoringPolicy
+        >>> from backdoor_gym.baselines import Ridge
+        >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
+        >>> observation, _ = env.reset(seed=0)
+        >>> policy = ScoringPolicy(Ridge.load(), env, look_ahead=LookAhead())
+        >>> action, _ = policy.predict(observation, deterministic=True)
+        >>> env.step(action)[-1]["neuron"]
+        'layer2.0.conv1[14]'
     """
 
     def __init__(

@@ -64,6 +64,12 @@ def repair(
         UnknownNameError: unknown policy, or an option it does not have.
         DataError: an argument of a wrong type or out of range.
         BackdoorGymError: the model cannot be read or traced (see ``load_infected`` and ``find_neurons``).
+
+    Example:
+        >>> from backdoor_gym import repair
+        >>> result = repair("digits-badnets", "bnp", max_steps=2)
+        >>> result.pruned
+        ['layer4.0.conv1[20]', 'layer3.0.shortcut.0[11]']
     """
     policy = str(policy) if isinstance(policy, Path) else policy
     if not isinstance(policy, str) and not callable(getattr(policy, "predict", None)):

@@ -9,6 +9,15 @@ with w and b the weight and bias of the neuron, of its batch normalisation where
 0.2 are pruned. Defaults are those of the published code: alpha 0.2, eps 0.4, one step of ascent from a random start,
 SGD of rate 0.2 and momentum 0.9, 2,000 steps of 128 images, batch statistics in the normalisations. Unlike that code, this
 one does not crop and flip the images, which not every data set bears, and clips a perturbation to the bound of the equation.
+
+Example:
+    >>> from dataclasses import replace
+    >>> from backdoor_gym import load_infected
+    >>> from backdoor_gym.baselines import anp
+    >>> model = load_infected("digits-badnets")
+    >>> repaired = anp.prune(model.network, (model.clean.images, model.clean.labels), steps=2)
+    >>> round(replace(model, network=repaired).evaluate().asr, 2)
+    1.0
 """
 
 from typing import Any
@@ -38,6 +47,12 @@ class ANP(LearnedMasks):
         steps: of the learning.
         alpha: weight of the loss without perturbation.
         eps: bound of the relative perturbations.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.baselines import ANP
+        >>> ANP(gym.make("backdoor_gym:BackdoorPrune-v0"), steps=2).threshold
+        0.8
     """
 
     published = 0.8

@@ -3,6 +3,15 @@
 CLP prunes, in each layer, the channels whose UCLC lies above mean + u * standard deviation of the layer (section 4.2;
 u = 3 on ResNet-18). It needs no data and no training. ``backdoor_gym.analysis.uclc`` defines the bound, also where the
 paper is silent: residual sums, linear layers, layers without batch normalisation.
+
+Example:
+    >>> from dataclasses import replace
+    >>> from backdoor_gym import load_infected
+    >>> from backdoor_gym.baselines import clp
+    >>> model = load_infected("digits-badnets")
+    >>> repaired = clp.prune(model.network)
+    >>> round(replace(model, network=repaired).evaluate().asr, 2)
+    1.0
 """
 
 from typing import Any
@@ -27,6 +36,15 @@ class CLP(Rule):
         env: of ``Rule``; None will do where ``u`` is a number.
         u: ``threshold`` of ``Rule``, in standard deviations.
         accuracy_budget: of ``Rule``.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.baselines import CLP
+        >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
+        >>> observation, _ = env.reset(seed=0)
+        >>> action, _ = CLP(env).predict(observation)
+        >>> env.step(action)[-1]["neuron"]
+        'layer3.1.conv2[11]'
     """
 
     published = 3.0

@@ -8,6 +8,15 @@ unlearning by SGD of rate 0.01, momentum 0.9, weight decay 5e-4, at most 21 epoc
 after 20; recovering by 20 epochs of rate 0.2 and momentum 0.9 on 0.2 times the loss; batches of 128 (of 500 images: four
 an epoch, so fewer images make four smaller ones). Unlike that code, this one does not crop and flip the images, which not
 every data set bears, and clips the gradient of the unlearning at a norm of 20, as that code means to.
+
+Example:
+    >>> from dataclasses import replace
+    >>> from backdoor_gym import load_infected
+    >>> from backdoor_gym.baselines import rnp
+    >>> model = load_infected("digits-badnets")
+    >>> repaired = rnp.prune(model.network, (model.clean.images, model.clean.labels), 0.9)
+    >>> round(replace(model, network=repaired).evaluate().asr, 2)
+    0.0
 """
 
 from collections.abc import Iterator
@@ -31,7 +40,14 @@ LARGEST_GRADIENT = 20.0
 
 
 class RNP(LearnedMasks):
-    """Masks learned on what is left of the network when it has unlearned."""
+    """Masks learned on what is left of the network when it has unlearned.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.baselines import RNP
+        >>> RNP(gym.make("backdoor_gym:BackdoorPrune-v0")).threshold
+        'auto'
+    """
 
     def learn(self, defender: Defender) -> Tensor:
         if len(defender.images) < 2:

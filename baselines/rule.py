@@ -49,6 +49,18 @@ class Rule(Policy):
 
     Raises:
         DataError: an unusable argument, or "budget" in an environment without one.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> import numpy as np
+        >>> from backdoor_gym.baselines import Rule
+        >>> class LastFirst(Rule):
+        ...     def scores(self, defender):
+        ...         return np.arange(len(defender.neurons), dtype=float)
+        >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
+        >>> observation, _ = env.reset(seed=0)
+        >>> LastFirst(env, "budget").predict(observation)[0].item()
+        599
     """
 
     reads_derivatives = False

@@ -24,7 +24,7 @@ def test_repair_writes_and_prints_what_it_did(run, infected_file, infected, tmp_
     for word in ("ACC", "ASR", "RA", "DER", f"{infected.evaluate().acc:.3f}"):
         assert word in out
     report = json.loads((tmp_path / "result" / "pruned.json").read_text())
-    assert report["pruned"]
+    assert report["pruned"] == repair(infected, "clp", u=1.5).pruned
     assert f"Pruned {len(report['pruned'])} of 112 neurons" in out
     again = InfectedModel.load(tmp_path / "result" / "repaired.safetensors")
     assert again.evaluate().acc == report["after"]["acc"]

@@ -113,7 +113,10 @@ def benchmark(
         WriteError: ``out`` cannot be written; finished cells are kept.
 
     Example:
-        ``benchmark("digits-badnets", ["onp", "clp:auto"], [0.01], out="table").table``
+        >>> from backdoor_gym import benchmark
+        >>> done = benchmark("digits-badnets", ["clp", "bnp"], [None], out="table", jobs=1)
+        >>> [(result.policy, result.pruned, round(result.der, 3)) for result in done.results]
+        [('clp', 7, 0.5), ('bnp', 12, 0.971)]
     """
     if not isinstance(budgets, Sequence) or isinstance(budgets, str):
         raise DataError(f"budgets must be a list of shares, not {shown(budgets)}")

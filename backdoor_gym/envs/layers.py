@@ -329,7 +329,15 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
 
 
 def parallel_env(**options: Any) -> BackdoorPruneLayersEnv:
-    """A ``BackdoorPruneLayersEnv``, under the name that PettingZoo gives such functions."""
+    """A ``BackdoorPruneLayersEnv``, under the name that PettingZoo gives such functions.
+
+    Example:
+        >>> from backdoor_gym import parallel_env
+        >>> env = parallel_env()
+        >>> observations, infos = env.reset(seed=0)
+        >>> len(env.agents), env.agents[:2], env.action_space("conv1")
+        (20, ['conv1', 'layer1.0.conv1'], Discrete(9))
+    """
     return BackdoorPruneLayersEnv(**options)
 
 

@@ -38,6 +38,13 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
     Raises:
         DataError: fewer than one sub-environment, ``render_mode="human"`` (a window belongs to one thread), or an unusable
             option.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> env = gym.make_vec("backdoor_gym:BackdoorPrune-v0", num_envs=2)
+        >>> observations, infos = env.reset(seed=0)
+        >>> observations["nodes"].shape, env.step([5, 600])[2].tolist()
+        ((2, 600, 17), [False, True])
     """
 
     _pool: ThreadPoolExecutor | None = None

@@ -44,6 +44,7 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
     Example:
         >>> import torch
         >>> from torch import nn
+        >>> from backdoor_gym.neurons.finding import find_neurons
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
         >>> find_neurons(network, torch.rand(1, 3, 8, 8)).names
         ['0[0]', '0[1]', '0[2]', '0[3]']

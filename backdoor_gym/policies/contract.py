@@ -33,6 +33,17 @@ class Policy(ABC):
     Attributes:
         reads_derivatives: whether it reads the derivatives among the node features; if not, they are not taken anew.
         env: the environment that it asks for what no observation tells, or None.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.baselines import Policy
+        >>> class First(Policy):
+        ...     def act(self, observation, environment):
+        ...         return int(observation["action_mask"].argmax())
+        >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
+        >>> observation, _ = env.reset(seed=0)
+        >>> First().predict(observation)[0].item()
+        0
     """
 
     reads_derivatives: ClassVar[bool] = True

@@ -73,6 +73,12 @@ class RepairResult:
             policy gives none, or there are no BN statistics to judge by.
         suspected_target: the label that the BN statistics call, or without any the one that images get at the least
             change; None where neither tells.
+
+    Example:
+        >>> from backdoor_gym import repair
+        >>> result = repair("digits-badnets", "bnp")
+        >>> len(result.pruned), round(result.before.asr, 2), round(result.after.asr, 2)
+        (12, 1.0, 0.06)
     """
 
     network: nn.Module

@@ -83,6 +83,7 @@ class PreparedModel:
         self.neurons: Neurons = find_neurons(model.network, model.clean.first(2).images)
         self.neurons.graph.to(find_device(options.device))
         self.units = self.neurons.units(options.residual)
+        self._grouped = len(self.units) < len(self.neurons)
         self.clean = model.clean.first(options.clean_samples)
         self.preparing = RLock()
 
@@ -126,7 +127,7 @@ class PreparedModel:
         """Static features of each unit, float32 (units, F); of a group the largest of its neurons."""
         images = self.clean.images if self.bn_evidence is None else self.bn_evidence.images
         features = neuron_features(self.neurons.graph, self.neurons, images, self.clean.labels, self.inverted)
-        if len(self.units) == len(self.neurons):
+        if not self._grouped:
             return features
         return np.stack([features[unit].max(axis=0) for unit in self.units])
 
@@ -196,7 +197,7 @@ class PreparedModel:
         graph = neuron_graph(
             self.neurons.graph, self.neurons, connections=self.options.connections, similar=self.options.similar
         )
-        if len(self.units) == len(self.neurons):
+        if not self._grouped:
             return graph
         return self._between_units(graph)
 
@@ -217,7 +218,7 @@ class PreparedModel:
 
     def neuron_mask(self, pruned: np.ndarray) -> np.ndarray:
         """Pruned units, bool (units,), as a mask of neurons, bool (neurons,), True where kept."""
-        if len(self.units) == len(self.neurons):
+        if not self._grouped:
             return ~pruned
         mask = np.ones(len(self.neurons), dtype=bool)
         for index in np.flatnonzero(pruned):
@@ -254,7 +255,7 @@ class PreparedModel:
     def by_unit(self, derivatives: Tensor) -> np.ndarray:
         """Derivatives by neuron, (neurons,), as those by unit: of a group the sum over its neurons, float64 (units,)."""
         by_neuron = derivatives.double().cpu().numpy()
-        if len(self.units) == len(self.neurons):
+        if not self._grouped:
             return by_neuron
         return np.array([by_neuron[unit].sum() for unit in self.units])
 

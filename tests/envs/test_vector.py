@@ -57,7 +57,7 @@ def test_gymnasium_makes_it(infected_file):
     )
     assert isinstance(env, BackdoorPruneVectorEnv)
     assert env.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
-    assert env.spec is not None
+    assert (env.spec.id, env.num_envs) == ("BackdoorPrune-v0", 2)
     observations, _ = env.reset(seed=3)
     assert env.observation_space.contains(observations)
     single = gym.make("BackdoorPrune-v0", infected=str(infected_file))

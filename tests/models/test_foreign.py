@@ -111,7 +111,7 @@ def test_weights_of_a_known_architecture_with_a_named_data_set(ours, infected, t
     assert (len(model.clean), len(model.test)) == (100, 1697)
     assert "numpy.dtype" in model.facts["unread"]
     result = repair(model, "clp", u=1.5)
-    assert result.pruned
+    assert result.pruned == repair(infected, "clp", u=1.5).pruned
     weights = load_file(result.save(tmp_path / "repaired")[0])
     again = build(**model.architecture)
     again.load_state_dict(weights)

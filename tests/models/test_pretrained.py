@@ -128,7 +128,7 @@ def test_a_repair_is_saved_in_the_form_that_the_network_came_in(kind, tmp_path):
     make(tmp_path / "theirs", kind)
     clean = some(KINDS[kind].get("image_size", 16))
     result = repair(load_infected(tmp_path / "theirs", clean=clean), "random", None, max_steps=3)
-    assert result.pruned
+    assert len(result.pruned) == 3
     written = [file.name for file in result.save(tmp_path / "repaired")]
     assert written[:3] == ["model.safetensors", "config.json", "preprocessor_config.json"]
     assert not (tmp_path / "repaired" / "repaired.safetensors").exists()
@@ -480,7 +480,7 @@ def test_the_command_line_takes_a_folder(run, tmp_path):
     assert isinstance(network, transformers.ResNetForImageClassification)
     code, out, err = run("inspect", "theirs", "--clean", "clean", "--json")
     assert code == 0, err
-    assert json.loads(out)["neurons"] > 0
+    assert json.loads(out)["neurons"] == 72
 
 
 @pytest.fixture
