@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,9 +89,12 @@ def test_a_clean_network_is_left_alone(run):
     assert "Pruned 0 of" in out
 
 
-def test_train_makes_a_policy_that_repair_takes(run, infected_file, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_train_makes_a_policy_that_repair_takes(run, infected_file, plain_infected, tmp_path):
+    clean = replace(plain_infected, name="clean", trigger=None, target=None, facts={"attack": "clean"})
+    clean_file = clean.save(tmp_path / "clean.safetensors")
     arguments = (
-        "train", "--infected", infected_file, "--infected", "digits-blended", "--validate", "digits-clean", "--steps", "128",
+        "train", "--infected", infected_file, "--infected", clean_file, "--validate", clean_file, "--steps", "128",
         "--envs", "2", "--warm-epochs", "1", "--out", "mine.safetensors", "--tensorboard", "log",
     )  # fmt: skip
     code, out, err = run(*arguments)
@@ -194,6 +198,7 @@ def test_list_and_inspect(run, infected_file):
     assert any(layer["outliers"] for layer in layers)
 
 
+@pytest.mark.slow
 def test_zoo_build_fills_the_cache(run, monkeypatch, tmp_path):
     from backdoor_gym.models import family
 
@@ -354,7 +359,7 @@ QUICK = {
     "infect": ("--epochs", "1", "--width", "8"),
     "list": (),
     "inspect": (),
-    "zoo build": ("digits-train/0",),
+    "zoo build": ("digits-train/0", "--jobs", "1"),
 }  # fmt: skip
 
 

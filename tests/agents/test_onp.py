@@ -42,7 +42,7 @@ def test_it_learns_to_find_the_planted_neuron(planted, reward):
     """In seconds, from clean images alone or with the trigger; a right episode is one prune and a stop."""
     make_one = lambda: make(planted, reward=reward, score_samples=100, clean_samples=None)  # noqa: E731
     onp = ONP(DummyVecEnv([make_one] * 4), seed=0, n_steps=32, batch_size=64, learning_rate=3e-3)
-    onp.learn(4_000)
+    onp.learn(2_500)
     env = make_one()
     observation, before = env.reset(seed=0)
     assert before["asr"] == 1
