@@ -6,8 +6,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ROOMS = ("backdoor_gym", "agents", "baselines", "benchmarks")
 EMPTY = {"one", "some", "found", "wanted"}
-#: Where such names are still to be replaced.
-TO_DO = ("backdoor_gym/neurons/", "backdoor_gym/masking/", "backdoor_gym/models/foreign.py")
 
 
 def empty_names(code):
@@ -34,9 +32,8 @@ def test_no_value_has_an_empty_name():
     empty = {}
     for room in ROOMS:
         for file in sorted((ROOT / room).rglob("*.py")):
-            place = file.relative_to(ROOT).as_posix()
-            if not place.startswith(TO_DO) and (names := empty_names(file.read_text(encoding="utf-8"))):
-                empty[place] = names
+            if names := empty_names(file.read_text(encoding="utf-8")):
+                empty[file.relative_to(ROOT).as_posix()] = names
     assert not empty
 
 

@@ -96,22 +96,22 @@ class Evaluation:
 
     def value(self, node: fx.Node) -> Any:
         """Of a node whose inputs have been asked for: a tensor, ``SomeChannels`` or ``_Shifted``."""
-        found = self._from_base(node) if node in self.dirty else None
-        return self._operate(node) if found is None else found
+        value = self._from_base(node) if node in self.dirty else None
+        return self._operate(node) if value is None else value
 
     def dense(self, node: fx.Node) -> Any:
         """The whole value of any node."""
         if node in self.masks:
             return self.masks[node]
-        found = self.values.get(node)
-        if isinstance(found, SomeChannels) and node in self.base:
-            found = found.within(self.base[node])
-        elif found is None and node not in self.dirty and node in self.base:
+        value = self.values.get(node)
+        if isinstance(value, SomeChannels) and node in self.base:
+            value = value.within(self.base[node])
+        elif value is None and node not in self.dirty and node in self.base:
             return self.base[node]
-        elif found is None or isinstance(found, SomeChannels | _Shifted):
-            found = self._operate(node)
-        self.values[node] = found
-        return found
+        elif value is None or isinstance(value, SomeChannels | _Shifted):
+            value = self._operate(node)
+        self.values[node] = value
+        return value
 
     def _operate(self, node: fx.Node) -> Any:
         return self.operations.run(node, self.dense)
@@ -141,10 +141,10 @@ class Evaluation:
         values = self.dense(source)
         kept_before = torch.from_numpy(self.base_mask[layer.neurons][channels].astype(np.float32))
         index = torch.from_numpy(channels).to(values.device)
-        some = select(values, 1, index)
-        shape = (-1, *[1] * (some.ndim - 2))
+        differing = select(values, 1, index)
+        shape = (-1, *[1] * (differing.ndim - 2))
         kept_before = kept_before.to(values).view(shape)
-        return SomeChannels(layer.size, index, some * kept_before, some * (1 - kept_before))
+        return SomeChannels(layer.size, index, differing * kept_before, differing * (1 - kept_before))
 
     def _on_channels(self, node: fx.Node, state: Any) -> SomeChannels | None:
         if not isinstance(state, SomeChannels):
@@ -152,7 +152,7 @@ class Evaluation:
         (source,) = self.operations.inputs[node]
 
         def on(values: Tensor) -> Tensor:
-            return self.operations.run(node, lambda one: values if one is source else self.dense(one))
+            return self.operations.run(node, lambda read: values if read is source else self.dense(read))
 
         return SomeChannels(state.size, state.channels, on(state.before), on(state.now))
 

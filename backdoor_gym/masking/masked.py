@@ -46,7 +46,7 @@ class MaskedNetwork:
         self.device = find_device(device)
         kept = kept_bytes / (3 * max(1, len(images)))
         self._plan = Plan(neurons, images[:1], self.device, kept)
-        self._parts = [_Part(self._plan, some) for some in images.split(self._plan.at_once)]
+        self._parts = [_Part(self._plan, batch) for batch in images.split(self._plan.at_once)]
         self._starts = [0, *np.cumsum([len(part) for part in self._parts]).tolist()]
 
     def __len__(self) -> int:
@@ -97,15 +97,15 @@ class MaskedNetwork:
             rows = rows.to(self.device)
             logits = logits[rows]
         gradient = by_logits(quantity, logits)
-        found = torch.zeros(len(self.neurons), device=self.device)
+        derivative = torch.zeros(len(self.neurons), device=self.device)
         for start, part in zip(self._starts, self._parts, strict=False):
             if rows is None:
-                found += part.mask_gradient(gradient[start : start + len(part)])
+                derivative += part.mask_gradient(gradient[start : start + len(part)])
                 continue
             here = (rows >= start) & (rows < start + len(part))
             if here.any():
-                found += part.mask_gradient(gradient[here], rows[here] - start)
-        return found
+                derivative += part.mask_gradient(gradient[here], rows[here] - start)
+        return derivative
 
 
 class _Part:
@@ -171,10 +171,10 @@ class _Part:
             of_images = {images} | (plan.behind[images] & plan.sizes.batched)
             kept = _Rows(self._base, rows, of_images)
         named = dict(zip(plan.inputs[1:], masks, strict=True))
-        found = mask_derivatives(plan.operations, kept, named, gradient)
+        by_mask = mask_derivatives(plan.operations, kept, named, gradient)
         return torch.cat(
             [
-                found[mask] if mask in found else torch.zeros(layer.size, device=plan.device)
+                by_mask[mask] if mask in by_mask else torch.zeros(layer.size, device=plan.device)
                 for mask, layer in zip(plan.inputs[1:], layers, strict=True)
             ]
         )
