@@ -33,6 +33,11 @@ class EncoderOptions:
         message_passing: whether a round sees the edges; False treats each neuron alone.
         ignore: node or global features that are hidden. The accuracy says which data set it is, not whether there is a
             backdoor.
+
+    Example:
+        >>> from backdoor_gym.agents import EncoderOptions
+        >>> EncoderOptions(message_passing=True)
+        EncoderOptions(hidden=32, hops=2, heads=2, message_passing=True, ignore=('accuracy',))
     """
 
     hidden: int = 32
@@ -60,6 +65,15 @@ class GraphActorCritic(nn.Module):
     GATv2 is that of Brody et al. (ICLR 2022, arXiv:2105.14491); every edge is also passed backwards, marked as such. The
     weights do not depend on the number of neurons, layers or classes; padding and the order of the neurons change
     nothing but the order of the logits.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.agents import EncoderOptions, GraphActorCritic
+        >>> from backdoor_gym.agents.encoder import as_tensors
+        >>> observation, _ = gym.make("backdoor_gym:BackdoorPrune-v0").reset(seed=0)
+        >>> logits, value = GraphActorCritic(EncoderOptions())(as_tensors(observation))
+        >>> logits.shape, value.shape
+        (torch.Size([1, 601]), torch.Size([1, 1]))
     """
 
     node_columns: Tensor
@@ -210,6 +224,13 @@ def as_tensors(observation: Mapping[str, Any], device: torch.device | str = "cpu
     single = np.ndim(observation["nodes"]) == 2
     arrays = {key: np.asarray(observation[key])[None] if single else np.asarray(observation[key]) for key in OBSERVED}
     return {key: torch.as_tensor(array, device=device) for key, array in arrays.items()}
+
+
+def grown(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """The array with zeros after it, up to a size along an axis."""
+    zeros = np.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), dtype=array.dtype)
+    zeros[tuple(map(slice, array.shape))] = array
+    return zeros
 
 
 def encoder_facts(options: EncoderOptions) -> dict[str, Any]:

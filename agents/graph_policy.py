@@ -34,6 +34,14 @@ class GraphPolicy(MaskableActorCriticPolicy):
 
     Raises:
         DataError: the observations are not those of ``BackdoorPrune-v0``.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from sb3_contrib import MaskablePPO
+        >>> from backdoor_gym.agents import GraphPolicy
+        >>> model = MaskablePPO(GraphPolicy, gym.make("backdoor_gym:BackdoorPrune-v0"))
+        >>> sum(parameter.numel() for parameter in model.policy.parameters())
+        17859
     """
 
     def __init__(

@@ -39,6 +39,17 @@ class ScoringPolicy(Policy):
 
     Raises:
         DataError: a threshold is out of range, or no look-ahead.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.agents import LookAhead, ScoringPolicy
+        >>> from backdoor_gym.baselines import Ridge
+        >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
+        >>> observation, _ = env.reset(seed=0)
+        >>> policy = ScoringPolicy(Ridge.load(), env, look_ahead=LookAhead())
+        >>> action, _ = policy.predict(observation, deterministic=True)
+        >>> env.step(action)[-1]["neuron"]
+        'layer2.0.conv1[14]'
     """
 
     def __init__(
@@ -60,8 +71,7 @@ class ScoringPolicy(Policy):
         self.look_ahead = look_ahead
         self.threshold, self.verdict_threshold = threshold, verdict_threshold
         self._random = np.random.default_rng(seed)
-        if env is not None:
-            self.set_env(env)
+        self.set_env(env)
 
     def logits(self, observation: Observation) -> np.ndarray:
         """The scores of one observation or a batch, float32 (n, N + 1)."""

@@ -11,38 +11,113 @@ MOST_COMPARED, MOST_NAMED = 500, 12
 
 
 class BackdoorGymError(Exception):
-    """Base of every error that this package raises on purpose; its text is one printable line of bearable length."""
+    """Base of every error that this package raises on purpose; its text is one printable line of bearable length.
+
+    Example:
+        >>> from backdoor_gym import BackdoorGymError, repair
+        >>> try:
+        ...     repair("digits-badnets", accuracy_budget=2)
+        ... except BackdoorGymError as error:
+        ...     print(error)
+        accuracy_budget must be a number from 0 to 1 or None, not 2
+    """
 
     def __str__(self) -> str:
         return one_line(super().__str__())
 
 
 class ModelFileError(BackdoorGymError, ValueError):
-    """A file cannot be read as an infected model: missing, damaged, or of a kind that is never opened."""
+    """A file cannot be read as an infected model: missing, damaged, or of a kind that is never opened.
+
+    Example:
+        >>> from backdoor_gym import load_infected
+        >>> load_infected("nowhere.safetensors")
+        Traceback (most recent call last):
+            ...
+        backdoor_gym.errors.ModelFileError: there is no file nowhere.safetensors
+    """
 
 
 class WeightsError(BackdoorGymError, ValueError):
-    """Weights do not fit their architecture, or are not finite."""
+    """Weights do not fit their architecture, or are not finite.
+
+    Example:
+        >>> import torch
+        >>> from backdoor_gym.baselines import clp
+        >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(72, 2))
+        >>> network[0].weight.data[0] = float("nan")
+        >>> clp.prune(network)
+        Traceback (most recent call last):
+            ...
+        backdoor_gym.errors.WeightsError: the weights hold values that are not finite (first in 0.weight)
+    """
 
 
 class DataError(BackdoorGymError, ValueError):
-    """An argument, images or labels are of a wrong type, shape or range, or a data set cannot be read."""
+    """An argument, images or labels are of a wrong type, shape or range, or a data set cannot be read.
+
+    Example:
+        >>> from backdoor_gym import repair
+        >>> repair("digits-badnets", accuracy_budget=2)
+        Traceback (most recent call last):
+            ...
+        backdoor_gym.errors.DataError: accuracy_budget must be a number from 0 to 1 or None, not 2
+    """
 
 
 class UntraceableError(BackdoorGymError, ValueError):
-    """A network's neurons cannot be found; the message names the layer and what to change."""
+    """A network's neurons cannot be found; the message names the layer and what to change.
+
+    Example:
+        >>> import torch
+        >>> from backdoor_gym.neurons.finding import find_neurons
+        >>> find_neurons(torch.nn.Flatten(), torch.rand(1, 3, 8, 8))
+        Traceback (most recent call last):
+            ...
+        backdoor_gym.errors.UntraceableError: Flatten has no prunable neuron: ...
+    """
 
 
 class CompactionError(BackdoorGymError, RuntimeError):
-    """Channels cannot be cut out of this network without changing its outputs."""
+    """Channels cannot be cut out of this network without changing its outputs.
+
+    Example:
+        >>> import numpy as np
+        >>> import torch
+        >>> from backdoor_gym.masking.cutting import cut_channels
+        >>> from backdoor_gym.neurons.finding import find_neurons
+        >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(72, 2))
+        >>> neurons = find_neurons(network, torch.rand(1, 1, 8, 8))
+        >>> cut_channels(network, neurons, np.array([True, False]), torch.rand(1, 1, 9, 9))
+        Traceback (most recent call last):
+            ...
+        backdoor_gym.errors.CompactionError: Sequential cannot take these images, to check a cut with: ...
+    """
 
 
 class TrainingError(BackdoorGymError, RuntimeError):
-    """An infected model could not be made as asked: too low accuracy or attack success."""
+    """An infected model could not be made as asked: too low accuracy or attack success.
+
+    Example:
+        >>> from backdoor_gym import infect
+        >>> from backdoor_gym.models.training import Schedule
+        >>> infect("digits", "small_cnn", schedule=Schedule(epochs=1, learning_rate=1e9), architecture_options={"width": 8})
+        Traceback (most recent call last):
+            ...
+        backdoor_gym.errors.TrainingError: the loss of epoch 1 is nan; try a lower learning rate
+    """
 
 
 class UnknownNameError(BackdoorGymError, ValueError):
-    """A name is not among the allowed ones; the nearest of them are suggested."""
+    """A name is not among the allowed ones; the nearest of them are suggested.
+
+    Example:
+        >>> from backdoor_gym import repair
+        >>> repair("digits-badnets", "bpn")
+        Traceback (most recent call last):
+            ...
+        backdoor_gym.errors.UnknownNameError: unknown policy 'bpn'; did you mean 'bnp'?; or the path of a policy file, *.safetensors
+    """
 
     def __init__(self, kind: str, name: Any, allowed: Iterable[str], hint: str = "") -> None:
         names = sorted(map(str, allowed))

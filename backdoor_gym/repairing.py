@@ -64,6 +64,12 @@ def repair(
         UnknownNameError: unknown policy, or an option it does not have.
         DataError: an argument of a wrong type or out of range.
         BackdoorGymError: the model cannot be read or traced (see ``load_infected`` and ``find_neurons``).
+
+    Example:
+        >>> from backdoor_gym import repair
+        >>> result = repair("digits-badnets", "bnp", max_steps=2)
+        >>> result.pruned
+        ['layer4.0.conv1[20]', 'layer3.0.shortcut.0[11]']
     """
     policy = str(policy) if isinstance(policy, Path) else policy
     if not isinstance(policy, str) and not callable(getattr(policy, "predict", None)):
@@ -112,7 +118,9 @@ def repair(
     run_episode(acting, env, observation, lambda steps: watch("pruning: steps", steps, None))
     seconds = time.perf_counter() - start
     if prepared.neurons.coverage < LITTLE:
-        left = ", ".join(f"{account.name} ({account.reason})" for account in prepared.neurons.left_out[:3])
+        left = ", ".join(
+            f"{account.name} ({account.reason})" for account in prepared.neurons.left_out[:3] if account.channels
+        )
         warnings.warn(
             f"only {prepared.neurons.coverage:.0%} of the network's channels can be pruned; a backdoor may sit in the others: "
             f"{left}",
@@ -148,7 +156,7 @@ def repair(
         snapshot,
         prepared.neuron_features,
         _course(session, snapshot),
-        prepared.reading,
+        prepared.bn_evidence,
         arguments,
         verdict,
         None if suspected is None else suspected.target,

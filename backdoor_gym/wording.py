@@ -6,6 +6,8 @@ from typing import Any
 
 #: Characters of a value in a message, and of a whole message.
 MOST_SHOWN, MOST_SAID = 80, 4000
+#: Characters of the first line of an error of a library, which may repeat what a file says.
+MOST_OF_ERROR = 400
 #: Characters of the name of a file.
 MOST_OF_NAME = 100
 _SHORT = Repr()
@@ -37,8 +39,8 @@ def one_line(said: str, most: int = MOST_SAID) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error of a library; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error of a library, cut; its type where it says nothing."""
+    return cut((str(error).strip() or type(error).__name__).splitlines()[0], MOST_OF_ERROR)
 
 
 def path_component(name: str) -> str:

@@ -9,11 +9,19 @@ with w and b the weight and bias of the neuron, of its batch normalisation where
 0.2 are pruned. Defaults are those of the published code: alpha 0.2, eps 0.4, one step of ascent from a random start,
 SGD of rate 0.2 and momentum 0.9, 2,000 steps of 128 images, batch statistics in the normalisations. Unlike that code, this
 one does not crop and flip the images, which not every data set bears, and clips a perturbation to the bound of the equation.
+
+Example:
+    >>> from dataclasses import replace
+    >>> from backdoor_gym import load_infected
+    >>> from backdoor_gym.baselines import anp
+    >>> model = load_infected("digits-badnets")
+    >>> repaired = anp.prune(model.network, (model.clean.images, model.clean.labels), steps=2)
+    >>> round(replace(model, network=repaired).evaluate().asr, 2)
+    1.0
 """
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,15 +29,15 @@ from backdoor_gym.arguments import check_real, check_whole
 from backdoor_gym.policies.thresholds import Threshold
 from backdoor_gym.session.defender import Defender
 
-from .rule import ACCURACY_BUDGET, Rule
-from .soft_masks import SoftMasks, draw_batch, training_copy
+from .rule import ACCURACY_BUDGET
+from .soft_masks import LearnedMasks, SoftMasks, draw_batch, training_copy
 
 BATCH = 128
 LEARNING_RATE, MOMENTUM = 0.2, 0.9
 
 
-class ANP(Rule):
-    """One minus the learned mask.
+class ANP(LearnedMasks):
+    """Masks learned under the worst of small changes.
 
     Args:
         env: of ``Rule``.
@@ -39,6 +47,12 @@ class ANP(Rule):
         steps: of the learning.
         alpha: weight of the loss without perturbation.
         eps: bound of the relative perturbations.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.baselines import ANP
+        >>> ANP(gym.make("backdoor_gym:BackdoorPrune-v0"), steps=2).threshold
+        0.8
     """
 
     published = 0.8
@@ -53,20 +67,13 @@ class ANP(Rule):
         alpha: float = 0.2,
         eps: float = 0.4,
     ) -> None:
-        super().__init__(env, threshold, accuracy_budget)
-        check_whole("seed", seed)
+        super().__init__(env, threshold, accuracy_budget, seed)
         check_whole("steps", steps, 1)
         check_real("alpha", alpha, 0, 1)
         check_real("eps", eps, 0)
-        self.seed, self.steps, self.alpha, self.eps = seed, steps, alpha, eps
+        self.steps, self.alpha, self.eps = self.learning = steps, alpha, eps
 
-    def scores(self, defender: Defender) -> np.ndarray:
-        settings = (type(self), self.seed, self.steps, self.alpha, self.eps)
-        scores: np.ndarray = defender.memory.recall(settings, lambda: self.learn(defender))
-        return scores
-
-    def learn(self, defender: Defender) -> np.ndarray:
-        """The scores, learned anew."""
+    def learn(self, defender: Defender) -> Tensor:
         random = torch.Generator().manual_seed(self.seed)
         network = training_copy(defender)
         masks = SoftMasks(network, defender.neurons)
@@ -79,7 +86,7 @@ class ANP(Rule):
             (self.alpha * masks.loss(images, labels) + (1 - self.alpha) * perturbed).backward()
             optimizer.step()
             masks.clip()
-        return 1 - masks.mask.detach().double().cpu().numpy()
+        return masks.mask
 
     def worst(self, masks: SoftMasks, images: Tensor, labels: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Relative changes of all weights and biases after one step of ascent from a random start, at most eps."""

@@ -7,6 +7,15 @@ pre-activations on clean images have another distribution. With both taken as no
 
 where m, s are the running mean and standard deviation and m_c, c those of the clean images (section 4.3). Neurons above
 mean + u * standard deviation of their layer are pruned; the published code has u = 3.
+
+Example:
+    >>> from dataclasses import replace
+    >>> from backdoor_gym import load_infected
+    >>> from backdoor_gym.baselines import bnp
+    >>> model = load_infected("digits-badnets")
+    >>> repaired = bnp.prune(model.network, (model.clean.images, model.clean.labels))
+    >>> round(replace(model, network=repaired).evaluate().asr, 2)
+    0.06
 """
 
 import numpy as np
@@ -21,7 +30,17 @@ from .rule import Rule
 
 
 class BNP(Rule):
-    """The divergence in standard deviations over its layer; neurons without batch normalisation are left."""
+    """The divergence in standard deviations over its layer; neurons without batch normalisation are left.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.baselines import BNP
+        >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
+        >>> observation, _ = env.reset(seed=0)
+        >>> action, _ = BNP(env).predict(observation)
+        >>> env.step(action)[-1]["neuron"]
+        'layer4.0.conv1[20]'
+    """
 
     published = 3.0
     scored = "neurons with batch normalisation"

@@ -7,6 +7,15 @@ channel counts. Neurons below mean - u * standard deviation of their layer are p
 The paper takes the distribution over the poisoned training set. A defender holds clean images alone and sees one of the
 two modes, which makes the rule weak here. The published histogram has bins of 0.01 for 50,000 images; for n images they
 are (50,000 / n)^(1/3) times as wide (Freedman and Diaconis, 1981).
+
+Example:
+    >>> from dataclasses import replace
+    >>> from backdoor_gym import load_infected
+    >>> from backdoor_gym.baselines import ep
+    >>> model = load_infected("digits-badnets")
+    >>> repaired = ep.prune(model.network, (model.clean.images, model.clean.labels))
+    >>> round(replace(model, network=repaired).evaluate().asr, 2)
+    1.0
 """
 
 import numpy as np
@@ -22,7 +31,17 @@ BIN, BIN_IMAGES = 0.01, 50_000
 
 
 class EP(Rule):
-    """Minus the entropy in standard deviations over its layer; neurons without batch normalisation are left."""
+    """Minus the entropy in standard deviations over its layer; neurons without batch normalisation are left.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.baselines import EP
+        >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
+        >>> observation, _ = env.reset(seed=0)
+        >>> action, _ = EP(env).predict(observation)
+        >>> env.step(action)[-1]["neuron"]
+        'layer4.1.conv1[18]'
+    """
 
     published = 3.0
     scored = "neurons with batch normalisation"

@@ -3,6 +3,15 @@
 Neurons of the last convolutional layer are pruned in increasing order of their mean activation on clean images, until
 the accuracy falls below what the defender tolerates. The paper leaves that threshold to the defender, so it is "auto"
 here. The fine-tuning that follows in the paper is left out.
+
+Example:
+    >>> from dataclasses import replace
+    >>> from backdoor_gym import load_infected
+    >>> from backdoor_gym.baselines import fine_pruning
+    >>> model = load_infected("digits-badnets")
+    >>> repaired = fine_pruning.prune(model.network, (model.clean.images, model.clean.labels), -0.1)
+    >>> round(replace(model, network=repaired).evaluate().asr, 2)
+    1.0
 """
 
 import numpy as np
@@ -16,7 +25,17 @@ from .rule import Rule
 
 
 class FinePruning(Rule):
-    """Minus the mean activation (of its positive part) on the clean images, in the last convolutional layer alone."""
+    """Minus the mean activation (of its positive part) on the clean images, in the last convolutional layer alone.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.baselines import FinePruning
+        >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
+        >>> observation, _ = env.reset(seed=0)
+        >>> action, _ = FinePruning(env, "budget").predict(observation)
+        >>> env.step(action)[-1]["neuron"]
+        'layer4.1.conv2[35]'
+    """
 
     def scores(self, defender: Defender) -> np.ndarray:
         scores = np.full(len(defender.neurons), -np.inf)

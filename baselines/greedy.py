@@ -21,12 +21,21 @@ class GreedyACC(Policy):
     Args:
         env: the environment it acts in.
         candidates: units that are tried in a step: those whose prune raises the clean loss least to first order.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.baselines import GreedyACC
+        >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
+        >>> observation, _ = env.reset(seed=0)
+        >>> action, _ = GreedyACC(env, candidates=3).predict(observation)
+        >>> env.step(action)[-1]["neuron"]
+        'layer3.0.conv1[17]'
     """
 
     def __init__(self, env: Any, candidates: int = 60) -> None:
         check_whole("candidates", candidates, 1)
         self.candidates = candidates
-        self.env = env
+        self.set_env(env)
 
     def act(self, observation: Observation, environment: int) -> int:
         harm = observation["nodes"][: int(observation["num_nodes"][0]), _HARM]

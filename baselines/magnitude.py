@@ -3,6 +3,15 @@
 A rule of network compression, which knows nothing of backdoors. The paper ranks the L1 norms of the filters within a
 layer and chooses how many by hand; here a norm is divided by the mean of its layer, so that all layers are ranked
 together, and the threshold is "auto".
+
+Example:
+    >>> from dataclasses import replace
+    >>> from backdoor_gym import load_infected
+    >>> from backdoor_gym.baselines import magnitude
+    >>> model = load_infected("digits-badnets")
+    >>> repaired = magnitude.prune(model.network, (model.clean.images, model.clean.labels), -0.5)
+    >>> round(replace(model, network=repaired).evaluate().asr, 2)
+    1.0
 """
 
 import numpy as np
@@ -14,7 +23,19 @@ from .rule import Rule
 
 
 class Magnitude(Rule):
-    """Minus the L1 norm of a neuron's incoming weights over the mean of its layer; of several convolutions their sum."""
+    """Minus the L1 norm of a neuron's incoming weights over the mean of its layer; of several convolutions their sum.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.baselines import Magnitude
+        >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
+        >>> observation, _ = env.reset(seed=0)
+        >>> action, _ = Magnitude(env, "budget").predict(observation)
+        >>> env.step(action)[-1]["neuron"]
+        'conv1[6]'
+    """
+
+    reads_images = False
 
     def scores(self, defender: Defender) -> np.ndarray:
         scores = np.zeros(len(defender.neurons))

@@ -7,7 +7,17 @@ from backdoor_gym.policies.contract import Observation, Policy
 
 
 class RandomPolicy(Policy):
-    """Prunes legal neurons at random, and stops as often as it would prune any one of them."""
+    """Prunes legal neurons at random, and stops as often as it would prune any one of them.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.baselines import RandomPolicy
+        >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
+        >>> observation, _ = env.reset(seed=0)
+        >>> action, _ = RandomPolicy(seed=0).predict(observation)
+        >>> env.step(action)[-1]["neuron"]
+        'layer4.1.conv1[39]'
+    """
 
     reads_derivatives = False
 

@@ -34,6 +34,13 @@ class Ridge:
     Attributes:
         coefficients: of each of ``FEATURES``.
         intercept: what is added.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> from backdoor_gym.baselines import Ridge
+        >>> observation, _ = gym.make("backdoor_gym:BackdoorPrune-v0").reset(seed=0)
+        >>> Ridge.load().scores(observation).argmax().item()
+        54
     """
 
     coefficients: tuple[float, ...]

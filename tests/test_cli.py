@@ -2,12 +2,14 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from backdoor_gym import repair
 from backdoor_gym.cli import common
 from backdoor_gym.cli.repair import verdict_in_words
 from backdoor_gym.errors import DataError, TrainingError
@@ -23,7 +25,7 @@ def test_repair_writes_and_prints_what_it_did(run, infected_file, infected, tmp_
     for word in ("ACC", "ASR", "RA", "DER", f"{infected.evaluate().acc:.3f}"):
         assert word in out
     report = json.loads((tmp_path / "result" / "pruned.json").read_text())
-    assert report["pruned"]
+    assert report["pruned"] == repair(infected, "clp", u=1.5).pruned
     assert f"Pruned {len(report['pruned'])} of 112 neurons" in out
     again = InfectedModel.load(tmp_path / "result" / "repaired.safetensors")
     assert again.evaluate().acc == report["after"]["acc"]
@@ -39,6 +41,33 @@ def test_repair_without_arguments_repairs_the_embedded_model(run, tmp_path):
     assert "digits-badnets" in out
     assert "Signs of a backdoor, which seems to call label 3" in out
     assert (tmp_path / "repaired" / "digits-badnets" / "repaired.safetensors").exists()
+
+
+def test_neurons_of_a_residual_sum_are_pruned_together_where_that_is_asked_for(run, infected_file, tmp_path):
+    for residual in ("channel", "group"):
+        asked = ("--policy", "clp", "--u", "1.5", "--residual", residual, "--out", residual, "--quiet")
+        assert run("repair", infected_file, *asked)[0] == 0
+        expected = repair(infected_file, "clp", u=1.5, residual=residual)
+        assert json.loads((tmp_path / residual / "pruned.json").read_text())["pruned"] == expected.pruned
+    asked = (
+        "--infected",
+        infected_file,
+        "--policies",
+        "clp:1.5",
+        "--budgets",
+        "own",
+        "--jobs",
+        "1",
+        "--residual",
+        "group",
+    )
+    code, out, _ = run("benchmark", *asked, "--json")
+    [cell] = json.loads(out)
+    assert (code, cell["conditions"]["residual"], cell["pruned"]) == (0, "group", len(expected.pruned))
+    for command in (("repair", infected_file), ("benchmark", "--infected", infected_file)):
+        code, _, err = run(*command, "--residual", "groups")
+        assert code != 0
+        assert "residual mode" in err
 
 
 @pytest.mark.parametrize(
@@ -60,9 +89,12 @@ def test_a_clean_network_is_left_alone(run):
     assert "Pruned 0 of" in out
 
 
-def test_train_makes_a_policy_that_repair_takes(run, infected_file, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_train_makes_a_policy_that_repair_takes(run, infected_file, plain_infected, tmp_path):
+    clean = replace(plain_infected, name="clean", trigger=None, target=None, facts={"attack": "clean"})
+    clean_file = clean.save(tmp_path / "clean.safetensors")
     arguments = (
-        "train", "--infected", infected_file, "--infected", "digits-blended", "--validate", "digits-clean", "--steps", "128",
+        "train", "--infected", infected_file, "--infected", clean_file, "--validate", clean_file, "--steps", "128",
         "--envs", "2", "--warm-epochs", "1", "--out", "mine.safetensors", "--tensorboard", "log",
     )  # fmt: skip
     code, out, err = run(*arguments)
@@ -166,6 +198,7 @@ def test_list_and_inspect(run, infected_file):
     assert any(layer["outliers"] for layer in layers)
 
 
+@pytest.mark.slow
 def test_zoo_build_fills_the_cache(run, monkeypatch, tmp_path):
     from backdoor_gym.models import digits_family, family
 
@@ -212,6 +245,10 @@ def test_bad_input_is_one_line_and_exit_code_2(run, infected_file, tmp_path):
         (("train", "--infected", "digits-trian/*"), "digits-trian"),
         (("train", "--most", "3"), "lower envs"),
         (("repair", "--budget", "7"), "accuracy_budget"),
+        (("repair", "--out", ""), "names no place"),
+        (("infect", "--out", ""), "names no place"),
+        (("benchmark", "--infected", "digits-badnets", "--out", ""), "names no place"),
+        (("train", "--out", ""), "names no place"),
         (("repair", "--device", "cpux"), "device"),
         (("repair", "--out", "file"), "file"),
         (("repair", "--out", "file/deeper"), "file/deeper"),
@@ -238,7 +275,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, infected_file, tmp_path):
         assert code == 2, (arguments, out, err)
         assert words in err, (arguments, err)
         assert "Traceback" not in err
-        if "--budgit" not in arguments:  # the command line's own parser draws a box
+        if not {"--budgit", ""}.intersection(arguments):  # the command line's own parser draws a box
             assert len(err.strip().splitlines()) == 1, err
 
 
@@ -322,7 +359,7 @@ QUICK = {
     "infect": ("--epochs", "1", "--width", "8"),
     "list": (),
     "inspect": (),
-    "zoo build": ("digits-train/0",),
+    "zoo build": ("digits-train/0", "--jobs", "1"),
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from backdoor_gym import InfectedModel, repair
+from backdoor_gym.analysis.label_inversion import invert_by_label
 
 from .tiny import tiny, tiny_images
 
@@ -24,4 +25,5 @@ def test_repairs_go_through(name):
             assert not torch.equal(result.network(tiny_images()), network(tiny_images()))
     has_statistics = any(layer.normalised for layer in result.neurons.layers)
     assert (result.verdict is not None) == has_statistics
-    assert result.suspected_target is not None
+    sought = invert_by_label(result.neurons, model.clean.images, model.clean.labels, 10)
+    assert result.suspected_target == sought.target

@@ -48,6 +48,7 @@ def test_messages_are_one_line_of_what_can_be_shown():
     assert one_line("as it was") == "as it was"
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(ValueError()) == "ValueError"
+    assert len(first_line(KeyError("x" * 10**6))) < 500
 
 
 @pytest.mark.parametrize("name", [None, 5, ["badnets"], {}, "badnet", "x" * 5000, 2.5, b"badnets"])

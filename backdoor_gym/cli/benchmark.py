@@ -8,7 +8,17 @@ import typer
 
 from ..errors import DataError, TrainingError
 from . import own_network
-from .common import DataOption, DeviceOption, JsonOption, Output, QuietOption, RayOption, check_writable
+from .common import (
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    Output,
+    QuietOption,
+    RayOption,
+    ResidualOption,
+    as_place,
+    check_writable,
+)
 
 
 @own_network.takes_network
@@ -39,7 +49,10 @@ def benchmark(
         int | None, typer.Option(min=1, help="How many test images are scored on; default: all.")
     ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="Most prunes under a budget.")] = 100,
-    out: Annotated[Path, typer.Option(help="Folder for cells, table and figures.")] = Path("benchmark"),
+    out: Annotated[Path, typer.Option(parser=as_place, help="Folder for cells, table and figures.")] = Path(
+        "benchmark"
+    ),
+    residual: ResidualOption = "channel",
     data: DataOption = None,
     device: DeviceOption = "cpu",
     ray: RayOption = None,
@@ -66,6 +79,7 @@ def benchmark(
             clean_samples=clean_samples,
             test_samples=test_samples,
             max_steps=max_steps,
+            residual=residual,
             data=data,
             device=device,
             ray=ray,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import DataError, check_name
-from .common import DeviceOption, JsonOption, Output, QuietOption, RayOption, check_writable, pairs
+from .common import DeviceOption, JsonOption, Output, QuietOption, RayOption, as_place, check_writable, pairs
 
 
 def infect(
@@ -50,7 +50,8 @@ def infect(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File to write; default: infected/ARCH-ATTACK-SEED.safetensors.")
+        Path | None,
+        typer.Option(parser=as_place, help="File to write; default: infected/ARCH-ATTACK-SEED.safetensors."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file where a training has ended in it.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Save the weights as float16, for half the size.")] = False,

@@ -19,6 +19,8 @@ from .common import (
     ModelArgument,
     Output,
     QuietOption,
+    ResidualOption,
+    as_place,
     check_writable,
 )
 
@@ -59,7 +61,10 @@ def repair(
             "Default: 0.01 for onp, none for rules with a published threshold, 0.02 for the others."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results; default: repaired/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=as_place, help="Folder for the results; default: repaired/NAME.")
+    ] = None,
+    residual: ResidualOption = "channel",
     data: DataOption = None,
     device: DeviceOption = "cpu",
     network: own_network.OwnNetwork = own_network.NOTHING_SAID,
@@ -92,6 +97,7 @@ def repair(
             infected,
             policy,
             repairing.DEFAULT_BUDGET if budget is None else budget,
+            residual=residual,
             device=device,
             watch=watch,
             **options,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import DataError
-from .common import JsonOption, Output, QuietOption, check_writable, errors
+from .common import JsonOption, Output, QuietOption, as_place, check_writable, errors
 
 
 def train(
@@ -40,8 +40,8 @@ def train(
         int,
         typer.Option(min=0, help="The same for the threshold of the verdict alone, which is quicker; 0 to keep 0.1."),
     ] = 120,
-    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
-    out: Annotated[Path, typer.Option(help="File of the policy.")] = Path("policies/onp.safetensors"),
+    tensorboard: Annotated[Path | None, typer.Option(parser=as_place, help="Folder for TensorBoard.")] = None,
+    out: Annotated[Path, typer.Option(parser=as_place, help="File of the policy.")] = Path("policies/onp.safetensors"),
     ray: Annotated[
         str | None,
         typer.Option(

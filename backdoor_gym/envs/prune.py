@@ -102,6 +102,14 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     nothing), ``undone`` (whether this step's prune was undone), ``infected`` (name of the model); ``test_acc`` where there are
     test images, and ``asr`` and ``ra`` where trigger and target are known too (see ``score_samples``).
 
+    Example:
+        >>> import gymnasium as gym
+        >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
+        >>> observation, info = env.reset(seed=0)
+        >>> observation, reward, terminated, truncated, info = env.step(54)
+        >>> info["neuron"], info["pruned"], info["acc"]
+        ('layer2.0.conv1[14]', 1, 0.98)
+
     ## Arguments
 
     Args:
@@ -116,8 +124,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         connections: strongest inputs of each neuron that are edges.
         similar: similarity links of each neuron that are edges.
         gradients_every: prunes after which the derivatives among the features are taken anew.
-        max_units: N, None for that of the largest network of ``infected``. Environments that are stepped together as one vector
-            need the same.
+        max_units: N, None for that of the largest network; environments that are stepped as one vector need the same.
         clean_samples: how many clean images the defender uses, None for all there are.
         score_samples: how many triggered test images ASR and RA are measured on, and half of how many clean ones the accuracy on
             test images; 0 switches them off.
@@ -130,10 +137,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     - v0: first version.
     """  # noqa: E501 (tables)
 
-    metadata: dict[str, Any] = {  # noqa: RUF012 (declared so by gym.Env)
-        "render_modes": RENDER_MODES,
-        "render_fps": 4,
-    }
+    metadata: dict[str, Any] = {"render_modes": RENDER_MODES, "render_fps": 4}  # noqa: RUF012 (declared so by gym.Env)
 
     def __init__(
         self,
@@ -178,11 +182,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._steps, self._over = 0, False
 
     def __getstate__(self) -> dict[str, Any]:
-        """The arguments, and where the episode is: a copy or pickle in mid-episode goes on where it was.
-
-        What was made ready of a model is left out: of a name or a file the copy takes what its process has ready, and that
-        of an ``InfectedModel`` is made again.
-        """
+        """The arguments, and where the episode is. What was made ready of a model, the copy takes or makes where it is."""
         session = self._session
         carried = {key: value for key, value in self.__dict__.items() if key not in _MADE_ANEW}
         return {**carried, "repair": None if session is None else (session.state, session.is_open)}
@@ -236,7 +236,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self.check_step(action)
         unit, session = int(action), self.session
         stop = unit == self.stop_action
-        reward, pruned, undone = (0.0, None, False) if stop else self.prune_unit(unit)
+        nothing: tuple[float, int | None, bool] = 0.0 if stop else -self.step_cost, None, False
+        reward, pruned, undone = self.prune_unit(unit) if unit < len(session.prepared) else nothing
         self._steps += 1
         terminated = stop or session.exhausted
         truncated = not terminated and self._steps >= self.step_limit
@@ -255,9 +256,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             raise gym.error.InvalidAction(f"the action {shown(action)} is none of 0 to {self.stop_action}")
 
     def prune_unit(self, unit: int) -> tuple[float, int | None, bool]:
-        """What an action but stop does to the network, without the step that it is.
-
-        For environments that are built on this one, and prune several units in a step.
+        """Prune a unit without a step, for environments that prune several in one.
 
         Returns:
             The reward with its costs, the unit that is pruned now or None, and whether one was undone.

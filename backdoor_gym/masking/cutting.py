@@ -12,11 +12,12 @@ from ..networks.adapting import deep_copy
 from ..networks.preprocessing import own_module
 from ..neurons.channel_origin import classes, is_depthwise, joined
 from ..neurons.channels import WEIGHTED, Channels, Kind, module_of
-from ..neurons.labels import UNKNOWN, ZERO
+from ..neurons.labels import UNKNOWN, ZERO, Labels
 from ..neurons.layers import Neurons
-from ..neurons.operations import operation
+from ..neurons.operations import MOVES, operation
 from ..neurons.recording import in_words, watching
-from ..neurons.tracing import first_line, same_logits
+from ..neurons.tracing import same_logits
+from ..wording import first_line
 from .export import write_mask
 
 #: Largest difference of logits, over the largest of them, that rounding may make.
@@ -41,10 +42,14 @@ class Cut(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """What is cut out of one tensor: these places along an axis, which are of so many channels."""
+    """What is cut out of one tensor: these places along an axis, which are of so many channels.
+
+    With groups, those of a convolution, places of axis 1 are counted through all groups.
+    """
 
     tensor: str
     axis: int
+    groups: int
     places: tuple[int, ...]
     channels: int
 
@@ -53,7 +58,8 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
     """A smaller network without the channels that the mask makes useless, with the same outputs.
 
     A channel can be cut where everything that reads it reads zeros: in a residual network, where all neurons that share
-    a sum are pruned. The others are zeroed as in ``write_mask``. At least one channel a layer stays. Where the network's own code
+    a sum are pruned. The others are zeroed as in ``write_mask``. At least two channels a layer stay. Each group of a convolution
+    loses as many, those of the group with the fewest useless ones. Where the network's own code
     counts on a number of channels (``view(-1, 64)``) they stay as well, and ``stops`` names the layer.
 
     Args:
@@ -78,17 +84,47 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
     groups, stops = plan.groups(), plan.stops()
     if not groups and not mask.all() and not stops:
         return Cut(masked, (_none_alone(neurons, mask),))
-    compact, _ = _attempt(masked, [piece for group in groups.values() for piece in group], images, expected)
+    compact, _ = _attempt(masked, [piece for group in groups for part in group for piece in part], images, expected)
     if compact is not None:
         return Cut(compact, tuple(stops))
     accepted: list[_Piece] = []
-    for name, group in groups.items():
-        smaller, reason = _attempt(masked, [*accepted, *group], images[:3], expected[:3])
+
+    def without(pieces: list[_Piece]) -> str | None:
+        """Cut these, too, or tell why not."""
+        nonlocal compact
+        smaller, reason = _attempt(masked, [*accepted, *pieces], images[:3], expected[:3])
         if smaller is None:
-            stops.append(_stop(max(piece.channels for piece in group), name, reason))
-        else:
-            compact, accepted = smaller, [*accepted, *group]
+            return reason or plan.difference(pieces[0])
+        compact = smaller
+        accepted.extend(pieces)
+        return None
+
+    refused: dict[tuple[str, str], int] = {}
+    for group in groups:
+        reason = without([piece for part in group for piece in part])
+        if reason is not None:
+            reasons = [without(part) for part in group] if len(group) > 1 else [reason]
+            for part, why in zip(group, reasons, strict=True):
+                if why is not None:
+                    key = _layer_of(part), reason if None not in reasons else why
+                    refused[key] = refused.get(key, 0) + part[0].channels
+    stops += [_stop(count, layer, why) for (layer, why), count in refused.items()]
     return Cut(masked if compact is None else compact, tuple(stops))
+
+
+def _words(node: fx.Node) -> str:
+    where = node.meta.get("where") or "the network's own forward"
+    return f"{operation(node)} in {where}"
+
+
+def _in_order(labels: Labels | None) -> np.ndarray:
+    """The labels of a value, each once, as they come; int64."""
+    flat = np.zeros(0, dtype=np.int64) if labels is None else labels.thin.flatten().long().numpy()
+    return flat[np.sort(np.unique(flat, return_index=True)[1])]
+
+
+def _layer_of(part: list[_Piece]) -> str:
+    return part[0].tensor.rpartition(".")[0] or part[0].tensor
 
 
 def _none_alone(neurons: Neurons, mask: np.ndarray) -> str:
@@ -108,7 +144,7 @@ def _stop(count: int, layer: str, reason: str) -> str:
 def _attempt(
     network: nn.Module, pieces: list[_Piece], images: Tensor, expected: Tensor
 ) -> tuple[nn.Module | None, str]:
-    """A copy without these pieces, or None and the reason why it would not answer as before."""
+    """A copy without these pieces, or None and why it cannot run; no reason where it would answer differently."""
     smaller = deep_copy(network)
     path: list[str] = []
 
@@ -122,21 +158,24 @@ def _attempt(
     except Exception as error:  # the user's code, made for other numbers of channels
         return None, f"{in_words(path[-1] if path else '')} counts on their number ({first_line(error)})"
     if not same_logits(logits, expected, ROUNDING):
-        return None, "without them the network would answer differently"
+        return None, ""
     return smaller, ""
 
 
 def _remove(network: nn.Module, pieces: list[_Piece]) -> None:
-    places: dict[tuple[str, int], set[int]] = {}
+    places: dict[tuple[str, int, int], set[int]] = {}
     for piece in pieces:
-        places.setdefault((piece.tensor, piece.axis), set()).update(piece.places)
-    for (name, axis), gone in places.items():
+        places.setdefault(piece[:3], set()).update(piece.places)
+    for (name, axis, groups), gone in places.items():
         owner_name, _, attribute = name.rpartition(".")
         owner = network.get_submodule(owner_name)
         tensor = getattr(owner, attribute)
-        size = tensor.shape[axis]
+        size = tensor.shape[axis] * groups
         left = torch.tensor([place for place in range(size) if place not in gone], dtype=torch.int64)
-        smaller = tensor.index_select(axis, left)
+        # A group of a convolution has inputs of its own: as many of them, elsewhere.
+        inputs = left.view(groups, -1) % tensor.shape[axis]
+        rows = tensor.chunk(groups) if groups > 1 else [tensor]
+        smaller = torch.cat([group.index_select(axis, of_group) for group, of_group in zip(rows, inputs, strict=True)])
         if isinstance(tensor, nn.Parameter):
             smaller = nn.Parameter(smaller, tensor.requires_grad)
         setattr(owner, attribute, smaller)
@@ -155,7 +194,8 @@ class _Plan:
 
     Attributes:
         needed: for each class, whether it has to stay, bool (classes,).
-        along: axes of tensors of the network that channels lie along: name, axis, and the label of each place.
+        along: axes of tensors of the network that channels lie along: name, axis, in how many groups, and the label of each place.
+        grouped: what each group of a convolution reads or gives: its name, and labels, int64 (groups, channels of a group).
     """
 
     def __init__(self, network: nn.Module, neurons: Neurons, mask: np.ndarray) -> None:
@@ -169,28 +209,45 @@ class _Plan:
         #: What needs a class of channels whatever they hold, and the first layer that reads what is not zero in it.
         self.held: dict[int, str] = {}
         self.read: dict[int, str] = {}
-        self.along: list[tuple[str, int, np.ndarray]] = []
+        self.along: list[tuple[str, int, int, np.ndarray]] = []
+        self.grouped: list[tuple[str, np.ndarray]] = []
         for node in self.channels.nodes:
             self._look_at(node)
-        for _, _, labels in self.along:  # a layer keeps one channel at least, and reads one
-            if len(labels) and (labels > 0).all() and not self.needed[self.classes[labels]].any():
-                self._need(labels[:1], self.held, "a layer keeps one channel at least")
+        self._keep_what_has_to_stay()
 
-    def groups(self) -> dict[str, list[_Piece]]:
-        """What to cut, by what must go together; each is named after its first layer."""
-        pieces: list[tuple[_Piece, int]] = []
-        pairs: list[tuple[np.ndarray, np.ndarray]] = []
-        for tensor, axis, labels in self.along:
-            dead = (labels > 0) & ~self.needed[self.classes[np.maximum(labels, 0)]]
-            if dead.any():
-                numbers = np.unique(self.classes[labels[dead]])
-                pairs.append((numbers, np.full_like(numbers, numbers[0])))  # those of one layer go together
-                pieces.append((_Piece(tensor, axis, tuple(np.flatnonzero(dead).tolist()), len(numbers)), numbers[0]))
-        group_of = joined(len(self.needed), pairs)
-        groups: dict[int, list[_Piece]] = {}
-        for piece, number in pieces:
-            groups.setdefault(group_of[number], []).append(piece)
-        return {group[0].tensor.rpartition(".")[0] or group[0].tensor: group for group in groups.values()}
+    def groups(self) -> list[list[list[_Piece]]]:
+        """What to cut, by what should go together, in parts that can go alone: the channels that lie along the same tensors."""
+        dead = [self._dead(labels) for *_, labels in self.along]
+        where: dict[int, list[int]] = {}
+        for index, (*_, labels) in enumerate(self.along):
+            for number in np.unique(self.classes[labels[dead[index]]]).tolist():
+                where.setdefault(number, []).append(index)
+        parts: dict[tuple[int, ...], list[int]] = {}
+        for number, indices in where.items():
+            parts.setdefault(tuple(indices), []).append(number)
+        # Those of one layer go together.
+        group_of = joined(len(dead), [(np.array(part), np.full(len(part), part[0])) for part in parts])
+        groups: dict[int, list[list[_Piece]]] = {}
+        for part, numbers in parts.items():
+            pieces = []
+            for index in part:
+                tensor, axis, groups_of, labels = self.along[index]
+                places = np.flatnonzero(dead[index] & np.isin(self.classes[np.maximum(labels, 0)], numbers))
+                pieces.append(_Piece(tensor, axis, groups_of, tuple(places.tolist()), len(numbers)))
+            groups.setdefault(group_of[part[0]], []).append(pieces)
+        return list(groups.values())
+
+    def difference(self, piece: _Piece) -> str:
+        """Why the network would answer differently without these: an order of channels can hang on their number."""
+        labels = next(labels for *tensor, labels in self.along if tensor == [*piece[:3]])
+        numbers = self.classes[labels[list(piece.places)]]
+        for node in self.channels.nodes if len(numbers) else ():
+            for source in self.channels.inputs(node) if operation(node) in MOVES else ():
+                before, after = (_in_order(self.channels.labels[value]) for value in (source, node))
+                moved = not np.array_equal(before[np.isin(before, after)], after[np.isin(after, before)])
+                if moved and np.isin(self.classes[before[before > 0]], numbers).any():
+                    return f"{_words(node)} puts channels into an order that hangs on their number"
+        return "without them the network would answer differently"
 
     def stops(self) -> list[str]:
         """Pruned channels that something needs although no neuron gives them anything, by layer, and what that is.
@@ -214,12 +271,33 @@ class _Plan:
         for number in numbers.tolist():
             reasons.setdefault(number, reason)
 
+    def _keep_what_has_to_stay(self) -> None:
+        """Need more of them until each group of a convolution loses as many channels, and each layer keeps two of its own."""
+        before = -1
+        while before < self.needed.sum():
+            before = self.needed.sum()
+            for name, labels in sorted(
+                self.grouped, key=lambda side: -len(side[1])
+            ):  # large groups are made of small ones
+                dead = self._dead(labels)
+                lost = min(int(dead.sum(axis=1).min()), labels.shape[1] - 1)
+                for of_group, dead_of_group in zip(labels, dead, strict=True):
+                    why = f"{name} is a convolution in groups, and each has to lose as many"
+                    self._need(of_group[dead_of_group][lost:], self.held, why)
+            for *_, labels in self.along:  # an axis of a single channel would be taken away by ``squeeze()``
+                dead = self._dead(labels)
+                lacking = max(0, 2 - int((~dead).sum()))
+                self._need(labels[dead][:lacking], self.held, "a layer keeps two channels at least")
+
+    def _dead(self, labels: np.ndarray) -> np.ndarray:
+        """Which places are of channels that nothing needs, bool like the labels."""
+        return (labels > 0) & ~self.needed[self.classes[np.maximum(labels, 0)]]
+
     def _need_all(self, node: fx.Node, by: fx.Node) -> None:
         labels = self.channels.labels[node]
         if labels is not None:
             layer = self.channels.lowered.get(str(by.target))
-            where = by.meta.get("where") or "the network's own forward"
-            what = f"{operation(by)} in {where}" if layer is None else layer.name
+            what = _words(by) if layer is None else layer.name
             self._need(np.unique(labels.thin.long().numpy()), self.held, f"{what} works on all of them together")
 
     def _look_at(self, node: fx.Node) -> None:
@@ -243,15 +321,16 @@ class _Plan:
         channels, module = self.channels, module_of(self.neurons.graph, node)
         layer = channels.lowered[str(node.target)]
         made, read = channels.made(node), channels.read(node)
-        grouped, calls = getattr(module, "groups", 1) > 1, len(channels.uses(node))
+        groups, calls = getattr(module, "groups", 1), len(channels.uses(node))
         if channels.labels[source] is not None and (read == UNKNOWN).all():
             self._need_all(source, node)
-        if calls > 1 or (grouped and not (is_depthwise(channels, node) and (read > 0).all())):
-            # Other uses would have to change too, or groups would differ in size.
-            why = f"{layer.name} {'is used several times' if calls > 1 else 'is a convolution in groups'}"
-            self._need(made, self.held, why)
-            self._need(read, self.held, why)
-        elif isinstance(module, WEIGHTED) and not grouped:
+        if calls > 1:  # other uses would have to change too
+            self._need(np.concatenate([made, read]), self.held, f"{layer.name} is used several times")
+        elif groups > 1 and is_depthwise(channels, node) and (read > 0).all():
+            groups = 1
+        elif isinstance(module, WEIGHTED):
+            if groups > 1:
+                self.grouped += [(layer.name, labels.reshape(groups, -1)) for labels in (made, read)]
             self._need(read[~self.zero[np.maximum(read, 0)]], self.read, layer.name)
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and (read == UNKNOWN).any():
             self._need(made, self.held, f"what {layer.name} reads could not be followed")
@@ -260,9 +339,9 @@ class _Plan:
         for name in layer.tensors:
             shape = attrgetter(name)(self.network).shape
             if shape and shape[0] == len(made):
-                self.along.append((name, 0, made))
-            if len(shape) > 1 and isinstance(module, WEIGHTED) and shape[1] == len(read):
-                self.along.append((name, 1, read))
+                self.along.append((name, 0, 1, made))
+            if len(shape) > 1 and isinstance(module, WEIGHTED) and shape[1] * groups == len(read):
+                self.along.append((name, 1, groups, read))
 
     def _look_beside(self, node: fx.Node) -> None:
         """Parameters that an operation reads beside channels, one for each of them."""
@@ -286,7 +365,7 @@ class _Plan:
             if len(varying) != 1 or len(along) != shape[place] or parameter is None:
                 self._need_all(node, node)
             else:
-                self.along.append((parameter, place, along))
+                self.along.append((parameter, place, 1, along))
 
     def _zeros(self) -> np.ndarray:
         """Of each label, whether it is of zeros whatever the image, bool (labels,)."""

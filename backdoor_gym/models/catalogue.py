@@ -44,6 +44,7 @@ def list_infected(pattern: str = "*") -> list[str]:
     """Names that match a pattern of the shell's kind: embedded models, then the family's seeds 0 to 999.
 
     Example:
+        >>> from backdoor_gym import list_infected
         >>> list_infected("digits-b*")
         ['digits-badnets', 'digits-blended']
     """
@@ -119,6 +120,7 @@ def load_infected(
             ``load_pretrained`` and ``load_timm``).
 
     Example:
+        >>> from backdoor_gym import load_infected
         >>> load_infected("digits-badnets").facts["attack"]
         'badnets'
     """

@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..networks import ARCHITECTURES, build
 from ..networks.adapting import unwrapped
 from ..networks.preprocessing import Normalise, Preprocessed, check_preprocess
 from ..networks.weights import check_finite
-from ..wording import first_line
+from ..wording import first_line, shown
 from .checkpoint_spec import CheckpointSpec, Factory
 from .infected import InfectedModel
 
@@ -120,9 +120,23 @@ def find_architecture(checkpoint: Checkpoint, name: str | None) -> str:
     alike = [known for known in ARCHITECTURES if _plain(known) in (_plain(name), f"{_plain(name)}imagenet")]
     if not alike:
         raise UnknownNameError("architecture", name, ARCHITECTURES, "--module takes a network of your own")
-    # All ends of the names in the file, such as conv1.weight of module.conv1.weight.
-    ends = {".".join(key.split(".")[start:]) for key in checkpoint.weights for start in range(key.count(".") + 1)}
-    return max(alike, key=lambda known: len(_shapes(known, 2, 3, {}).keys() & ends))
+    if len(alike) == 1:
+        return alike[0]
+    needed = {known: _shapes(known, 2, 3, {}).keys() for known in alike}
+    held = ends(checkpoint.weights, set().union(*needed.values()))
+    return max(alike, key=lambda known: len(needed[known] & held))
+
+
+def ends(names: Iterable[str], known: Set[str]) -> set[str]:
+    """Those of the known names that others end in, such as conv1.weight of module.conv1.weight."""
+    most = max((name.count(".") for name in known), default=0) + 1
+    parted = ((name, name.rsplit(".", most)) for name in names)
+    return {
+        end
+        for name, parts in parted
+        for end in (name, *(".".join(parts[-count:]) for count in range(1, len(parts))))
+        if end in known
+    }
 
 
 def make_module(factory: Factory | None) -> nn.Module:
@@ -137,7 +151,7 @@ def make_module(factory: Factory | None) -> nn.Module:
     if isinstance(factory, str):
         name, sign, attribute = factory.partition(":")
         if not sign or not name or not attribute:
-            raise DataError(f"--module takes package.module:factory, not {factory!r}")
+            raise DataError(f"--module takes package.module:factory, not {shown(factory)}")
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..data.pictures import MOST_SIDE
 from ..errors import DataError
 from ..networks.preprocessing import Normalise
+from ..wording import shown
 
 PREPROCESSOR = "preprocessor_config.json"
 
@@ -54,7 +55,7 @@ def image_size(settings: Mapping[str, Any] | None, config: Mapping[str, Any], wh
         sides = [described["shortest_edge"]] if square else [described.get("height"), described.get("width")]
     if len(sides) not in (1, 2) or not all(type(side) is int and 0 < side <= MOST_SIDE for side in sides):
         raise DataError(
-            f"the image size in {where} is not understood ({described!r}): give it with --image-size (image_size=)"
+            f"the image size in {where} is not understood ({shown(described)}): give it with --image-size (image_size=)"
         )
     return sides[0], sides[-1]
 
@@ -83,8 +84,8 @@ def normalisation(settings: Mapping[str, Any] | None, where: Path) -> nn.Module 
             raise ValueError("numbers that are not finite")
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(
-            f"the normalisation in {where} is not understood (rescale_factor {factor!r}, image_mean {mean!r}, image_std "
-            f"{std!r}): give it with --mean and --std (preprocess=)"
+            f"the normalisation in {where} is not understood (rescale_factor {shown(factor)}, image_mean {shown(mean)}, image_std "
+            f"{shown(std)}): give it with --mean and --std (preprocess=)"
         ) from error
     if settings.get("do_color_quantize") or scale <= 0:
         raise DataError(f"{where} turns images into something else than scaled ones; say what with preprocess=")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 
 from ..arguments import check_path
 from ..attacks import Attack
+from ..attacks.attack import check_change
 from ..attacks.targets import Target, check_target
 from ..data.channels import fit_channels
 from ..data.datasets import DIGITS, LabelledImages, check_labels
 from ..data.own_images import Source, all_images, own_images
 from ..errors import BackdoorGymError, DataError, WeightsError
 from ..metrics import Metrics, evaluate
-from ..networks.adapting import LOGITS, in_float32, unwrapped
+from ..networks.adapting import LOGITS, in_float32, in_own_types, unwrapped
 from ..networks.preprocessing import Preprocessed, check_preprocess, giving_logits, own_module
 from ..networks.weights import check_finite
 from ..wording import first_line
@@ -158,6 +160,12 @@ class InfectedModel:
         except BackdoorGymError:
             raise
         except Exception as error:  # the user's code, which can raise anything
+            if self.dtypes:  # its forward may cast to these types itself
+                given = self.network, self.dtypes
+                self.network, self.dtypes = in_own_types(*given), {}
+                with suppress(DataError):
+                    return self.num_classes
+                self.network, self.dtypes = given
             raise DataError(
                 f"the network cannot take images of shape {tuple(images.shape[1:])}: {first_line(error)}; give it images as it was "
                 "trained with (--image-size resizes those of folders and named data sets)"
@@ -265,3 +273,6 @@ def check_trigger(trigger: Callable[[Tensor], Tensor], images: Tensor) -> None:
     alike = isinstance(triggered, Tensor) and triggered.shape == images.shape
     if not alike or not bool(((triggered >= 0) & (triggered <= 1)).all()):
         raise DataError(f"the trigger must give images of shape {tuple(images.shape[1:])} with values in [0, 1]")
+    if isinstance(trigger, Attack):
+        channels, height, width = images.shape[1:]
+        check_change(trigger, (channels, height, width))

@@ -83,6 +83,14 @@ def infect(
         UnknownNameError: unknown architecture or attack.
         DataError: unusable data set, target or poison rate, or an argument of a wrong type.
         TrainingError: the loss is no longer finite.
+
+    Example:
+        >>> from backdoor_gym import infect
+        >>> from backdoor_gym.models.training import Schedule
+        >>> quick = Schedule(epochs=1)
+        >>> infected = infect("digits", "small_cnn", target=4, schedule=quick, architecture_options={"width": 8})
+        >>> infected.target, infected.num_classes, infected.facts["attack"]
+        (4, 10, 'badnets')
     """
     check_kind("dataset", dataset, str, "the name of a data set")
     check_kind("architecture", architecture, str, "the name of an architecture")

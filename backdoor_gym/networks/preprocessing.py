@@ -114,6 +114,7 @@ class Normalise(nn.Module):
         DataError: not one mean and one positive deviation a channel.
 
     Example:
+        >>> from backdoor_gym.networks.preprocessing import Normalise
         >>> Normalise([0.5], [0.25]).state()
         {'mean': [0.5], 'std': [0.25]}
     """
@@ -146,3 +147,10 @@ class Normalise(nn.Module):
 def own_module(network: nn.Module) -> nn.Module:
     """The network without what stands in front of it."""
     return network.network if isinstance(network, Preprocessed) else network
+
+
+def own_name(network: nn.Module, name: str) -> str:
+    """What the user calls a module, parameter or buffer of the network: its name without what stands in front; "" is all."""
+    if not isinstance(network, Preprocessed):
+        return name
+    return "" if name == Preprocessed.PREFIX[:-1] else name.removeprefix(Preprocessed.PREFIX)

@@ -73,6 +73,8 @@ def canonical(
         args = (*args, tuple(axis for axis, size in enumerate(shape) if size == 1))
     if not is_method:
         return "call_function", func, args, kwargs
+    if name == "type" and len(args) == 2 and isinstance(args[1], torch.dtype):
+        name = "to"
     if name in ("view", "view_as") and not (len(args) == 2 and isinstance(args[1], torch.dtype)):
         name = name.replace("view", "reshape")  # a view needs one order in memory
     return "call_method", name, args, kwargs

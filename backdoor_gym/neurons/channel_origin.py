@@ -10,6 +10,7 @@ from torch import fx
 
 from .channels import Channels, Kind, module_of
 from .operations import PRODUCTS_OF_MATRICES, operation
+from .products import keeps_channels, products
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +56,14 @@ def sources(channels: Channels, labels: np.ndarray, stop: Set[fx.Node] = frozens
 
 
 def last_layers(channels: Channels) -> set[fx.Node]:
-    """The layers that the logits come from: nothing with weights lies behind them."""
-    last, reached = set(), {channels.nodes[-1]}
+    """The layers and other products with weights that the logits come from: nothing with weights lies behind them."""
+    last, reached, others = set(), {channels.nodes[-1]}, products(channels)
     for node in reversed(channels.nodes):
-        if node in reached and channels.kinds[node] is Kind.WEIGHTED:
+        if node not in reached:
+            continue
+        if channels.kinds[node] is Kind.WEIGHTED or (node in others and not keeps_channels(channels, node)):
             last.add(node)
-        elif node in reached and channels.kinds[node] is not Kind.OPAQUE:
+        else:
             reached.update(channels.inputs(node))
     return last
 

@@ -47,13 +47,13 @@ def taking_norms_off(network: nn.Module) -> str:
     taken: dict[str, list[str]] = {}
     for name, module in network.named_modules():
         for _, tensor, kind in _old_norms(module, below=False):
-            call = f'torch.nn.utils.{_OLD_NORMS[kind].__name__}(layer, "{tensor}")'
+            call = f"torch.nn.utils.{_OLD_NORMS[kind].__name__}(layer, {tensor!r})"
             if kind == "SpectralNorm":
                 call += "\n    layer._load_state_dict_pre_hooks.clear()  # of the norm"
             taken.setdefault(call, []).append(name)
         if parametrize.is_parametrized(module):
             for tensor in module.parametrizations:
-                call = f'torch.nn.utils.parametrize.remove_parametrizations(layer, "{tensor}")'
+                call = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor!r})"
                 taken.setdefault(call, []).append(name)
     return "".join(f"for layer in map(network.get_submodule, {names}):\n    {call}\n" for call, names in taken.items())
 

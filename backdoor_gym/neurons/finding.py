@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import UntraceableError
-from ..networks.preprocessing import Preprocessed, own_module
-from .accounts import accounts, notes
+from ..networks.preprocessing import own_module
+from .accounts import accounts, notes, why_none
 from .channel_origin import Source, classes, sources
 from .channels import Channels, Kind, mask_channels
 from .copying import computed_weights
@@ -44,24 +44,29 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
     Example:
         >>> import torch
         >>> from torch import nn
+        >>> from backdoor_gym.neurons.finding import find_neurons
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
         >>> find_neurons(network, torch.rand(1, 3, 8, 8)).names
         ['0[0]', '0[1]', '0[2]', '0[3]']
     """
     graph_module = trace(network, images)
-    # The user knows the names of the network behind the preprocessing.
-    prefix = Preprocessed.PREFIX if isinstance(network, Preprocessed) else ""
-    sites = Sites(Channels(graph_module), prefix)
+    sites = Sites(Channels(graph_module), network)
+    told = accounts(sites)
     if not sites.by_layer:
-        raise UntraceableError(f"{type(own_module(network)).__name__} has no prunable neuron: {sites.why_none()}")
-    layers = _LayerMaker(sites).make()
-    told, sentences = accounts(sites), notes(sites)
-    computed = computed_weights(network)
+        raise UntraceableError(f"{type(own_module(network)).__name__} has no prunable neuron: {why_none(told)}")
+    layers, sentences = _LayerMaker(sites).make(), notes(sites)
+    computed = [sites.shown(name) for name in computed_weights(network)]
     if computed:
         sentences.append(
             f"The weights of {computed[0]}{f' and {len(computed) - 1} more layers' if computed[1:] else ''} are computed by a "
             "normalisation of weights or another parametrisation; in the repaired network they are plain, as after "
             "torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm."
+        )
+    computes_in = graph_module.meta["computes_in"]
+    if computes_in:
+        sentences.append(
+            f"Its forward computes in {' and '.join(computes_in)}, by casts or autocast; masks are computed in float32, so that "
+            "its own answers differ from theirs by rounding."
         )
     _insert_masks(sites, layers)
     graph_module.to(next((parameter.device for parameter in network.parameters()), torch.device("cpu")))

@@ -6,16 +6,28 @@ how many images there are. Records that differ otherwise are refused.
 
 import keyword
 import operator
+import re
 from collections.abc import Mapping, Sequence
+from types import EllipsisType, NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..errors import UntraceableError
+from ..networks.preprocessing import own_name
 from .lowering import TENSORS, Lowered, lower
 from .parameters import Parameters
 from .recording import Call, Named, Ref, Tape, Value, in_words, leaves, named_tensors
+
+#: Parts of names that graphs, and layers in them, have for themselves, and beginnings of such.
+_KINDS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+_ATTRIBUTES = frozenset(TENSORS).union(dir(fx.GraphModule({}, fx.Graph())), *(kind.__constants__ for kind in _KINDS))
+#: Arguments that torch.fx writes into code as they are.
+_WRITTEN = (
+    bool, int, float, complex, str, NoneType, EllipsisType, range, torch.dtype, torch.layout, torch.memory_format,
+)  # fmt: skip
+_OWN_NAMES = ("neuron_mask", "_tensor_", "_units_")
 
 
 def is_number(node: fx.Node) -> bool:
@@ -28,13 +40,20 @@ class Joiner:
 
     def __init__(self, network: nn.Module, first: Tape, second: Tape) -> None:
         self._first, self._second = first, second
+        self._network = network
         self._tensors = named_tensors(network)
-        self._ranks = {name: value.ndim for name, value in network.named_parameters(remove_duplicate=False)}
+        #: Of several names of a parameter the first one. What norms of weights computed is a buffer now (``plain_copy``).
+        self._ranks = {name: value.ndim for name, value in network.named_parameters()}
+        for name, value in network.named_buffers():
+            if name.rpartition(".")[2].startswith("weight"):
+                self._ranks[name] = value.ndim
         self._modules = dict(network.named_modules())
         self._graph = fx.Graph()
         #: What the graph's nodes name: layers and tensors.
         self._root: dict[str, Any] = {}
         self._lowered: dict[str, Lowered] = {}
+        #: The network's names of the modules in it.
+        self._names: dict[str, str] = {}
         self._images = self._graph.placeholder("images")
         self._images.meta["shape"] = first.shape
         self._nodes: dict[Ref, fx.Node] = {Ref(-1): self._images}
@@ -83,9 +102,9 @@ class Joiner:
         layer = lower(call, self._parameters.value)
         if layer is None:
             args, kwargs = self._joined(call, (call.args, call.kwargs), (again.args, again.kwargs))
-            node = self._graph.create_node(call.op, call.target, args, kwargs)
-            if call.op == "call_module":
-                self._root[call.target] = self._modules[call.target]
+            is_module = call.op == "call_module"
+            target = self._put(call.target, self._modules[call.target]) if is_module else call.target
+            node = self._graph.create_node(call.op, target, args, kwargs)
         else:
             module, arguments = layer
             node = self._graph.call_module(self._place(call, module, arguments), (self._node(arguments["input"]),))
@@ -104,15 +123,21 @@ class Joiner:
         elif name.endswith((".weight", ".running_mean")):
             name = name.rpartition(".")[0]
         else:
-            name = name.removesuffix("_weight")
-        safe = free = ".".join(f"{part}_" if _is_reserved(part) else part for part in name.split("."))
+            name = name.removesuffix("_weight").removesuffix(".") or name
+        free = self._put(name, module)
+        is_plain = arguments["weight"] == Named(f"{free}.weight")
+        self._lowered[free] = Lowered(name, weight, bias, tuple(dict.fromkeys(read)), is_plain)
+        return free
+
+    def _put(self, name: str, module: nn.Module) -> str:
+        """Put a module of the network into the graph; its name there."""
+        safe = free = _identifiers(name)
         number = 1
-        while free in self._root and not _same(self._root[free], module):
+        while free in self._root and not (self._names.get(free) == name and _same(self._root[free], module)):
             number += 1
             free = f"{safe}_use{number}"
         self._root.setdefault(free, module)
-        is_plain = arguments["weight"] == Named(f"{free}.weight")
-        self._lowered[free] = Lowered(name, weight, bias, tuple(dict.fromkeys(read)), is_plain)
+        self._names[free] = name
         return free
 
     def _joined(self, call: Call, value: Any, again: Any) -> Any:
@@ -121,15 +146,23 @@ class Joiner:
             raise self._depends(call)
         if isinstance(value, Named | Value):
             return self._attribute(call, value, again)
-        if isinstance(value, tuple | list) and len(value) == len(again):
-            return type(value)(self._joined(call, *pair) for pair in zip(value, again, strict=True))
+        if isinstance(value, tuple | list | dict) and len(value) != len(again):
+            raise self._depends(call)
+        if isinstance(value, tuple | list):
+            joined = [self._joined(call, *pair) for pair in zip(value, again, strict=True)]
+            return tuple(joined) if isinstance(value, tuple) else joined
         if isinstance(value, dict):
-            return {key: self._joined(call, value[key], again[key]) for key in value}
+            return dict(self._joined(call, list(value.items()), list(again.items())))
         if isinstance(value, slice):
             ends = ((part.start, part.stop, part.step) for part in (value, again))
             return slice(*self._joined(call, *ends))
         if isinstance(value, torch.device):
             return self._number("device", getattr, self._images, "device")
+        if not isinstance(value, (Ref, *_WRITTEN)):
+            raise UntraceableError(
+                f"{self._where(call)} gives a {type(value).__name__} to an operation of PyTorch, which no graph can hold; "
+                "give it tensors and numbers"
+            )
         if type(value) is int and value != again:
             return self._counted(value, again)
         if value != again and not (value != value and again != again):  # not a number both times
@@ -174,7 +207,7 @@ class Joiner:
             tensor = value.tensor
             if tensor.shape != again.tensor.shape or not torch.equal(tensor, again.tensor):
                 raise UntraceableError(
-                    f"{in_words(call.where)} reads a tensor that is another one in each pass, and that no operation of PyTorch "
+                    f"{self._where(call)} reads a tensor that is another one in each pass, and that no operation of PyTorch "
                     "made: by a function of TorchScript, numpy or C++, or at random; write it with operations of PyTorch, or "
                     "take it out"
                 )
@@ -184,9 +217,12 @@ class Joiner:
         node.meta.update(shape=tensor.shape, read=tuple(read), parameter=parameter)
         return node
 
+    def _where(self, call: Call) -> str:
+        return in_words(own_name(self._network, call.where))
+
     def _depends(self, call: Call) -> UntraceableError:
         return UntraceableError(
-            f"{in_words(call.where)} does other things with two images than with three: the network's forward must not depend on "
+            f"{self._where(call)} does other things with two images than with three: the network's forward must not depend on "
             "how many images it is given, but treat each on its own"
         )
 
@@ -199,7 +235,12 @@ def _same(layer: Any, other: nn.Module) -> bool:
     return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
+def _identifiers(name: str) -> str:
+    """A name for the graph: torch.fx compiles code with the names of layers in it, so that they are letters and digits alone."""
+    parts = (re.sub(r"[^0-9A-Za-z_]", "_", part) for part in name.split("."))
+    return ".".join(f"{part}_" if _is_reserved(part) else part for part in parts)
+
+
 def _is_reserved(part: str) -> bool:
-    """Whether a part of a name cannot be one in a graph: a word of Python, or an attribute that graphs have themselves."""
-    taken = keyword.iskeyword(part) or hasattr(fx.GraphModule, part)
-    return taken or part in ("graph", "meta") or part.startswith("neuron_mask")
+    """Whether a part of a name cannot be one in a graph: a word of Python, or an attribute that modules there have already."""
+    return keyword.iskeyword(part) or part in _ATTRIBUTES or part.startswith(_OWN_NAMES)

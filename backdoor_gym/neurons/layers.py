@@ -109,14 +109,15 @@ class NeuronLayer:
 
 @dataclass(frozen=True)
 class Account:
-    """What became of a layer with weights.
+    """What became of a layer with weights, or of parameters that are no layer's.
 
     Attributes:
         name: of the layer.
-        channels: how many it gives.
+        channels: how many it gives, 0 for parameters that make none.
         units: how many of these belong to a neuron.
         is_output: whether the logits come from it.
         reason: why not all of them do, None where they do.
+        parameters: its parameters of two axes or more; each of the network's is in a single account.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Account:
     units: int
     is_output: bool = False
     reason: str | None = None
+    parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +145,7 @@ class Neurons:
         layers: the neuron layers.
         graph: a traced copy of the network (see ``tracing.trace``) that takes the images and one mask a layer: float (size,),
             or None for nothing pruned.
-        accounts: of every layer with weights.
+        accounts: of every layer with weights, and of every parameter of two axes or more.
         notes: what else is worth knowing, a sentence each: batch normalisations without neurons.
     """
 
@@ -178,8 +180,9 @@ class Neurons:
 
     @property
     def left_out(self) -> list[Account]:
-        """The layers of which some channels belong to no neuron, without the output."""
-        return [account for account in self.accounts if account.units < account.channels and not account.is_output]
+        """What belongs to no neuron, or not with all channels, without the output; that with most such channels first."""
+        left = [account for account in self.accounts if account.reason is not None and not account.is_output]
+        return sorted(left, key=lambda account: account.units - account.channels)
 
     def index(self, name: str) -> int:
         """The neuron of that name.

@@ -8,8 +8,10 @@ images the record would be wrong.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -18,8 +20,9 @@ from torch.utils import _pytree as pytree
 
 from ..errors import UntraceableError
 from ..networks.adapting import pick_logits
-from ..networks.preprocessing import Preprocess, own_module
-from .canonical import canonical, is_attribute, name_of, self_attention, self_attention_arguments
+from ..networks.preprocessing import Preprocess, own_module, own_name
+from .canonical import canonical, is_attribute, name_of, self_attention, self_attention_arguments, set_items
+from .precision import InFloat32
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Tape:
 #: Calls that tell something of a tensor which is no value of it.
 _QUERIES = frozenset({
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "data_ptr", "get_device",
-    "__len__", "__hash__", "__repr__", "__format__", "type", "untyped_storage", "storage", "register_hook", "requires_grad_",
+    "__len__", "__hash__", "__repr__", "__format__", "untyped_storage", "storage", "register_hook", "requires_grad_",
     "__dir__", "has_names", "is_same_size", "can_cast", "result_type", "broadcast_shapes", "retain_grad", "__deepcopy__",
 })  # fmt: skip
 #: Those that tell its size, and operations whose result is as large as values decide.
@@ -122,6 +125,7 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         super().__init__()
+        self._network = network
         self.tape = Tape(images.shape)
         self.path: list[str] = []
         #: Of several names of a tensor the first one.
@@ -132,23 +136,42 @@ class Recorder(TorchFunctionMode):
         #: Tensors by the memory that they share, and those that another one has been written over.
         self._memory: dict[int, list[int]] = {}
         self._overwritten: set[int] = set()
+        #: Of what an index took out of a tensor and shares its memory: that tensor, and the index.
+        self._part_of: dict[int, tuple[Tensor, Any]] = {}
+        #: The first refusal: the network's own code may catch it.
+        self._refused: UntraceableError | None = None
         self._alive: list[Any] = [images]  # so that no id is given twice
         self._paused = False
 
-    def run(self, network: nn.Module, images: Tensor, entry: str | int | None = None) -> Tape:
-        """Record the pass; ``entry`` is where the logits are in the answer, None where it is a tensor (``find_logits``).
+    def run(
+        self, network: nn.Module, images: Tensor, entry: str | int | None = None, in_float32: InFloat32 | None = None
+    ) -> Tape:
+        """Record the pass.
+
+        Args:
+            network: the one that was given before.
+            images: likewise.
+            entry: where the logits are in the answer, None where it is a tensor (``find_logits``).
+            in_float32: which types are taken for float32.
 
         Raises:
             UntraceableError: something in it cannot be recorded; the message names the module.
         """
-        with (
-            torch.no_grad(),
-            torch.compiler.set_stance("force_eager"),
-            watching(network, self._enter, self._leave),
-            self,
-        ):
-            output = network(images)
-            output = output if entry is None else pick_logits(output, entry)
+        try:
+            with (
+                torch.no_grad(),
+                torch.compiler.set_stance("force_eager"),
+                watching(network, self._enter, self._leave),
+                self,
+                in_float32 or InFloat32(),
+            ):
+                output = network(images)
+                output = output if entry is None else pick_logits(output, entry)
+        except Exception:
+            if self._refused is None:
+                raise
+        if self._refused is not None:
+            raise self._refused
         self.tape.output = self._refer(output)
         if not isinstance(self.tape.output, Ref):
             raise UntraceableError(
@@ -160,7 +183,7 @@ class Recorder(TorchFunctionMode):
     @property
     def where(self) -> str:
         """The module that is being called, in words."""
-        return in_words(self._here)
+        return in_words(own_name(self._network, self._here))
 
     @property
     def _here(self) -> str:
@@ -176,9 +199,15 @@ class Recorder(TorchFunctionMode):
             with self:
                 return self_attention(arguments)
         name = name_of(func)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise self._refuse(
+                "computes inside torch.vmap or another transformation of torch.func, where single operations cannot be recorded; "
+                "write it for all images at once"
+            )
         if args and id(args[0]) in self._sized and name in _SIZES:
             raise self._reads_values(f"{name.strip('_')} of a selection by values")
         asks = (name.startswith("is_") and name != "is_nonzero") or name in _QUERIES
+        asks |= name == "type" and len(args) + len(kwargs) == 1
         if asks or (is_attribute(func) and name not in _TENSOR_ATTRIBUTES):
             return func(*args, **kwargs)
         described = fx.node.map_aggregate((args, kwargs), self._refer)
@@ -189,33 +218,63 @@ class Recorder(TorchFunctionMode):
         if inplace and first._version == version:  # type: ignore[union-attr]
             return result  # nothing happened, as of dropout in eval mode
         if sets_items:
+            whole, index = self._part_of.get(id(args[2]), (None, None))
+            if whole is first and index == described[0][1]:
+                return None  # nothing happened: the end of y[:, :3] += 1
             result, inplace = first, True
-        of_images = any(
-            isinstance(leaf, Ref) and (leaf.call < 0 or self.tape.calls[leaf.call].of_images)
-            for leaf in leaves(described)
-        )
+        of_images = self._is_of_images(described)
         if not any(isinstance(part, Tensor) for part in _parts(result)):
             if of_images and result is not None:
                 raise self._reads_values(name.strip("_"))
             return result
-        self._watch_memory(name, args, result, inplace, of_images)
+        written_over = self._watch_memory(name, args, result, inplace, of_images)
         self._record(Call(*canonical(func, *described, shape), result, of_images, self._here))
+        if name == "__getitem__" and _share_memory(args[0], result):
+            self._part_of[id(result)] = (args[0], described[0][1])
+        if inplace:
+            self._write_back(args[0], written_over)
         return None if sets_items else result
 
+    def _is_of_images(self, described: Any) -> bool:
+        """Whether a reference among arguments is to what depends on the images."""
+        refs = (leaf for leaf in leaves(described) if isinstance(leaf, Ref))
+        return any(ref.call < 0 or self.tape.calls[ref.call].of_images for ref in refs)
+
+    def _write_back(self, part: Tensor, written_over: set[int]) -> None:
+        """Behind an operation in place on a part of a tensor: the tensor with the new part, and so on outwards."""
+        while id(part) in self._part_of:
+            whole, index = self._part_of[id(part)]
+            if id(whole) not in written_over:  # somebody else wrote over it before
+                break
+            described = (self._refer(whole), index, self._refer(part))
+            of_images = self._is_of_images(described)
+            self._record(Call("call_function", set_items, described, {}, whole, of_images, self._here))
+            self._overwritten.discard(id(whole))
+            part = whole
+
+    def _refuse(self, said: str) -> UntraceableError:
+        self._refused = self._refused or UntraceableError(f"{self.where} {said}")
+        return self._refused
+
     def _reads_values(self, how: str) -> UntraceableError:
-        return UntraceableError(
-            f"{self.where} reads the values of tensors ({how}), so that other images may take another way; its forward must not "
-            "branch or loop on the values of tensors: move such code out of the network"
+        if how in ("array", "numpy"):
+            return self._refuse(
+                "gives tensors to numpy, whose operations cannot be recorded; write them with operations of PyTorch"
+            )
+        return self._refuse(
+            f"reads the values of tensors ({how}), so that other images may take another way; its forward must not branch or loop "
+            "on the values of tensors: move such code out of the network"
         )
 
-    def _watch_memory(self, name: str, args: tuple[Any, ...], result: Any, inplace: bool, of_images: bool) -> None:
-        """Note which tensors are of a size that values decide, and which have been written over through another one."""
+    def _watch_memory(self, name: str, args: tuple[Any, ...], result: Any, inplace: bool, of_images: bool) -> set[int]:
+        """Note which tensors are of a size that values decide, and which this call writes over through another one."""
         given = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
         if any(id(tensor) in self._overwritten for tensor in given):
-            raise UntraceableError(
-                f"{self.where} writes into a tensor and reads it through another view of its memory; write "
-                "y = y.relu() or torch.cat instead of an operation in place on a part of y"
+            raise self._refuse(
+                "writes into a tensor and reads it through another view of its memory; write y = y.relu() or torch.cat instead "
+                "of an operation in place on a part of y"
             )
+        written_over: set[int] = set()
         by_values = name in _BY_VALUES or (name == "where" and len(args) == 1)
         by_values |= name == "__getitem__" and any(tensor.dtype in (torch.bool, torch.uint8) for tensor in given[1:])
         sure_shapes = {tensor.shape for tensor in given if id(tensor) not in self._sized}
@@ -228,8 +287,11 @@ class Recorder(TorchFunctionMode):
             if part.numel() and part.layout is torch.strided:
                 memory = self._memory.setdefault(part.untyped_storage().data_ptr(), [])
                 if inplace:
-                    self._overwritten.update(other for other in memory if other != id(part))
+                    written_over.update(other for other in memory if other != id(part))
                 memory.append(id(part))
+        written_over -= self._overwritten
+        self._overwritten |= written_over
+        return written_over
 
     def _record(self, call: Call) -> None:
         index = len(self.tape.calls)
@@ -244,13 +306,22 @@ class Recorder(TorchFunctionMode):
 
     def _refer(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return value
+            return self._plain(value)
         if id(value) in self._refs:
             return self._refs[id(value)]
         if id(value) in self._names:
             return Named(self._names[id(value)])
         self._alive.append(value)
         return Value(value)
+
+    def _plain(self, value: Any) -> Any:
+        """An argument that is no tensor; arrays, numbers of numpy and members of enumerations as what they stand for."""
+        if isinstance(value, np.ndarray):
+            return Value(torch.as_tensor(value))
+        value = value.value if isinstance(value, Enum) else value
+        value = value.item() if isinstance(value, np.generic) else value
+        kind = next((kind for kind in (bool, int, float, complex, str) if isinstance(value, kind)), None)
+        return value if kind is None else kind(value)
 
     def _enter(self, name: str, module: nn.Module) -> None:
         if isinstance(module, Preprocess):  # recorded as one call
@@ -263,7 +334,8 @@ class Recorder(TorchFunctionMode):
             self._paused = False
             self._record(Call("call_module", name, (self._refer(args[0]),), {}, result, True, name))
         else:
-            self.path.pop()
+            while self.path.pop() != name:  # the network's own code may catch the error of a module
+                pass
 
 
 @contextmanager
@@ -295,6 +367,11 @@ def leaves(arguments: Any) -> list[Any]:
     held: list[Any] = []
     fx.node.map_aggregate(arguments, held.append)
     return held
+
+
+def _share_memory(first: Any, second: Any) -> bool:
+    tensors = [tensor for tensor in (first, second) if isinstance(tensor, Tensor) and tensor.layout is torch.strided]
+    return len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1 == len(tensors) - 1
 
 
 def _parts(result: Any) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx, nn
 
+from ..networks.preprocessing import own_name
 from .channel_origin import Source, heads, last_layers, sources
 from .channels import Channels, Kind, module_of
 
@@ -34,22 +35,22 @@ class Sites:
 
     Args:
         channels: of the traced network.
-        prefix: of the names in the graph that the user does not see.
+        network: that it was traced from.
 
     Attributes:
         by_layer: of each neuron layer, in network order; several where a layer is used several times, or for heads.
         at: by node.
-        last: the layers that the logits come from.
+        last: the layers and other products with weights that the logits come from.
         reasons: why a layer or normalisation has no site.
         normalised_by: the normalisation that each convolution or linear layer is masked at.
     """
 
-    def __init__(self, channels: Channels, prefix: str) -> None:
+    def __init__(self, channels: Channels, network: nn.Module) -> None:
         self.channels = channels
         self.last = last_layers(channels)
         self.reasons: dict[fx.Node, str] = {}
         self.normalised_by: dict[fx.Node, fx.Node] = {}
-        self._prefix = prefix
+        self._network = network
         #: The layers of the graph that read each parameter, and the parameters that something else reads as well.
         self._readers: dict[str, set[str]] = {}
         self._read_beside: set[str] = set()
@@ -93,23 +94,13 @@ class Sites:
 
     def shown(self, name: str) -> str:
         """What the user calls a layer or parameter of the graph."""
-        return name.removeprefix(self._prefix)
+        return own_name(self._network, name)
 
     def bears_name_of(self, sites: Sequence[Site]) -> fx.Node:
         """The node whose name the neurons of a layer bear: that of a convolution which one normalisation alone reads."""
         node, feeders = sites[0].node, sites[0].feeders
         alone = len(sites) == 1 and self._reads_alone(node, feeders) and len(self.channels.uses(feeders[0].node)) == 1
         return feeders[0].node if alone else node
-
-    def why_none(self) -> str:
-        """Why no layer has a site."""
-        reasons = list(dict.fromkeys(f"{self.name(node)} ({reason})" for node, reason in self.reasons.items()))
-        if reasons:
-            return f"of its layers none can be pruned: {'; '.join(reasons[:3])}"
-        for node in self.channels.nodes:
-            if self.channels.kinds[node] is Kind.WEIGHTED:
-                return f"its only layer with weights, {self.name(node)}, gives the logits"
-        return "it computes its logits without any convolution or linear layer whose weights are parameters"
 
     def _norm_site(self, node: fx.Node) -> Site | None:
         channels, module = self.channels, module_of(self.channels.graph_module, node)
@@ -142,9 +133,11 @@ class Sites:
                 return False
             if not written & self._read_beside and not others:
                 return True
-            self.reasons[node] = (
-                f"{f'layer {others[0]}' if others else 'something that is no layer'} reads its weights too"
+            readers_in_words = sorted(
+                {self.shown(self.channels.lowered[name].name) for name in others} - {self.name(node)}
             )
+            what = f"layer {readers_in_words[0]}" if readers_in_words else "another operation"
+            self.reasons[node] = f"{what} reads its weights too"
         return False
 
     def _reads_alone(self, norm: fx.Node, feeders: Sequence[Source]) -> bool:

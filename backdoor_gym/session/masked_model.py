@@ -85,11 +85,16 @@ class MaskedModel:
         if inverted is not None and foreign is None:
             self._corrected = network(inverted.clean)
         self._inverted = None if inverted is None else network(inverted.images)
+        self._clean_count = len(clean)
         self._triggered = self._test = None
         if len(self.triggered[0]):
+            assert prepared.model.target is not None
             self._triggered = network(self.triggered[0])
+            self._true_labels = self.triggered[1].to(self._triggered.device)
+            self._aims = target_labels(self._true_labels, prepared.model.target, prepared.model.num_classes)
         if self.tested is not None:
             self._test = network(self.tested.images)
+            self._test_labels = self.tested.labels.to(self._test.device)
 
     @classmethod
     def begin(cls, prepared: PreparedModel, score_samples: int = SCORE_SAMPLES) -> Self:
@@ -129,11 +134,11 @@ class MaskedModel:
             raise WeightsError(f"without these units {self.prepared.name} gives logits that are not finite")
         figures = Figures(*clean, self.suspected_danger(pruned))
         if score and self._triggered is not None:
-            asr, ra, true_danger = self._score(self._triggered.logits(mask))
-            figures = replace(figures, asr=asr, ra=ra, danger=true_danger)
-        if score and self._test is not None and self.tested is not None:
-            test_logits = self._test.logits(mask)
-            figures = replace(figures, test_acc=accuracy(test_logits, self.tested.labels.to(test_logits.device)))
+            logits = self._triggered.logits(mask)
+            asr, ra = attack_success(logits, self._aims), accuracy(logits, self._true_labels)
+            figures = replace(figures, asr=asr, ra=ra, danger=danger(logits, self._aims))
+        if score and self._test is not None:
+            figures = replace(figures, test_acc=accuracy(self._test.logits(mask), self._test_labels))
         return figures
 
     def clean(self, pruned: np.ndarray, least_acc: float = 0.0) -> tuple[float, float] | None:
@@ -143,7 +148,7 @@ class MaskedModel:
         where the cross-entropy is not finite.
         """
         mask = self.prepared.neuron_mask(pruned)
-        count, wrong, loss = len(self.prepared.clean), 0, 0.0
+        count, wrong, loss = self._clean_count, 0, 0.0
         for part in self._clean:
             logits = part.network.logits(mask)
             wrong += int((logits.argmax(1) != part.labels).sum())
@@ -175,8 +180,8 @@ class MaskedModel:
             for part in parts:
                 if part.foreign is not None and len(part.foreign):
                     clean_pull += part.network.mask_gradient(mask, margin, part.foreign)
-        found = (pull, harm, clean_pull / len(inverted.clean))
-        return MaskGradients(*(prepared.by_unit(one) for one in found))
+        gradients = (pull, harm, clean_pull / len(inverted.clean))
+        return MaskGradients(*(prepared.by_unit(gradient) for gradient in gradients))
 
     def suspected_danger(self, pruned: np.ndarray) -> float:
         """``Figures.suspected_danger`` of the network without the pruned units, bool (units,)."""
@@ -202,8 +207,8 @@ class MaskedModel:
         if model.test is None or model.trigger is None or model.target is None or count == 0:
             return torch.empty(0), torch.empty(0)
         test = model.test.first(4 * count)  # not the whole test split, which may be large
-        wanted = target_labels(test.labels, model.target, model.num_classes)
-        others = torch.nonzero(test.labels != wanted).flatten()[:count]
+        targets = target_labels(test.labels, model.target, model.num_classes)
+        others = torch.nonzero(test.labels != targets).flatten()[:count]
         return model.trigger(test.images[others]), test.labels[others]
 
     @cached_property
@@ -211,12 +216,6 @@ class MaskedModel:
         """Clean test images that the accuracy is scored on; None where there are none."""
         test, count = self.prepared.model.test, 2 * self.score_samples
         return test.first(count) if test is not None and count else None
-
-    def _score(self, logits: Tensor) -> tuple[float, float, float]:
-        model, labels = self.prepared.model, self.triggered[1].to(logits.device)
-        assert model.target is not None
-        wanted = target_labels(labels, model.target, model.num_classes)
-        return attack_success(logits, wanted), accuracy(logits, labels), danger(logits, wanted)
 
     def _networks(self) -> Iterator[MaskedNetwork]:
         clean = [part.network for part in self._clean]

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..analysis.bn_evidence import Reading, read_statistics
-from ..analysis.features import STATIC_FEATURES, neuron_features, standardise
+from ..analysis.bn_evidence import BNEvidence, find_bn_evidence
+from ..analysis.features import STATIC_FEATURES, neuron_features
 from ..analysis.label_inversion import invert_by_label
 from ..analysis.mask_gradient import mask_gradient
 from ..analysis.neuron_graph import NeuronGraph, input_strengths, max_edges, neuron_graph
 from ..analysis.suspected_target import SuspectedTarget
 from ..analysis.trigger_inversion import InvertedTrigger
-from ..analysis.uclc import uclc
 from ..devices import find_device
 from ..errors import UntraceableError
 from ..metrics import predict_logits, target_margin
 from ..models.infected import InfectedModel
 from ..neurons.finding import find_neurons
 from ..neurons.layers import Neurons
+from ..neurons.precision import InFloat32
 from ..neurons.tracing import ROUNDING, same_logits
 from .defender import Defender
 
@@ -83,6 +83,7 @@ class PreparedModel:
         self.neurons: Neurons = find_neurons(model.network, model.clean.first(2).images)
         self.neurons.graph.to(find_device(options.device))
         self.units = self.neurons.units(options.residual)
+        self._grouped = len(self.units) < len(self.neurons)
         self.clean = model.clean.first(options.clean_samples)
         self.preparing = RLock()
 
@@ -105,42 +106,37 @@ class PreparedModel:
         return Defender(self.model.network, self.neurons, self.units, self.clean.images, self.clean.labels)
 
     @cached_property
-    def reading(self) -> Reading | None:
+    def bn_evidence(self) -> BNEvidence | None:
         """What the BN statistics say of a backdoor; None where there is no batch normalisation."""
-        return read_statistics(self.neurons, self.clean.images, self.clean.labels)
+        return find_bn_evidence(self.neurons, self.clean.images, self.clean.labels)
 
     @property
     def suspected(self) -> SuspectedTarget | None:
         """The suspected target and its evidence; None where there is no batch normalisation."""
-        return None if self.reading is None else self.reading.suspected
+        return None if self.bn_evidence is None else self.bn_evidence.suspected
 
     @cached_property
     def inverted(self) -> InvertedTrigger | None:
         """The trigger sought in the image, by the label alone without batch normalisation; None where none can be."""
-        if self.reading is not None:
-            return self.reading.inverted
+        if self.bn_evidence is not None:
+            return self.bn_evidence.inverted
         return invert_by_label(self.neurons, self.clean.images, self.clean.labels, self.model.num_classes)
 
     @cached_property
     def features(self) -> np.ndarray:
         """Static features of each unit, float32 (units, F); of a group the largest of its neurons."""
-        images = self.clean.images if self.reading is None else self.reading.images
+        images = self.clean.images if self.bn_evidence is None else self.bn_evidence.images
         features = neuron_features(self.neurons.graph, self.neurons, images, self.clean.labels, self.inverted)
-        if len(self.units) == len(self.neurons):
+        if not self._grouped:
             return features
         return np.stack([features[unit].max(axis=0) for unit in self.units])
-
-    @cached_property
-    def uclc_scores(self) -> np.ndarray:
-        """UCLC of each neuron, standardised within its layer, float64 (neurons,)."""
-        return torch.cat([standardise(bounds) for bounds in uclc(self.neurons.graph, self.neurons)]).numpy()
 
     @cached_property
     def neuron_features(self) -> np.ndarray:
         """Static features of each neuron, float32 (neurons, F); a neuron of a group has those of the group."""
         features = np.empty((len(self.neurons), self.features.shape[1]), dtype=np.float32)
-        for unit, found in zip(self.units, self.features, strict=True):
-            features[unit] = found
+        for unit, unit_features in zip(self.units, self.features, strict=True):
+            features[unit] = unit_features
         return features
 
     @property
@@ -163,7 +159,11 @@ class PreparedModel:
         logits = predict_logits(self.model.network, self.clean.images)
         if not self.neurons.graph.meta["live"]:
             try:
-                same = same_logits(predict_logits(self.neurons.graph, self.clean.images), logits, ROUNDING)
+                own = logits
+                if self.neurons.graph.meta["computes_in"]:
+                    with InFloat32():
+                        own = predict_logits(self.model.network, self.clean.images)
+                same = same_logits(predict_logits(self.neurons.graph, self.clean.images), own, ROUNDING)
             except Exception as error:  # the user's operations, on as many images as they were not recorded with
                 raise UntraceableError(_counts_images(self.name, len(logits))) from error
             if not same:
@@ -197,7 +197,7 @@ class PreparedModel:
         graph = neuron_graph(
             self.neurons.graph, self.neurons, connections=self.options.connections, similar=self.options.similar
         )
-        if len(self.units) == len(self.neurons):
+        if not self._grouped:
             return graph
         return self._between_units(graph)
 
@@ -218,7 +218,7 @@ class PreparedModel:
 
     def neuron_mask(self, pruned: np.ndarray) -> np.ndarray:
         """Pruned units, bool (units,), as a mask of neurons, bool (neurons,), True where kept."""
-        if len(self.units) == len(self.neurons):
+        if not self._grouped:
             return ~pruned
         mask = np.ones(len(self.neurons), dtype=bool)
         for index in np.flatnonzero(pruned):
@@ -255,7 +255,7 @@ class PreparedModel:
     def by_unit(self, derivatives: Tensor) -> np.ndarray:
         """Derivatives by neuron, (neurons,), as those by unit: of a group the sum over its neurons, float64 (units,)."""
         by_neuron = derivatives.double().cpu().numpy()
-        if len(self.units) == len(self.neurons):
+        if not self._grouped:
             return by_neuron
         return np.array([by_neuron[unit].sum() for unit in self.units])
 

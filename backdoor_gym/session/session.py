@@ -198,13 +198,12 @@ class RepairSession:
         return self.state.failures >= self.max_failures or not self.open_units.any()
 
     def try_prune(self, unit: int, worth: Worth | None = None) -> Attempt:
-        """Prune a unit, unless that breaks the accuracy budget.
+        """Prune a unit, unless that breaks the accuracy budget; one that is pruned or tried already stays as it is.
 
         Raises:
             DataError: no number of a unit.
         """
-        check_whole("unit", unit)
-        if unit >= len(self.prepared) or not self.open_units[unit]:
+        if not self.open_units[_checked([unit], len(self.prepared))[0]]:
             return Attempt()
         if self.peek_clean([unit]) is None:
             self._change(tried=_with(self.state.tried, [unit]), failures=self.state.failures + 1)

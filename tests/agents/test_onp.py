@@ -36,12 +36,13 @@ def same_weights(first, second):
     return all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward", ["acc", "oracle"])
 def test_it_learns_to_find_the_planted_neuron(planted, reward):
     """In seconds, from clean images alone or with the trigger; a right episode is one prune and a stop."""
     make_one = lambda: make(planted, reward=reward, score_samples=100, clean_samples=None)  # noqa: E731
     onp = ONP(DummyVecEnv([make_one] * 4), seed=0, n_steps=32, batch_size=64, learning_rate=3e-3)
-    onp.learn(4_000)
+    onp.learn(2_500)
     env = make_one()
     observation, before = env.reset(seed=0)
     assert before["asr"] == 1
@@ -147,14 +148,6 @@ def test_a_policy_of_other_features_is_refused(tmp_path, monkeypatch):
     file = ONP().save(tmp_path / "policy.safetensors")
     monkeypatch.setattr("backdoor_gym.agents.encoder.NODE_FEATURES", ("colour",))
     with pytest.raises(ModelFileError, match="other features"):
-        ONP.load(file)
-
-
-def test_a_policy_of_agents_of_layers_is_refused(tmp_path):
-    onp = ONP()
-    onp.facts["per_layer"] = True
-    file = onp.save(tmp_path / "policy.safetensors")
-    with pytest.raises(ModelFileError, match="agents that see one layer each"):
         ONP.load(file)
 
 
@@ -348,10 +341,12 @@ def test_a_threshold_is_a_probability():
         ONP(threshold=1.5)
 
 
-@pytest.mark.parametrize("kind", [DummyVecEnv, SubprocVecEnv])
+@pytest.mark.parametrize("kind", [DummyVecEnv, pytest.param(SubprocVecEnv, marks=pytest.mark.slow)])
 def test_it_looks_ahead_in_vector_environments(infected_file, kind):
     env = make_vec_env(lambda: make(str(infected_file)), n_envs=2, vec_env_cls=kind)
     onp = ONP(env, seed=0, look_ahead=LookAhead(candidates=2))
-    mean, _ = evaluate_policy(onp, env, n_eval_episodes=2, warn=False)
-    assert np.isfinite(mean)
+    mean, spread = evaluate_policy(onp, env, n_eval_episodes=2, warn=False)
+    alone = make(str(infected_file))
+    onp.set_env(alone)
+    assert (mean, spread) == (evaluate_policy(onp, alone, n_eval_episodes=1, warn=False)[0], 0)
     env.close()

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from stable_baselines3.common.callbacks import BaseCallback
 
+from backdoor_gym import repair
 from backdoor_gym.agents import ONP, LookAhead
 from backdoor_gym.agents.school import BUDGETS, MAX_STEPS, school
 from backdoor_gym.agents.training import THRESHOLD, checkpoint_of, train
@@ -13,6 +14,8 @@ from backdoor_gym.agents.warm_start import examples
 from backdoor_gym.baselines import CLP
 from backdoor_gym.errors import DataError, ModelFileError
 from backdoor_gym.files.tensors import read_tensors, write_tensors
+from backdoor_gym.metrics import evaluate
+from backdoor_gym.session.masked_model import SCORE_SAMPLES
 
 QUICK = {"n_steps": 16, "batch_size": 32, "n_epochs": 1}
 
@@ -41,11 +44,11 @@ def test_too_few_models_for_a_school_are_named(files):
 
 def test_outcomes_are_those_of_the_episodes(infected):
     env = gym.make("BackdoorPrune-v0", infected=[infected, "digits-clean"], accuracy_budget=None, max_steps=30)
-    outcomes = run(CLP(1.5), env, [infected, "digits-clean"])
-    _, before = env.reset(options={"infected": infected})
-    assert outcomes[0].asr <= before["asr"]
-    assert outcomes[0].pruned > 0
-    assert outcomes[1].asr is None
+    outcomes = run(CLP(env, 1.5), env, [infected, "digits-clean"])
+    result, tested = repair(infected, "clp", u=1.5, max_steps=30), infected.test.first(2 * SCORE_SAMPLES)
+    assert outcomes[0].pruned == len(result.pruned)
+    assert outcomes[0].acc == evaluate(result.network, tested.images, tested.labels).acc
+    assert (outcomes[1].asr, outcomes[1].der) == (None, None)
     figures = summary(outcomes)
     assert figures["der"] == outcomes[0].der
     assert figures["untouched"] == float(outcomes[1].pruned == 0)
@@ -139,6 +142,7 @@ def test_a_killed_training_goes_on(files, tmp_path, monkeypatch):
     assert ONP.load(out).facts["learned_on"] == files
 
 
+@pytest.mark.slow
 def test_a_training_that_was_killed_comes_to_the_same(files, tmp_path, monkeypatch):
     monkeypatch.setattr("backdoor_gym.agents.training.VALIDATE_EVERY", 2)
     for place in ("training.MAX_STEPS", "school.MAX_STEPS"):

@@ -1,11 +1,14 @@
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
+from gymnasium.utils.env_checker import data_equivalence
 
 from backdoor_gym.agents.encoder import EncoderOptions, GraphActorCritic, as_tensors
 from backdoor_gym.agents.finetuning import learn_alone
 from backdoor_gym.agents.onp import ONP
-from backdoor_gym.agents.warm_start import Example, _example, benefits, examples, padded, warm_start
+from backdoor_gym.agents.warm_start import _example, benefits, examples, padded, warm_start
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.errors import DataError
@@ -33,9 +36,8 @@ def test_benefits_are_taken_under_the_mask(planted):
     prepared = PreparedModel(planted, Preparation())
     pruned = np.zeros(8, dtype=bool)
     pruned[PLANTED] = True
-    assert benefits(prepared, pruned).argmax() != PLANTED or not np.allclose(
-        benefits(prepared, pruned), benefits(prepared)
-    )
+    before, after = benefits(prepared), benefits(prepared, pruned)
+    assert (before.argmax(), after.argmax()) == (PLANTED, 4)  # one that does nothing of use
 
 
 def test_without_the_trigger_there_are_no_benefits(planted):
@@ -68,8 +70,7 @@ def test_half_of_the_repairs_are_by_what_is_seen(planted, monkeypatch):
         followed.clear()
         _example(planted, {"accuracy_budget": 0.01}, index, oracle=True)
         counts.append(len(followed))
-    assert 0 in counts
-    assert max(counts) > 0
+    assert counts.count(0) == 5  # of eight draws
 
 
 def test_in_clean_models_to_stop_is_right_at_once():
@@ -127,8 +128,7 @@ def test_it_fits(planted, infected, monkeypatch):
 
 def test_examples_are_reproducible(infected):
     first, second = (examples([infected], score_samples=50)[0] for _ in range(2))
-    assert isinstance(first, Example)
-    assert np.array_equal(first.preference, second.preference)
+    assert data_equivalence(asdict(first), asdict(second), exact=True)
 
 
 def test_learning_alone_can_begin_with_what_the_environment_shows(infected):

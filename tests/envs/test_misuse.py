@@ -127,7 +127,9 @@ def test_an_episode_that_is_over_takes_no_step(infected):
         with pytest.raises(gym.error.ResetNeeded, match="over"):
             env.step(0)
         env.observe()
-    assert env.session.restore(0, env.worth) is not None
+    without = env.session.figures
+    worth, whole = env.session.restore(0, env.worth), env.session.figures
+    assert worth == pytest.approx(without.suspected_danger - whole.suspected_danger + 2 * (whole.acc - without.acc))
 
 
 @pytest.mark.parametrize("gives", ["much", None, float("nan"), float("inf"), [1]])

@@ -15,7 +15,9 @@ def test_graph_observation_is_a_sample_of_its_space(infected, plain_infected):
     observation, reward, _, _, info = env.step(3)
     assert env.observation_space.contains(observation)
     assert info["globals"].shape == (len(GLOBAL_FEATURES),)
-    assert isinstance(reward, float)
+    single = gym.make("BackdoorPrune-v0", infected=plain_infected)
+    single.reset(seed=0)
+    assert reward == single.step(3)[1]
 
 
 def test_a_wrapped_environment_can_be_made_again_from_its_specification(infected_file):

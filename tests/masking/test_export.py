@@ -53,13 +53,13 @@ def test_a_channel_that_a_residual_sum_still_needs_is_not_cut(network_of):
     assert smaller.layer1[0].conv2.weight.shape == network.layer1[0].conv2.weight.shape
 
 
-def test_a_layer_never_loses_its_last_channel(network_of):
+def test_a_layer_never_loses_its_last_channels(network_of):
     network = network_of("vgg16")
     neurons = find_neurons(network)
     mask = np.ones(len(neurons), dtype=bool)
     mask[neurons.layers[3].neurons] = False
     smaller = cut_channels(network, neurons, mask, images_for("vgg16")).network
-    assert smaller.features[10].out_channels == 1
+    assert smaller.features[10].out_channels == 2  # of a single one ``squeeze()`` would take the axis away
 
 
 def test_channels_behind_a_sigmoid_are_not_cut_since_zero_does_not_stay_zero():

@@ -286,7 +286,7 @@ def test_tensors_that_are_no_buffers():
         (lambda m, x: torch.stack([image * 2 for image in x]), "how many images"),
         (lambda m, x: x - x.mean(0, keepdim=True), "how many images"),
         (lambda m, x: x * torch.rand(()), "other answers each time"),
-        (lambda m, x: x + torch.from_numpy(x.detach().numpy() * 2), "values of tensors"),
+        (lambda m, x: x + torch.from_numpy(x.detach().numpy() * 2), "tensors to numpy"),
         (lambda m, x: x if (x > 9).nonzero().shape[0] == 0 else -x, "selection by values"),
         (lambda m, x: x if len(x[x > 9]) == 0 else -x, "selection by values"),
         (lambda m, x: x if not torch.is_nonzero((x > 9).sum()) else -x, "values of tensors"),
@@ -332,7 +332,7 @@ def test_weights_of_a_matrix_product_are_accounted_for():
     accounts = {account.name: account for account in neurons.accounts}
     assert (accounts["matrix"].channels, accounts["matrix"].units) == (6, 0)
     assert neurons.coverage == 0.5
-    assert any("No pass uses the weights of a." in note for note in neurons.notes)
+    assert any("No recorded pass reads the weights of a." in note for note in neurons.notes)
 
 
 def test_layers_that_are_made_at_the_first_call_are_asked_for():
@@ -561,7 +561,8 @@ def test_a_cut_that_groups_of_a_convolution_stop_is_said():
     mask = np.ones(len(neurons), dtype=bool)
     mask[[6, 7]] = False
     cut = cut_channels(network, neurons, mask, IMAGES)
-    assert cut.stops == ("2 pruned channels of a could not be cut out: b is a convolution in groups",)
+    reason = "b is a convolution in groups, and each has to lose as many"
+    assert cut.stops == (f"2 pruned channels of a could not be cut out: {reason}",)
 
 
 def test_layers_whose_weights_are_computed_are_not_taken_for_one_layer():

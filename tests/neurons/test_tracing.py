@@ -1,6 +1,8 @@
 """What two records become: numbers that grow with the batch, constants, names of layers, and what is refused."""
 
 import operator
+import re
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from backdoor_gym.neurons.canonical import canonical, changed, set_items
 from backdoor_gym.neurons.joining import Joiner, is_number
 from backdoor_gym.neurons.recording import Named, Recorder, Ref
 from backdoor_gym.neurons.tracing import same_logits, trace
+
+from ..masking.test_architectures import check_masks
 
 IMAGES = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -107,6 +111,35 @@ def test_a_layer_is_named_after_its_weight_and_uses_with_other_tensors_apart():
     assert [layer.is_plain for layer in meta["lowered"].values()] == [True, False, False]
     assert [layer.weight for layer in meta["lowered"].values()] == [(("linear.weight", 0),)] * 3
     assert meta["parameters"] == {"linear.weight": 2, "linear.bias": 1}
+
+
+#: Names that are code, no text at all in code, another name by Unicode's or our rules, or what graphs and layers have themselves.
+NAMES = (
+    'x", print("run")) or getattr(self, "x', 'a"b', "a\\", "a\nb", "a b", "a_b", "\ufb01", "fi", " ", "_graph", "_tensor_0",
+    "_units_0_0", "neuron_mask_0", "stride", "class", "0",
+)  # fmt: skip
+
+
+def test_names_of_layers_never_become_code(capsys):
+    torch.manual_seed(0)
+    network = nn.Sequential()
+    for name in NAMES:
+        network.add_module(name, nn.Conv2d(3, 3, 1))
+        network[-1].load_state_dict(network[0].state_dict())  # layers that are told apart by their names alone
+    network.add_module("flat", nn.Flatten())
+    network.add_module("out", nn.Linear(48, 3))
+    lowered = trace(network.eval(), IMAGES).meta["lowered"]
+    assert [layer.name for layer in lowered.values()] == [*NAMES, "out"]
+    assert all(re.fullmatch("[0-9A-Za-z_]+", name) for name in lowered)
+    assert {layer.name for layer in lowered.values() if not layer.is_plain}.isdisjoint(("0", "out", "fi"))
+    neurons = check_masks(network, IMAGES)
+    assert neurons.names[:2] == [f"{NAMES[0]}[0]", f"{NAMES[0]}[1]"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_name_that_no_file_can_hold_is_refused():
+    with pytest.raises(UntraceableError, match="no file can hold the name"):
+        trace(nn.Sequential(OrderedDict({"\ud800": nn.Linear(3, 3)})), IMAGES)
 
 
 @pytest.mark.parametrize(
