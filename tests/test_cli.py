@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from backdoor_gym.models.foreign import make_module
 from backdoor_gym.models.infected import InfectedModel
 
 
+@pytest.mark.slow
 def test_repair_writes_and_prints_what_it_did(run, infected_file, infected, tmp_path):
     code, out, _ = run("repair", infected_file, "--policy", "clp", "--u", "1.5", "--out", "result")
     assert code == 0
@@ -34,6 +36,7 @@ def test_repair_writes_and_prints_what_it_did(run, infected_file, infected, tmp_
     assert f"<code>backdoor-gym repair {infected_file} --policy clp --u 1.5 --out result</code>" in page
 
 
+@pytest.mark.slow
 def test_repair_without_arguments_repairs_the_embedded_model(run, tmp_path):
     code, out, _ = run("repair")
     assert code == 0
@@ -54,6 +57,7 @@ def test_the_verdict_in_words(score, target, pruned, said):
     assert verdict_in_words(score, target, pruned) == said
 
 
+@pytest.mark.slow
 def test_a_clean_network_is_left_alone(run):
     code, out, _ = run("repair", "digits-clean")
     assert code == 0
@@ -61,9 +65,12 @@ def test_a_clean_network_is_left_alone(run):
     assert "Pruned 0 of" in out
 
 
-def test_train_makes_a_policy_that_repair_takes(run, infected_file, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_train_makes_a_policy_that_repair_takes(run, infected_file, plain_infected, tmp_path):
+    clean = replace(plain_infected, name="clean", trigger=None, target=None, facts={"attack": "clean"})
+    clean_file = clean.save(tmp_path / "clean.safetensors")
     arguments = (
-        "train", "--infected", infected_file, "--infected", "digits-blended", "--validate", "digits-clean", "--steps", "128",
+        "train", "--infected", infected_file, "--infected", clean_file, "--validate", clean_file, "--steps", "128",
         "--envs", "2", "--warm-epochs", "1", "--out", "mine.safetensors", "--tensorboard", "log",
     )  # fmt: skip
     code, out, err = run(*arguments)
@@ -97,6 +104,7 @@ def test_json_output_is_json_alone(run, infected_file):
     assert report["clean_acc_before"] - report["clean_acc_after"] <= 0.02 + 1e-9
 
 
+@pytest.mark.slow
 def test_infect_makes_a_model_that_repair_reads(run, tmp_path):
     arguments = (
         "--epochs",
@@ -167,6 +175,7 @@ def test_list_and_inspect(run, infected_file):
     assert any(layer["outliers"] for layer in layers)
 
 
+@pytest.mark.slow
 def test_zoo_build_fills_the_cache(run, monkeypatch, tmp_path):
     from backdoor_gym.models import family
 
@@ -327,7 +336,7 @@ QUICK = {
     "infect": ("--epochs", "1", "--width", "8"),
     "list": (),
     "inspect": (),
-    "zoo build": ("digits-train/0",),
+    "zoo build": ("digits-train/0", "--jobs", "1"),
 }  # fmt: skip
 
 
@@ -337,6 +346,7 @@ def cached(monkeypatch, plain_infected):
     monkeypatch.setattr("backdoor_gym.models.family.load", lambda name, progress=False: plain_infected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_json_is_alone_on_standard_output_and_quiet_is_quiet(run, cached, command):
     code, out, _ = run(*command.split(), *QUICK[command], "--json")
@@ -410,6 +420,7 @@ class Net(nn.Sequential):
 """
 
 
+@pytest.mark.slow
 def test_a_network_of_ones_own_is_repaired_and_inspected(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
@@ -477,6 +488,7 @@ def renamed(infected_file, tmp_path):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["..", "", ".", "../../x", "/x", EVIL])
 def test_the_name_of_a_model_chooses_no_folder(run, renamed, tmp_path, name):
     code, out, errors = run("repair", renamed(name), "--policy", "random")

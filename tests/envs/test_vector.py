@@ -36,14 +36,15 @@ def play(env, steps, seed=0, reset_every=None):
     return returned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(AutoresetMode))
-@pytest.mark.parametrize("reset_every", [None, 7])
+@pytest.mark.parametrize("reset_every", [None, 5])
 def test_equal_to_single_environments_bit_for_bit(infected_file, plain_infected_file, mode, reset_every):
-    options = {"infected": [str(infected_file), str(plain_infected_file)], "max_steps": 6}
+    options = {"infected": [str(infected_file), str(plain_infected_file)], "max_steps": 4}
     vector = BackdoorPruneVectorEnv(3, autoreset_mode=mode, **options)
     sync = SyncVectorEnv([lambda: BackdoorPruneEnv(**options)] * 3, autoreset_mode=mode)
     assert data_equivalence(
-        play(vector, 20, reset_every=reset_every), play(sync, 20, reset_every=reset_every), exact=True
+        play(vector, 12, reset_every=reset_every), play(sync, 12, reset_every=reset_every), exact=True
     )
     assert vector.observation_space == sync.observation_space
     assert vector.action_space == sync.action_space
@@ -66,7 +67,7 @@ def test_gymnasium_makes_it(infected_file):
     env.close()
 
 
-def test_sub_environments_work_at_the_same_time_on_one_core_each(infected):
+def test_sub_environments_work_at_the_same_time_on_one_core_each(infected_file):
     meeting = threading.Barrier(2, timeout=60)
     threads = []
 
@@ -75,7 +76,7 @@ def test_sub_environments_work_at_the_same_time_on_one_core_each(infected):
         threads.append(torch.get_num_threads())
         return 0.0
 
-    env = BackdoorPruneVectorEnv(2, infected=infected, reward=reward, accuracy_budget=None)
+    env = BackdoorPruneVectorEnv(2, infected=str(infected_file), reward=reward, accuracy_budget=None)
     env.reset(seed=0)
     env.step([0, 1])
     assert threads == [1, 1]
@@ -83,10 +84,10 @@ def test_sub_environments_work_at_the_same_time_on_one_core_each(infected):
     env.close()
 
 
-def test_large_networks_step_in_turn_on_all_cores(infected, monkeypatch):
+def test_large_networks_step_in_turn_on_all_cores(infected_file, monkeypatch):
     seen = []
     options = {
-        "infected": infected,
+        "infected": str(infected_file),
         "accuracy_budget": None,
         "reward": lambda transition: seen.append((threading.current_thread(), torch.get_num_threads())) or 0.5,
     }
@@ -101,6 +102,7 @@ def test_large_networks_step_in_turn_on_all_cores(infected, monkeypatch):
     light.close()
 
 
+@pytest.mark.slow
 def test_a_model_is_made_ready_once(infected, monkeypatch):
     made = []
     reading = backdoor_gym.session.prepared_model.read_statistics
@@ -115,13 +117,13 @@ def test_a_model_is_made_ready_once(infected, monkeypatch):
     env.close()
 
 
-def test_a_failed_step_leaves_nothing_behind(infected):
+def test_a_failed_step_leaves_nothing_behind(infected_file):
     def reward(transition):
         if transition.unit == 3:
             raise RuntimeError("no reward for this one")
         return 0.5
 
-    env = BackdoorPruneVectorEnv(3, infected=infected, reward=reward, accuracy_budget=None)
+    env = BackdoorPruneVectorEnv(3, infected=str(infected_file), reward=reward, accuracy_budget=None)
     env.reset(seed=0)
     with pytest.raises(RuntimeError, match="no reward"):
         env.step([3, 4, 5])
@@ -131,12 +133,12 @@ def test_a_failed_step_leaves_nothing_behind(infected):
     env.close()
 
 
-def test_what_cannot_be_is_named(infected):
+def test_what_cannot_be_is_named(infected_file):
     with pytest.raises(DataError, match="at least 1"):
-        BackdoorPruneVectorEnv(0, infected=infected)
+        BackdoorPruneVectorEnv(0, infected=str(infected_file))
     with pytest.raises(DataError, match="rgb_array"):
-        BackdoorPruneVectorEnv(2, infected=infected, render_mode="human")
-    env = BackdoorPruneVectorEnv(2, infected=infected, render_mode="rgb_array")
+        BackdoorPruneVectorEnv(2, infected=str(infected_file), render_mode="human")
+    env = BackdoorPruneVectorEnv(2, infected=str(infected_file), render_mode="rgb_array")
     env.reset(seed=0)
     assert [frame.shape for frame in env.render()] == [env.render()[0].shape] * 2
     env.close()
