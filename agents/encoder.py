@@ -226,6 +226,13 @@ def as_tensors(observation: Mapping[str, Any], device: torch.device | str = "cpu
     return {key: torch.as_tensor(array, device=device) for key, array in arrays.items()}
 
 
+def grown(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """The array with zeros after it, up to a size along an axis."""
+    zeros = np.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), dtype=array.dtype)
+    zeros[tuple(map(slice, array.shape))] = array
+    return zeros
+
+
 def encoder_facts(options: EncoderOptions) -> dict[str, Any]:
     """What a file must say of a network to be read again, JSON-able: its options and the features it was made for."""
     return {

@@ -11,21 +11,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
-import gymnasium as gym
 import numpy as np
 import torch
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
-from stable_baselines3.common.vec_env import VecEnv
 
 from backdoor_gym.arguments import check_kind, check_path, check_whole
 from backdoor_gym.devices import find_device
 from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.errors import DataError, check_name
+from backdoor_gym.files.schemas import free
 from backdoor_gym.files.tensors import read_tensors, write_tensors
 from backdoor_gym.policies.contract import checked_observation
-from backdoor_gym.wording import shown
-from backdoor_gym.writing import finite
 
 from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
 from .graph_policy import GraphPolicy
@@ -130,8 +127,6 @@ class ONP(ScoringPolicy):
 
     def set_env(self, env: Any) -> None:
         """Learn and look ahead in this environment from now on; what was learned is kept."""
-        if env is not None and not isinstance(env, gym.Env | VecEnv):
-            raise DataError(f"ONP is for a Gymnasium or Stable-Baselines3 environment, not {shown(env)}")
         super().set_env(env)
         self._ppo = None
 
@@ -230,7 +225,7 @@ class ONP(ScoringPolicy):
             "look_ahead": None if self.look_ahead is None else asdict(self.look_ahead),
             "threshold": self.threshold,
             "verdict_threshold": self.verdict_threshold,
-            "facts": finite(self.facts),
+            "facts": free(self.facts, "the policy"),
         }
 
     @classmethod
@@ -258,5 +253,5 @@ class ONP(ScoringPolicy):
             options.setdefault("verdict_threshold", policy.fields.verdict_threshold)
         onp = cls(env, encoder=policy.encoder, **options)
         onp.network.load_state_dict(tensors)
-        onp.facts = dict(policy.fields.facts)
+        onp.facts = free(metadata["facts"], str(path))
         return onp

@@ -50,7 +50,6 @@ class PolicyFields(Fields):
 class KnownFacts(Fields, forbid_unknown_fields=False):
     """Facts that are used again; others are for people."""
 
-    per_layer: bool = False
     timesteps: Count = 0
     validation: dict[str, float] | None = None
 
@@ -73,8 +72,7 @@ def read_policy(metadata: Mapping[str, Any], kind: str, path: Any) -> SavedPolic
     if metadata.get("format") != kind:
         raise ModelFileError(f"{path} is no file of the kind {kind}, but {metadata.get('format', 'an infected model')}")
     fields = checked(metadata, PolicyFields, str(path))
-    if checked(fields.facts, KnownFacts, str(path)).per_layer:
-        raise ModelFileError(f"{path} was trained for agents that see one layer each; policies see the whole network")
+    checked(fields.facts, KnownFacts, str(path))
     options = checked(fields.encoder.options, EncoderOptions, str(path))
     made_for = {**msgspec.structs.asdict(fields.encoder), "options": None}
     if made_for != {**encoder_facts(options), "options": None}:

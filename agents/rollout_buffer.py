@@ -9,6 +9,8 @@ from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, Maska
 from backdoor_gym.analysis.features import STATIC_FEATURES
 from backdoor_gym.envs.observation import NODE_FEATURES
 
+from .encoder import grown
+
 EDGES = ("edges", "edge_links")
 STATIC = len(STATIC_FEATURES)
 #: Columns of ``nodes`` that an episode changes; flags take a byte.
@@ -83,21 +85,13 @@ class GraphRolloutBuffer(MaskableDictRolloutBuffer):
         graphs = [self.graphs[index] for index in used.astype(int)]
         counts = np.array([[len(edges)] for edges, *_ in graphs])
         for position, key in enumerate(EDGES):
-            observations[key] = self.to_torch(_padded([graph[position] for graph in graphs], int(counts.max())))
+            observations[key] = self.to_torch(np.stack([grown(graph[position], 0, counts.max()) for graph in graphs]))
         observations["num_edges"] = self.to_torch(counts)
         observations[_GRAPH] = self.to_torch(which)
         nodes = np.zeros((len(which), self._most, len(NODE_FEATURES)), dtype=np.float32)
-        nodes[:, :, :STATIC] = _padded([graph[-1] for graph in graphs], self._most)[which]
+        nodes[:, :, :STATIC] = np.stack([grown(graph[-1], 0, self._most) for graph in graphs])[which]
         for name, column in CHANGING.items():
             nodes[:, :, column] = observations.pop(name).cpu().numpy()
         nodes[:, :, -1] = np.arange(self._most) < observations["num_nodes"].cpu().numpy()
         observations["nodes"] = self.to_torch(nodes)
         return samples._replace(observations=observations)
-
-
-def _padded(arrays: list[np.ndarray], most: int) -> np.ndarray:
-    """Arrays (n, ...) of different n as one, (arrays, most, ...)."""
-    padded = np.zeros((len(arrays), most, arrays[0].shape[1]), dtype=arrays[0].dtype)
-    for row, array in zip(padded, arrays, strict=True):
-        row[: len(array)] = array
-    return padded

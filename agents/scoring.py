@@ -71,8 +71,7 @@ class ScoringPolicy(Policy):
         self.look_ahead = look_ahead
         self.threshold, self.verdict_threshold = threshold, verdict_threshold
         self._random = np.random.default_rng(seed)
-        if env is not None:
-            self.set_env(env)
+        self.set_env(env)
 
     def logits(self, observation: Observation) -> np.ndarray:
         """The scores of one observation or a batch, float32 (n, N + 1)."""

@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from backdoor_gym.envs.prefetch import Ahead, core_threads, maker, side_by_side
+from backdoor_gym.envs.prefetch import Prefetch, core_threads, maker, side_by_side
 
 
 class Recorded(gym.Wrapper[Any, Any, Any, Any]):
@@ -52,8 +52,8 @@ class ThreadedVecEnv(DummyVecEnv):
     def __init__(self, makers: list[Callable[[], gym.Env[Any, Any]]]) -> None:
         self._threads = core_threads()
         self._recorded = [Recorded(make()) for make in makers]
-        self._ahead = [Ahead(env, self._threads) for env in self._recorded]
-        super().__init__([maker(env) for env in self._ahead])
+        self._prefetched = [Prefetch(env, self._threads) for env in self._recorded]
+        super().__init__([maker(env) for env in self._prefetched])
 
     def episodes(self) -> list[dict[str, Any] | None]:
         """The episodes of all sub-environments so far, for ``play``."""
@@ -74,8 +74,8 @@ class ThreadedVecEnv(DummyVecEnv):
     def step_async(self, actions: np.ndarray) -> None:
         """Begin the step of each sub-environment, and the reset of those that it ends."""
         super().step_async(actions)
-        if side_by_side(self._ahead):
-            for env, action in zip(self._ahead, self.actions, strict=True):
+        if side_by_side(self._prefetched):
+            for env, action in zip(self._prefetched, self.actions, strict=True):
                 env.begin_step(action, reset_after=True)
 
     def step_wait(self) -> Any:
@@ -83,7 +83,7 @@ class ThreadedVecEnv(DummyVecEnv):
         try:
             return super().step_wait()
         finally:
-            for env in self._ahead:
+            for env in self._prefetched:
                 env.abandon()
 
     def close(self) -> None:

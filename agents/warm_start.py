@@ -27,7 +27,7 @@ from backdoor_gym.processes import workers
 from backdoor_gym.progress import bar
 from backdoor_gym.session.prepared_model import PreparedModel
 
-from .encoder import GraphActorCritic
+from .encoder import GraphActorCritic, grown
 from .school import BUDGETS
 
 #: Images that derivatives are taken on, at most.
@@ -241,20 +241,15 @@ def padded(batch: Sequence[Example]) -> tuple[dict[str, Tensor], Tensor]:
     most = max(example.observation["nodes"].shape[1] for example in batch)
     edges = max(len(example.observation["edges"]) for example in batch)
     observation = {
-        "nodes": np.concatenate([_grown(example.observation["nodes"], 1, most) for example in batch]),
+        "nodes": np.concatenate([grown(example.observation["nodes"], 1, most) for example in batch]),
         "num_edges": np.array([[len(example.observation["edges"])] for example in batch]),
         "graph": np.repeat(np.arange(len(batch)), [len(example.preference) for example in batch]),
     }
     for key in _EDGES:
-        observation[key] = np.stack([_grown(example.observation[key], 0, edges) for example in batch])
+        observation[key] = np.stack([grown(example.observation[key], 0, edges) for example in batch])
     for key in ("num_nodes", "globals"):
         observation[key] = np.concatenate([example.observation[key] for example in batch])
-    units = np.concatenate([_grown(example.preference[:, :-1], 1, most) for example in batch])
+    units = np.concatenate([grown(example.preference[:, :-1], 1, most) for example in batch])
     stop = np.concatenate([example.preference[:, -1:] for example in batch])
     preference = torch.from_numpy(np.hstack([units, stop]))
     return {key: torch.from_numpy(value) for key, value in observation.items()}, preference
-
-
-def _grown(array: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """The array with zeros after it, up to a size along an axis."""
-    return np.pad(array, [(0, size - array.shape[axis] if index == axis else 0) for index in range(array.ndim)])

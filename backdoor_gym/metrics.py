@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .attacks.targets import Target, target_labels
 from .errors import WeightsError
 
-#: Images that a network is given at a time.
-BATCH_SIZE = 500
+#: Images that a network is given at a time, and pixels of a channel of all of them.
+BATCH_SIZE, MOST_PIXELS = 500, 1 << 25
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ def require_finite(what: str, *values: Tensor) -> None:
         raise WeightsError(f"{what} is not finite: the network's weights are damaged, or far too large")
 
 
+def batch_size(images: Tensor) -> int:
+    """How many of the images (n, C, H, W) a network is given at a time: large ones are fewer."""
+    return max(2, min(BATCH_SIZE, MOST_PIXELS // images[0, 0].numel()))
+
+
 @torch.no_grad()
 def predict_logits(network: nn.Module, images: Tensor, on_batch: Callable[[int], None] | None = None) -> Tensor:
     """Logits (n, classes) of float32 images (n, C, H, W), on the network's device, returned on the CPU.
@@ -50,17 +55,17 @@ def predict_logits(network: nn.Module, images: Tensor, on_batch: Callable[[int],
     parameter = next(network.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     network.eval()
-    found: list[Tensor] = []
-    batches = list(images.split(BATCH_SIZE))
+    logits: list[Tensor] = []
+    batches = list(images.split(batch_size(images)))
     if len(batches) > 1 and len(batches[-1]) == 1:  # some networks cannot take a single image
         batches[-2:] = [torch.cat(batches[-2:])]
     for batch in batches:
         # A copy, as a network may work in place on what it is given, and contiguous, as everybody runs it.
         given = torch.cat([batch, batch]) if len(batch) == 1 else batch.clone(memory_format=torch.contiguous_format)
-        found.append(network(given.to(device)).float().cpu()[: len(batch)])
+        logits.append(network(given.to(device)).float().cpu()[: len(batch)])
         if on_batch is not None:
-            on_batch(sum(map(len, found)))
-    return torch.cat(found)
+            on_batch(sum(map(len, logits)))
+    return torch.cat(logits)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -124,9 +129,9 @@ def evaluate(
     acc = accuracy(clean_logits, labels)
     if trigger is None or target is None:
         return Metrics(acc)
-    wanted = target_labels(labels, target, clean_logits.shape[1])
-    others = labels != wanted
+    targets = target_labels(labels, target, clean_logits.shape[1])
+    others = labels != targets
     if not others.any():
         return Metrics(acc)
     logits = predict_logits(network, trigger(images[others]), on_batch=count(len(images)))
-    return Metrics(acc, attack_success(logits, wanted[others]), accuracy(logits, labels[others]))
+    return Metrics(acc, attack_success(logits, targets[others]), accuracy(logits, labels[others]))

@@ -156,7 +156,7 @@ def repair(
         snapshot,
         prepared.neuron_features,
         _course(session, snapshot),
-        prepared.reading,
+        prepared.bn_evidence,
         arguments,
         verdict,
         None if suspected is None else suspected.target,

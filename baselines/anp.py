@@ -22,7 +22,6 @@ Example:
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,15 +29,15 @@ from backdoor_gym.arguments import check_real, check_whole
 from backdoor_gym.policies.thresholds import Threshold
 from backdoor_gym.session.defender import Defender
 
-from .rule import ACCURACY_BUDGET, Rule
-from .soft_masks import SoftMasks, draw_batch, training_copy
+from .rule import ACCURACY_BUDGET
+from .soft_masks import LearnedMasks, SoftMasks, draw_batch, training_copy
 
 BATCH = 128
 LEARNING_RATE, MOMENTUM = 0.2, 0.9
 
 
-class ANP(Rule):
-    """One minus the learned mask.
+class ANP(LearnedMasks):
+    """Masks learned under the worst of small changes.
 
     Args:
         env: of ``Rule``.
@@ -68,20 +67,13 @@ class ANP(Rule):
         alpha: float = 0.2,
         eps: float = 0.4,
     ) -> None:
-        super().__init__(env, threshold, accuracy_budget)
-        check_whole("seed", seed)
+        super().__init__(env, threshold, accuracy_budget, seed)
         check_whole("steps", steps, 1)
         check_real("alpha", alpha, 0, 1)
         check_real("eps", eps, 0)
-        self.seed, self.steps, self.alpha, self.eps = seed, steps, alpha, eps
+        self.steps, self.alpha, self.eps = self.learning = steps, alpha, eps
 
-    def scores(self, defender: Defender) -> np.ndarray:
-        settings = (type(self), self.seed, self.steps, self.alpha, self.eps)
-        scores: np.ndarray = defender.memory.recall(settings, lambda: self.learn(defender))
-        return scores
-
-    def learn(self, defender: Defender) -> np.ndarray:
-        """The scores, learned anew."""
+    def learn(self, defender: Defender) -> Tensor:
         random = torch.Generator().manual_seed(self.seed)
         network = training_copy(defender)
         masks = SoftMasks(network, defender.neurons)
@@ -94,7 +86,7 @@ class ANP(Rule):
             (self.alpha * masks.loss(images, labels) + (1 - self.alpha) * perturbed).backward()
             optimizer.step()
             masks.clip()
-        return 1 - masks.mask.detach().double().cpu().numpy()
+        return masks.mask
 
     def worst(self, masks: SoftMasks, images: Tensor, labels: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Relative changes of all weights and biases after one step of ascent from a random start, at most eps."""

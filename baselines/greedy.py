@@ -35,7 +35,7 @@ class GreedyACC(Policy):
     def __init__(self, env: Any, candidates: int = 60) -> None:
         check_whole("candidates", candidates, 1)
         self.candidates = candidates
-        self.env = env
+        self.set_env(env)
 
     def act(self, observation: Observation, environment: int) -> int:
         harm = observation["nodes"][: int(observation["num_nodes"][0]), _HARM]

@@ -35,6 +35,8 @@ class Magnitude(Rule):
         'conv1[6]'
     """
 
+    reads_images = False
+
     def scores(self, defender: Defender) -> np.ndarray:
         scores = np.zeros(len(defender.neurons))
         for layer in defender.neurons.layers:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
+from backdoor_gym.metrics import batch_size
 from backdoor_gym.session.defender import Defender
 
 #: Images in one pass.
@@ -54,7 +55,7 @@ def largest(defender: Defender) -> dict[str, Tensor]:
 
 def _passes(defender: Defender) -> Iterator[dict[str, Tensor]]:
     device = next(defender.neurons.graph.parameters()).device
-    for batch in defender.images.split(BATCH):
+    for batch in defender.images.split(min(BATCH, batch_size(defender.images))):
         reader = _Reader(defender)
         reader.run(batch.to(device, memory_format=torch.channels_last))
         yield reader.read

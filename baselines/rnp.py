@@ -20,21 +20,16 @@ Example:
 """
 
 from collections.abc import Iterator
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from backdoor_gym.arguments import check_whole
 from backdoor_gym.errors import DataError
 from backdoor_gym.metrics import require_finite
-from backdoor_gym.policies.thresholds import Threshold
 from backdoor_gym.session.defender import Defender
 
-from .rule import ACCURACY_BUDGET, Rule
-from .soft_masks import SoftMasks, training_copy
+from .soft_masks import LearnedMasks, SoftMasks, training_copy
 
 BATCH, LEAST_BATCHES = 128, 4
 MOMENTUM = 0.9
@@ -44,14 +39,8 @@ RECOVERING_RATE, RECOVERING_EPOCHS, LOSS_WEIGHT = 0.2, 20, 0.2
 LARGEST_GRADIENT = 20.0
 
 
-class RNP(Rule):
-    """One minus the learned mask.
-
-    Args:
-        env: of ``Rule``.
-        threshold: of ``Rule``.
-        accuracy_budget: of ``Rule``.
-        seed: of the images drawn.
+class RNP(LearnedMasks):
+    """Masks learned on what is left of the network when it has unlearned.
 
     Example:
         >>> import gymnasium as gym
@@ -60,23 +49,7 @@ class RNP(Rule):
         'auto'
     """
 
-    def __init__(
-        self,
-        env: Any,
-        threshold: Threshold | None = None,
-        accuracy_budget: float = ACCURACY_BUDGET,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(env, threshold, accuracy_budget)
-        check_whole("seed", seed)
-        self.seed = seed
-
-    def scores(self, defender: Defender) -> np.ndarray:
-        scores: np.ndarray = defender.memory.recall((type(self), self.seed), lambda: self.learn(defender))
-        return scores
-
-    def learn(self, defender: Defender) -> np.ndarray:
-        """The scores, learned anew."""
+    def learn(self, defender: Defender) -> Tensor:
         if len(defender.images) < 2:
             raise DataError("RNP needs at least two clean images")
         random = torch.Generator().manual_seed(self.seed)
@@ -90,7 +63,7 @@ class RNP(Rule):
                 (LOSS_WEIGHT * masks.loss(images, labels)).backward()
                 optimizer.step()
                 masks.clip()
-        return 1 - masks.mask.detach().double().cpu().numpy()
+        return masks.mask
 
 
 def unlearn(network: fx.GraphModule, defender: Defender, random: torch.Generator) -> float:

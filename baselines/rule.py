@@ -42,12 +42,13 @@ class Rule(Policy):
         accuracy_budget: clean accuracy that "auto" may lose.
 
     Attributes:
+        reads_images: whether the scores depend on the clean images.
         published: the published threshold, or None.
         symbol: what the paper calls the threshold.
         scored: which neurons have a score.
 
     Raises:
-        DataError: an unusable threshold, or "budget" in an environment without one.
+        DataError: an unusable argument, or "budget" in an environment without one.
 
     Example:
         >>> import gymnasium as gym
@@ -63,6 +64,7 @@ class Rule(Policy):
     """
 
     reads_derivatives = False
+    reads_images: ClassVar[bool] = True
     published: ClassVar[float | None] = None
     symbol: ClassVar[str] = "threshold"
     scored: ClassVar[str] = "neurons"
@@ -79,9 +81,9 @@ class Rule(Policy):
         check_threshold(threshold)
         self.threshold: Threshold = threshold
         self.accuracy_budget = accuracy_budget
-        self.env = env
         self._scores: dict[int, np.ndarray] = {}
         self._chosen: dict[int, float] = {}
+        self.set_env(env)
 
     @abstractmethod
     def scores(self, defender: Defender) -> np.ndarray:
@@ -123,9 +125,6 @@ class Rule(Policy):
 
     def scores_in(self, observation: Observation, environment: int) -> np.ndarray:
         """Score of each unit of the network of that environment, float64 (units,)."""
-        if self.env is None:
-            name = type(self).__name__
-            raise DataError(f"{name} needs the environment that it acts in: {name}(env)")
         check_env(self, self.env, environment, observation)
         return self.checked(ask(self.env, environment, "consult", self.unit_scores))
 
@@ -160,9 +159,8 @@ class Rule(Policy):
     def prune(
         cls,
         network: nn.Module,
-        clean: tuple[Tensor, Tensor],
-        threshold: Threshold | None = None,
-        accuracy_budget: float = ACCURACY_BUDGET,
+        clean: tuple[Tensor, Tensor] | None = None,
+        *arguments: Any,
         inplace: bool = False,
         **options: Any,
     ) -> nn.Module:
@@ -170,49 +168,42 @@ class Rule(Policy):
 
         Args:
             network: any classifier that torch.fx can trace.
-            clean: images float32 (n, C, H, W) in [0, 1] and labels int64 (n,).
-            threshold: of the rule, without "budget".
-            accuracy_budget: clean accuracy that "auto" may lose.
+            clean: images float32 (n, C, H, W) in [0, 1] and labels int64 (n,); None will do where ``reads_images`` is False
+                and the threshold is a number.
+            *arguments: of the rule, those behind ``env``: the threshold (not "budget"), the accuracy budget of "auto", ...
             inplace: whether to change the network itself.
-            **options: of the rule.
+            **options: of the rule, by name.
 
         Raises:
             UntraceableError: the network's neurons cannot be found.
             DataError: an unusable threshold or unusable images.
         """
-        images = checked_pair(clean)[0]
-        return prune_by(cls(None, threshold, accuracy_budget, **options), network, clean, inplace, images)
+        rule = cls(None, *arguments, **options)
+        if rule.threshold == BUDGET:
+            raise DataError('the threshold "budget" is for an environment; use "auto"')
+        check_kind("the network", network, nn.Module, "a torch.nn.Module (of an InfectedModel its .network)")
+        check_finite(network)
+        if clean is None and (cls.reads_images or rule.threshold == AUTO):
+            raise DataError(f"{cls.__name__} needs clean images here: clean=(images, labels)")
+        images, labels = (torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64)) if clean is None else _pair(clean)
+        neurons = find_neurons(network, None if clean is None else images)
+        scores = rule.checked(rule.scores(Defender(network, neurons, neurons.units(), images, labels)))
+        chosen = rule.threshold
+        if chosen == AUTO:
+            masked = MaskedNetwork(neurons, images, next(neurons.graph.parameters()).device)
+            chosen = choose_threshold(
+                scores, lambda pruned: accuracy(masked.logits(~pruned).cpu(), labels.cpu()), rule.accuracy_budget
+            )
+        return write_mask(network, neurons, ~(scores > float(chosen)), inplace)
 
 
 def _choose_in(scores: np.ndarray, accuracy_budget: float, session: RepairSession) -> float:
     return choose_threshold(scores, lambda pruned: session.peek(np.flatnonzero(pruned)).acc, accuracy_budget)
 
 
-def checked_pair(clean: Any) -> tuple[Tensor, Tensor]:
+def _pair(clean: Any) -> tuple[Tensor, Tensor]:
     """Images and labels; raises ``DataError`` of anything else."""
     if not isinstance(clean, tuple | list) or len(clean) != 2:
         raise DataError(f"clean images must be a pair (images, labels), not {shown(clean)}")
     check_images(*clean)
     return clean[0], clean[1]
-
-
-def prune_by(
-    rule: Rule, network: nn.Module, clean: tuple[Tensor, Tensor], inplace: bool, traced_with: Tensor | None
-) -> nn.Module:
-    """The network with what a rule finds set to zero; see ``Rule.prune``, and ``find_neurons`` for ``traced_with``."""
-    if rule.threshold == BUDGET:
-        raise DataError('the threshold "budget" is for an environment; use "auto"')
-    check_kind("the network", network, nn.Module, "a torch.nn.Module (of an InfectedModel its .network)")
-    check_finite(network)
-    clean = checked_pair(clean)
-    neurons = find_neurons(network, traced_with)
-    scores = rule.checked(rule.scores(Defender(network, neurons, neurons.units(), *clean)))
-    threshold = rule.threshold
-    if threshold == AUTO:
-        masked = MaskedNetwork(neurons, clean[0], next(neurons.graph.parameters()).device)
-        threshold = choose_threshold(
-            scores,
-            lambda pruned: accuracy(masked.logits(~pruned).cpu(), clean[1].cpu()),
-            rule.accuracy_budget,
-        )
-    return write_mask(network, neurons, ~(scores > float(threshold)), inplace)

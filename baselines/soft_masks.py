@@ -1,15 +1,58 @@
 """Masks between 0 and 1 on the weights of each neuron, to be learned."""
 
 import copy
+from abc import abstractmethod
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from backdoor_gym.arguments import check_whole
 from backdoor_gym.metrics import require_finite
 from backdoor_gym.neurons.layers import Neurons
+from backdoor_gym.policies.thresholds import Threshold
 from backdoor_gym.session.defender import Defender
+
+from .rule import ACCURACY_BUDGET, Rule
+
+
+class LearnedMasks(Rule):
+    """A score is one minus a learned mask. What was learned once of a network is remembered.
+
+    Args:
+        env: of ``Rule``.
+        threshold: of ``Rule``.
+        accuracy_budget: of ``Rule``.
+        seed: of all that is drawn.
+
+    Attributes:
+        learning: further settings of the learning.
+    """
+
+    learning: tuple[float, ...] = ()
+
+    def __init__(
+        self,
+        env: Any,
+        threshold: Threshold | None = None,
+        accuracy_budget: float = ACCURACY_BUDGET,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(env, threshold, accuracy_budget)
+        check_whole("seed", seed)
+        self.seed = seed
+
+    def scores(self, defender: Defender) -> np.ndarray:
+        settings = (type(self), self.seed, *self.learning)
+        mask: Tensor = defender.memory.recall(settings, lambda: self.learn(defender).detach().double().cpu())
+        return 1 - mask.numpy()
+
+    @abstractmethod
+    def learn(self, defender: Defender) -> Tensor:
+        """The mask of each neuron, float (neurons,) from 0 to 1, learned anew."""
 
 
 class SoftMasks:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from backdoor_gym import InfectedModel, benchmark, infect
+from backdoor_gym.analysis.features import STATIC_FEATURES
 from backdoor_gym.analysis.uclc_penalty import UCLCPenalty
 from backdoor_gym.benchmarking.cells import Result
 from backdoor_gym.benchmarking.resuming import Row, RowFile, run_tasks
@@ -92,7 +93,10 @@ def describe(name: str, attacker: str, file: RowFile) -> None:
     model = InfectedModel.load(MODELS / f"{name}.safetensors")
     prepared = PreparedModel(model, Preparation())
     named = prepared.suspected is not None and prepared.suspected.target == model.target
-    evidence = {"largest_uclc_z": float(prepared.uclc_scores.max()), "label_named": named}
+    evidence = {
+        "largest_uclc_z": float(prepared.features[:, STATIC_FEATURES.index("uclc")].max()),
+        "label_named": named,
+    }
     file.add(model=name, attacker=attacker, **model.facts, neurons=len(prepared), **evidence)
 
 

@@ -54,7 +54,7 @@ IMAGES, FEW_IMAGES = (50, 100, 200), ("CLP auto", LOOKING, "mlp-0")
 SEEDED = ("random", "ONP alone", "ONP, tuned")
 #: What a rival can say of the network as a whole, beside the policies' verdicts.
 SIGNS = {
-    "CLP u=3": ("largest UCLC z", lambda prepared: float(prepared.uclc_scores.max())),
+    "CLP u=3": ("largest UCLC z", lambda prepared: float(prepared.features[:, STATIC_FEATURES.index("uclc")].max())),
     "rank by KL": ("largest KL z", lambda prepared: float(prepared.features[:, STATIC_FEATURES.index("kl")].max())),
     "rank by pull": ("evidence of the inverted trigger alone", lambda prepared: prepared.inverted.evidence),
 }

@@ -60,9 +60,9 @@ def read_rows() -> dict[Key, Row]:
 def sampled(drawn: Sequence[Row]) -> set[tuple[str, str]]:
     """Which networks are repaired in full: every tenth of each package, in the order in which they are drawn."""
     return {
-        (one["package"], one["name"])
+        (network["package"], network["name"])
         for package in PACKAGES
-        for one in [one for one in drawn if one["package"] == package][::SAMPLE]
+        for network in [network for network in drawn if network["package"] == package][::SAMPLE]
     }
 
 
@@ -82,14 +82,14 @@ def draw(versions: dict[str, str]) -> dict[Key, Row]:
     """The networks of these versions, which are drawn once: a row each, with nothing in it but names."""
     script = [sys.executable, "-W", "ignore", str(HERE / "compatibility_networks.py")]
     drawn = json.loads(subprocess.run(script, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    rows = [{**one, "version": versions[one["package"]]} for one in drawn]
+    rows = [{**network, "version": versions[network["package"]]} for network in drawn]
     return {key_of(row): row for row in rows}
 
 
-def run(one: Row, quick: bool, full_repair: bool) -> Row:
+def run(network: Row, quick: bool, full_repair: bool) -> Row:
     """Check one network in a process of its own."""
     seconds = QUICK if quick else REPAIR if full_repair else ALL
-    asked = {**one, "quick": quick, "full_repair": full_repair, "seconds": seconds}
+    asked = {**network, "quick": quick, "full_repair": full_repair, "seconds": seconds}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
     command = [sys.executable, "-W", "ignore", str(HERE / "compatibility_checks.py"), json.dumps(asked)]
     try:
@@ -98,12 +98,12 @@ def run(one: Row, quick: bool, full_repair: bool) -> Row:
     except subprocess.TimeoutExpired as expired:
         printed, errors, code = (expired.stdout or b"").decode(), "", None
     rows = [line for line in printed.splitlines() if line.startswith('{"package"')]
-    row = {**one, "stage": "start"} | (json.loads(rows[-1]) if rows else {})
+    row = {**network, "stage": "start"} | (json.loads(rows[-1]) if rows else {})
     if row["stage"] != "done":
         timed_out = code in (None, -24, -9)  # SIGXCPU, and SIGKILL five seconds later
         last = (errors.strip().splitlines() or [""])[-1]
         row["ended"] = f"time limit of {seconds} s" if timed_out else f"the process ended with {code}: {last[:300]}"
-    return {**one, "quick": quick, "code": _commit(), **row}
+    return {**network, "quick": quick, "code": _commit(), **row}
 
 
 def _commit() -> str:
@@ -133,32 +133,34 @@ def cut_enough(row: Row) -> bool:
 
 def faults(row: Row) -> list[str]:
     """What keeps a network from being whole, one sentence each, in the order of the checks."""
-    found = []
+    reasons = []
     for stage in ("from_module", "find", "account", "masks", "clp", "cut", "onp", "repair"):
         told = row.get(stage, {})
         if "refused" in told:
-            found.append(f"{stage} is refused: {told['refused']}")
+            reasons.append(f"{stage} is refused: {told['refused']}")
         if "untyped" in told:
-            found.append(f"{stage} fails: {told['untyped']}")
+            reasons.append(f"{stage} fails: {told['untyped']}")
     if "ended" in row:
-        found.append(f"{row['stage']}: {row['ended']}")
+        reasons.append(f"{row['stage']}: {row['ended']}")
     coverage, masks = row.get("coverage"), row.get("masks", {})
     if coverage is not None and coverage < WHOLE:
         gaps = ", ".join(f"{name} ({reason or 'no reason'})" for name, _, reason in row.get("gaps", [])[:2])
-        found.append(f"coverage {coverage:.2f}: {gaps}")
+        reasons.append(f"coverage {coverage:.2f}: {gaps}")
     if masks.get("right") is False:
         wrong = [
             f"{name} {masks[name]:.0e}" for name in ("unmasked", "written", "hooked") if masks[name] > masks["allowed"]
         ]
-        found.append(f"masks are wrong: {', '.join(wrong)}")
+        reasons.append(f"masks are wrong: {', '.join(wrong)}")
     if row.get("batch_norms", {}).get("unseen"):
         norms = row["batch_norms"]
-        found.append(f"{norms['unseen']} of {norms['calls']} batch normalisations not seen, first {norms['first'][0]}")
+        reasons.append(
+            f"{norms['unseen']} of {norms['calls']} batch normalisations not seen, first {norms['first'][0]}"
+        )
     if row.get("clp", {}).get("finite") is False:
-        found.append("CLP leaves a network without finite answers")
+        reasons.append("CLP leaves a network without finite answers")
     if row.get("cut", {}).get("equal") is False:
-        found.append(f"the cut network answers differently, by {row['cut']['error']:.0e}")
-    return found
+        reasons.append(f"the cut network answers differently, by {row['cut']['error']:.0e}")
+    return reasons
 
 
 def is_whole(row: Row) -> bool:
@@ -181,7 +183,7 @@ def counts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     cut = [row for row in full if "smaller" in row.get("cut", {})]
     little = [row for row in cut if not cut_enough(row)]
     sample = [row for row in full if "repair" in row]
-    found = [
+    figures = [
         ("drawn", str(len(rows))),
         ("no classifier of images, or not built by their own package", str(len(checked) - len(built))),
         ("checked", str(len(built))),
@@ -191,13 +193,13 @@ def counts(rows: Sequence[Row]) -> list[tuple[str, str]]:
         ("stopped by the time limit", str(sum("ended" in row for row in built))),
     ]
     if full:
-        found += [
+        figures += [
             ("whole", _share(sum(map(is_whole, full)), len(full))),
             ("cut: smaller by at least half of the pruned share", _share(len(cut) - len(little), len(full))),
             ("cut: not, and a layer that stops it is named", str(sum(bool(row["cut"]["stops"]) for row in little))),
             ("repaired in full, of the sample", _share(sum("pruned" in row["repair"] for row in sample), len(sample))),
         ]
-    return found
+    return figures
 
 
 def page(rows: Sequence[Row], versions: dict[str, str]) -> str:
@@ -311,13 +313,13 @@ def main() -> None:
             if re.search(options.only, f"{row['package']}/{row['name']}") and is_open(row, options.quick, options.redo)
         ]
         # Of all packages in turn; the sample that takes long comes last.
-        asked.sort(key=lambda one: ((one["package"], one["name"]) in repaired, one["family"]))
+        asked.sort(key=lambda network: ((network["package"], network["name"]) in repaired, network["family"]))
         with ThreadPoolExecutor(options.workers) as pool:
 
-            def check(one: Row) -> Row:
-                return run(one, options.quick, (one["package"], one["name"]) in repaired)
+            def check(network: Row) -> Row:
+                return run(network, options.quick, (network["package"], network["name"]) in repaired)
 
-            futures = [pool.submit(check, one) for one in asked]
+            futures = [pool.submit(check, network) for network in asked]
             for place, future in enumerate(as_completed(futures), 1):
                 row = future.result()
                 rows[key_of(row)] = row

@@ -92,8 +92,8 @@ class Hooks(TorchFunctionMode):
 
 def weights_of(layer: Any) -> tuple[str, ...]:
     """Names of the parameters that hold a layer's mask."""
-    found = getattr(layer, "weights", None)
-    return (f"{layer.module}.weight",) if found is None else tuple(found)
+    weights = getattr(layer, "weights", None)
+    return (f"{layer.module}.weight",) if weights is None else tuple(weights)
 
 
 def parameter_of(network: nn.Module, name: str) -> Tensor | None:
@@ -225,7 +225,7 @@ def _check_batch_norms(
     unseen: list[str] = []
     for weight, mean in called:
         name = names.get(weight, names.get(mean, "one without a name")).rpartition(".")[0]
-        if weight not in weights and not any(one and (one == name or one.endswith(f".{name}")) for one in told):
+        if weight not in weights and not any(word and (word == name or word.endswith(f".{name}")) for word in told):
             unseen.append(name)
     unseen = [name for name in unseen if _matters(module, name, images)]
     row["batch_norms"] = {"calls": len(called), "unseen": len(unseen), "first": unseen[:5]} | (
@@ -270,7 +270,7 @@ def check_cut(row: Row, network: nn.Module, neurons: Any, images: Tensor) -> Non
     smaller, stops = cut.network, cut.stops
     scale = max(float(written.abs().max()), 1e-6)
     error = distance(forward(smaller, images), written) / scale
-    before, after = (sum(p.numel() for p in one.parameters()) for one in (network, smaller))
+    before, after = (sum(p.numel() for p in each.parameters()) for each in (network, smaller))
     # Of neurons, not of channels: one may be several rows (queries and keys), or a channel that several layers write into.
     pruned = float((~mask).mean()) * row.get("coverage", 1.0)
     row["cut"] = {
@@ -300,14 +300,13 @@ def check_onp(row: Row, infected: Any, key: str, **options: Any) -> None:
 @contextmanager
 def _few_steps() -> Iterator[None]:
     """Triggers are sought as always, in fewer steps: at 224 pixels a side they take nearly all the time."""
-    from backdoor_gym.analysis import bn_evidence as reading
-    from backdoor_gym.analysis import label_inversion, trigger_inversion
+    from backdoor_gym.analysis import bn_evidence, label_inversion, trigger_inversion
 
     steps = (
         (trigger_inversion, "MEANS_STEPS"),
         (trigger_inversion, "TARGET_STEPS"),
         (label_inversion, "STEPS"),
-        (reading, "MOST_STEPS"),
+        (bn_evidence, "MOST_STEPS"),
     )
     usual = [getattr(module, name) for module, name in steps]
     try:

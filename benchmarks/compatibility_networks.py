@@ -74,7 +74,7 @@ def _measure(make: Callable[..., nn.Module]) -> Callable[[str], tuple[int, int] 
                 network = make(name, pretrained=False, num_classes=CLASSES)
         except Exception:  # told when it is built
             return None
-        layers = [one for one in network.modules() if isinstance(one, nn.Linear | nn.modules.conv._ConvNd)]
+        layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
         return _count(network), len(layers)
 
     return measure
@@ -201,13 +201,13 @@ def calibrate(network: nn.Module, images: Tensor, seed: int = 0) -> None:
 
 def logits_of(answer: Any) -> Tensor | None:
     """The logits in what a network answers, None where there are none: no classifier of images."""
-    found = getattr(answer, "logits", answer)
-    if isinstance(found, dict):
-        found = next(iter(found.values()), None)
-    if isinstance(found, tuple | list):
-        found = found[0] if found else None
-    good = isinstance(found, Tensor) and found.ndim == 2 and found.shape[1] > 1 and found.is_floating_point()
-    return found if good else None
+    logits = getattr(answer, "logits", answer)
+    if isinstance(logits, dict):
+        logits = next(iter(logits.values()), None)
+    if isinstance(logits, tuple | list):
+        logits = logits[0] if logits else None
+    good = isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 1 and logits.is_floating_point()
+    return logits if good else None
 
 
 def find_images(network: nn.Module, channels: int, own: int, fixed: bool) -> Tensor:

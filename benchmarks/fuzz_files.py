@@ -1,4 +1,4 @@
-"""What ``fuzz.py`` mutates: files of ten kinds, how each is written, read, and mutated so that it gets behind its checksum."""
+"""What ``fuzz.py`` mutates: files of eleven kinds, how each is written, read, and mutated so that it gets behind its checksum."""
 
 import copy
 import io
@@ -30,6 +30,7 @@ from backdoor_gym.data.datasets import LabelledImages
 from backdoor_gym.data.own_images import own_images
 from backdoor_gym.files.tensors import read_tensors, write_tensors
 from backdoor_gym.models.catalogue import load_infected
+from backdoor_gym.models.layout import WEIGHTS
 from backdoor_gym.models.training import Schedule, train
 from backdoor_gym.networks import build
 from backdoor_gym.neurons.finding import find_neurons
@@ -109,6 +110,16 @@ def write_torch(path: Path) -> None:
     torch.save({"model": build(**SPEC).state_dict(), "epoch": 3}, path)
 
 
+def write_config(path: Path) -> None:
+    """A folder of transformers."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, id2label=dict(enumerate("abc")))
+    transformers.ViTForImageClassification(config).save_pretrained(path.parent)
+
+
 # ---- reading them
 
 
@@ -152,6 +163,13 @@ def read_picture(path: Path) -> Any:
 
 def read_torch(path: Path) -> Any:
     return load_infected(path, architecture="small_cnn", options={"width": 4, "blocks": 1}, clean=images())
+
+
+def read_config(path: Path) -> Any:
+    if not (path.parent / WEIGHTS).exists():
+        (path.parent / WEIGHTS).symlink_to(path.parents[2] / "originals" / path.parent.name / WEIGHTS)
+    pixels, labels = images()
+    return load_infected(path.parent, clean=(pixels.expand(-1, 3, -1, -1), labels), preprocess=torch.nn.Identity())
 
 
 # ---- mutating
@@ -239,6 +257,10 @@ def mutate_cells(path: Path, draw: random.Random) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def mutate_config(path: Path, draw: random.Random) -> None:
+    path.write_text(json.dumps(mutate_value(json.loads(path.read_text(encoding="utf-8")), draw)), encoding="utf-8")
+
+
 def mutate_npz(path: Path, draw: random.Random) -> None:
     with np.load(path) as file:
         arrays = {name: file[name] for name in file}
@@ -313,6 +335,7 @@ KINDS: dict[str, tuple[str, Writer, Reader, Mutation]] = {
     "png": ("folder/0/i.png", write_picture, read_picture, mutate_png),
     "gif": ("folder/0/i.gif", write_picture, read_picture, mutate_bytes),
     "tiff": ("folder/0/i.tiff", write_picture, read_picture, mutate_bytes),
+    "transformers": ("vit/config.json", write_config, read_config, mutate_config),
     "torch": ("m.pt", write_torch, read_torch, mutate_torch),
 }
 #: Those whose checksum must tell every change of a byte.

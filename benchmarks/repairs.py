@@ -32,11 +32,11 @@ def main() -> None:
     changed = []
     for name in arguments.networks or NETWORKS:
         result = repair(NETWORKS[name])
-        found = {"pruned": result.pruned, "clean_acc": [result.clean_acc_before, result.clean_acc_after]}
-        same = found == known.get(name)
+        measured = {"pruned": result.pruned, "clean_acc": [result.clean_acc_before, result.clean_acc_after]}
+        same = measured == known.get(name)
         print(f"{name}: {len(result.pruned)} pruned, {'the same' if same else 'not what is recorded'}", flush=True)
         if arguments.record:
-            known[name] = found
+            known[name] = measured
             RESULT.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         elif not same:
             changed.append(name)

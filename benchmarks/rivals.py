@@ -62,7 +62,9 @@ def fits() -> dict[str, Ridge]:
     if not FITS.is_file():
         school, attack_of = dict(zip(TRAINING, guide(), strict=True)), attacks_of(TRAINING)
         made = {
-            str(left_out): asdict(fit_ridge([one for name, one in school.items() if attack_of[name] != left_out]))
+            str(left_out): asdict(
+                fit_ridge([example for name, example in school.items() if attack_of[name] != left_out])
+            )
             for left_out in (None, *ATTACKS)
         }
         FITS.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")

@@ -106,7 +106,7 @@ def measure_steps(network: str) -> Row:
         "step": ratio(step, rivals),
         "accuracy": ratio(accurate, rivals),
         "accuracy_and_danger": ratio([sum(pair) for pair in zip(suspected, accurate, strict=True)], rivals),
-        "slopes_s": gradients,
+        "gradients_s": gradients,
         "observe_s": observe,
         "gemm_gmacs": rate / 1e9,
         "forward_gmacs": macs * len(clean) / 1e9,
@@ -125,11 +125,11 @@ def measure_memory(network: str) -> Row:
 
 def measure_preparation(network: str) -> Row:
     """Features and graph of a network that has just come, against passes of training."""
-    prepared, found = PreparedModel(model_of(network), BackdoorPruneEnv(DIGITS).generator.options), Row()
+    prepared, figures = PreparedModel(model_of(network), BackdoorPruneEnv(DIGITS).generator.options), Row()
     if network == WIDE:
         read(prepared)
     else:
-        found["reading_s"] = seconds(lambda: prepared.reading)
+        figures["reading_s"] = seconds(lambda: prepared.bn_evidence)
     module, neurons, clean = prepared.model.network, prepared.neurons, prepared.clean
 
     def know() -> None:
@@ -140,8 +140,7 @@ def measure_preparation(network: str) -> Row:
     for _ in range(sizes_of(network)[2]):
         ours.append(seconds(know))
         passes.append(seconds(lambda: forward_backward(module, clean.images, clean.labels)))
-    a_pass = median(our / other for our, other in zip(ours, passes, strict=True))
-    return found | {"features_and_graph": {"seconds": median(ours), "passes": a_pass}}
+    return figures | {"features_and_graph": {"seconds": median(ours), "passes": ratio(passes, ours)["ratio"]}}
 
 
 @torch.no_grad()
@@ -161,7 +160,7 @@ def measure_clp(network: str) -> Row:
         for channel in torch.nonzero(outliers).flatten().tolist()
     }
     published = {(name, channel) for name, channels in pruned[-1] for channel in channels}
-    found = {"channels": len(neurons), **ratio(ours, rivals), "pruned": len(published)}
+    figures = {"channels": len(neurons), **ratio(ours, rivals), "pruned": len(published)}
     if network == AUTHORS:  # whose layers are traced under other names
         norms = [norm for norm in clp.prune(module, u=U).modules() if isinstance(norm, nn.BatchNorm2d)]
         zeroed = [torch.nonzero((norm.weight == 0) & (norm.bias == 0)).flatten().tolist() for norm in norms]
@@ -170,7 +169,7 @@ def measure_clp(network: str) -> Row:
         )
     else:
         assert batched == published, "CLP and its published loop prune different channels"
-    return found
+    return figures
 
 
 def measure_repair(network: str) -> Row:
@@ -241,16 +240,12 @@ def measure_vector(network: str) -> Row:
             random = np.random.default_rng(index)
             actions = [random.permutation(len(first.session.prepared))[:count] for _ in range(steps)]
             answers: list[Any] = []
-            into.append(seconds(partial(_play, env, actions, answers)))
+            into.append(seconds(partial(answers.extend, map(env.step, actions))))
             returned.append([answer[0]["nodes"] for answer in answers])
         assert all(map(np.array_equal, *returned)), "the two returned something else"
     vector.close()
     sync.close()
     return {"num_envs": count, **ratio(*taken)}
-
-
-def _play(env: Any, actions: list[np.ndarray], answers: list[Any]) -> None:
-    answers.extend(env.step(action) for action in actions)
 
 
 def measure_scaling(network: str) -> Row:
@@ -283,7 +278,7 @@ def measure_scaling(network: str) -> Row:
         "prepare_s": preparing,
         "forward_s": forward,
         "evaluation_s": float(np.mean(evaluations)),
-        "slopes_s": median(seconds(lambda: prepared.gradients(env.session.state.pruned)) for _ in range(3)),
+        "gradients_s": median(seconds(lambda: prepared.gradients(env.session.state.pruned)) for _ in range(3)),
         "step_s": float(np.mean(steps)),
         "observation_bytes": sum(array.nbytes for array in observation.values()),
         "rollout_bytes_a_step": round(sum(array.nbytes for array in stored) / 64),
@@ -322,7 +317,7 @@ LINES: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
     ("step of the environment", "steps", against("step")),
     ("accuracy under one more mask", "steps", against("accuracy")),
     ("the same and suspected danger", "steps", against("accuracy_and_danger")),
-    ("derivatives anew", "steps", lambda row: f"{row['slopes_s']:.4f} s"),
+    ("derivatives anew", "steps", lambda row: f"{row['gradients_s']:.4f} s"),
     ("matrix product (10^9 multiply-adds a second)", "steps", lambda row: f"{row['gemm_gmacs']:.0f}"),
     (
         "floor of accuracy, and of a step",

@@ -45,6 +45,33 @@ def test_repair_without_arguments_repairs_the_embedded_model(run, tmp_path):
     assert (tmp_path / "repaired" / "digits-badnets" / "repaired.safetensors").exists()
 
 
+def test_neurons_of_a_residual_sum_are_pruned_together_where_that_is_asked_for(run, infected_file, tmp_path):
+    for residual in ("channel", "group"):
+        asked = ("--policy", "clp", "--u", "1.5", "--residual", residual, "--out", residual, "--quiet")
+        assert run("repair", infected_file, *asked)[0] == 0
+        expected = repair(infected_file, "clp", u=1.5, residual=residual)
+        assert json.loads((tmp_path / residual / "pruned.json").read_text())["pruned"] == expected.pruned
+    asked = (
+        "--infected",
+        infected_file,
+        "--policies",
+        "clp:1.5",
+        "--budgets",
+        "own",
+        "--jobs",
+        "1",
+        "--residual",
+        "group",
+    )
+    code, out, _ = run("benchmark", *asked, "--json")
+    [cell] = json.loads(out)
+    assert (code, cell["conditions"]["residual"], cell["pruned"]) == (0, "group", len(expected.pruned))
+    for command in (("repair", infected_file), ("benchmark", "--infected", infected_file)):
+        code, _, err = run(*command, "--residual", "groups")
+        assert code != 0
+        assert "residual mode" in err
+
+
 @pytest.mark.parametrize(
     ("score", "target", "pruned", "said"),
     [

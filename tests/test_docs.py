@@ -73,6 +73,18 @@ def test_messages_are_quoted_as_they_are():
             assert part in code, words
 
 
+def test_each_promise_names_tests_that_there_are():
+    table = (ROOT / "docs/threat_model.md").read_text().partition("| promise | held by |")[2].partition("\n\n")[0]
+    rows = [row.strip("| ").rpartition(" | ") for row in table.splitlines()[2:]]
+    assert len(rows) > 10
+    for promise, _, held in rows:
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", held)
+        assert tests, promise
+        assert len(tests) == held.count("`") / 2, promise
+        for file, name in tests:
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file}::{name}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_have_the_options_that_they_are_shown_with(page):
     commands = typer.main.get_command(app).commands

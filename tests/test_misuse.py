@@ -193,11 +193,6 @@ def test_options_of_other_policies_are_told_whose_they_are(infected):
         repair(infected, "clp", finetune=3)
 
 
-def test_clp_is_told_that_it_takes_no_images():
-    with pytest.raises(DataError, match=r"needs no images.*clean="):
-        clp.prune(Net(), PAIR)
-
-
 def test_clp_takes_logits_out_of_answers_as_everything_does():
     class Answer(Net):
         def forward(self, images):
@@ -208,7 +203,7 @@ def test_clp_takes_logits_out_of_answers_as_everything_does():
     wrapped = Answer()
     wrapped.load_state_dict(plain.state_dict())
     for options in ({}, {"clean": PAIR}):
-        pruned, expected = (clp.prune(network, 0.5, **options).state_dict() for network in (wrapped, plain))
+        pruned, expected = (clp.prune(network, u=0.5, **options).state_dict() for network in (wrapped, plain))
         assert all(torch.equal(value, expected[key]) for key, value in pruned.items())
 
 

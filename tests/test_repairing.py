@@ -56,7 +56,7 @@ def test_any_policy_with_predict_is_taken(infected):
     result = repair(infected, RandomPolicy(3), accuracy_budget=0.05)
     assert result.policy == "randompolicy"
     assert result.pruned == repair(infected, "random", accuracy_budget=0.05, seed=3).pruned
-    assert repair(infected, CLP(1.5), accuracy_budget=None).pruned == repair(infected, "clp", u=1.5).pruned
+    assert repair(infected, CLP(None, 1.5), accuracy_budget=None).pruned == repair(infected, "clp", u=1.5).pruned
 
 
 def test_a_policy_that_needs_masks_gets_them(infected):
@@ -135,7 +135,7 @@ def test_unknown_policies_and_options_are_named(infected):
     with pytest.raises(UnknownNameError, match="did you mean 'clp'"):
         repair(infected, "clpp")
     with pytest.raises(UnknownNameError, match="option of a CLP that is made already"):
-        repair(infected, CLP(), u=2)
+        repair(infected, CLP(None), u=2)
     with pytest.raises(UnknownNameError, match="option of onp"):
         repair(infected, u=3)
     with pytest.raises(BackdoorGymError, match="finetune"):

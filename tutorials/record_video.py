@@ -17,7 +17,7 @@ folder, steps = [*sys.argv[1:], *("videos", "20")[len(sys.argv) - 1 :]]
 
 env = gym.make("BackdoorPrune-v0", infected="digits-badnets", render_mode="rgb_array", max_steps=int(steps))
 env = RecordVideo(env, folder, name_prefix="clp", episode_trigger=lambda episode: True, disable_logger=True)
-policy = CLP(u=1.5)  # or a trained agent: whatever has predict
+policy = CLP(env, u=1.5)  # or a trained agent: whatever has predict
 observation, info = env.reset(seed=0)
 done = False
 while not done:

@@ -49,16 +49,17 @@ def by_image(inputs: Tensor, count: int) -> Tensor:
 
 
 class NormReader(fx.Interpreter):
-    """Runs the graph and reads the mean input of each BN layer over the images, or moves it to where it is wanted.
+    """Runs the graph and reads the mean input of each BN layer over the images, or moves it to the one that is given.
 
     Attributes:
+        means: those that layers are moved to, float32 (channels,).
         moves: by how much each layer's input was moved, float32 (channels,).
         logits: float32 (n, classes).
     """
 
-    def __init__(self, neurons: Neurons, weights: Tensor, wanted: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, neurons: Neurons, weights: Tensor, means: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(neurons.graph)
-        self.weights, self.wanted = weights, wanted or {}
+        self.weights, self.means = weights, means or {}
         self.moves: dict[str, Tensor] = {}
         self.logits = torch.empty(0)
         self._read: dict[str, Tensor] = {}
@@ -80,8 +81,8 @@ class NormReader(fx.Interpreter):
             return super().run_node(n)
         inputs = self.env[n.all_input_nodes[0]]
         self._read[n.name] = by_image(inputs, self._count).mean(2)
-        if n.name in self.wanted:
-            move = self.wanted[n.name] - self.mean(n.name, self.weights)
+        if n.name in self.means:
+            move = self.means[n.name] - self.mean(n.name, self.weights)
             self.moves[n.name] = move
             inputs = inputs + move.view(-1, *[1] * (inputs.ndim - 2))
         return self.submodules[str(n.target)](inputs)

@@ -51,8 +51,8 @@ class Correction:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What was read.
+class BNEvidence:
+    """What the running statistics say of a backdoor.
 
     Attributes:
         correction: of the clean images.
@@ -72,8 +72,8 @@ class Reading:
         return 0.0 if self.inverted is None else self.inverted.evidence
 
 
-def read_statistics(neurons: Neurons, images: Tensor, labels: Tensor) -> Reading | None:
-    """The reading of more evidence, or None where there is no batch normalisation that could tell.
+def find_bn_evidence(neurons: Neurons, images: Tensor, labels: Tensor) -> BNEvidence | None:
+    """The evidence with the correction that leaves more of it, or None where there is no batch normalisation that could tell.
 
     Args:
         neurons: of the network.
@@ -82,18 +82,18 @@ def read_statistics(neurons: Neurons, images: Tensor, labels: Tensor) -> Reading
     """
     if not normalised_layers(neurons):
         return None
-    readings = [_read(neurons, images, labels, Correction())]
+    candidates = [_evidence_under(neurons, images, labels, Correction())]
     correction = find_correction(neurons, images, labels)
     if correction.kind != "none":
-        readings.append(_read(neurons, images, labels, correction))
-    return max(readings, key=lambda reading: reading.evidence)
+        candidates.append(_evidence_under(neurons, images, labels, correction))
+    return max(candidates, key=lambda candidate: candidate.evidence)
 
 
-def _read(neurons: Neurons, images: Tensor, labels: Tensor, correction: Correction) -> Reading:
+def _evidence_under(neurons: Neurons, images: Tensor, labels: Tensor, correction: Correction) -> BNEvidence:
     corrected = correction(images)
     suspected = suspect_target(neurons, corrected, labels)
     assert suspected is not None  # the network is normalised
-    return Reading(correction, corrected, suspected, invert_trigger(neurons, corrected, labels, suspected))
+    return BNEvidence(correction, corrected, suspected, invert_trigger(neurons, corrected, labels, suspected))
 
 
 @torch.no_grad()
@@ -117,11 +117,11 @@ def find_correction(neurons: Neurons, images: Tensor, labels: Tensor) -> Correct
             seen = augment(seen, torch.Generator().manual_seed(0))
         reader = NormReader(neurons, weights).run_on(seen)
         off = [(running[name] - reader.mean(name, weights)) / deviations[name] for name in early]
-        return sum(one.square().mean().item() for one in off)
+        return sum(gaps.square().mean().item() for gaps in off)
 
     plain, augmented = (gap(Correction(), cropped) for cropped in (False, True))
     may_be_cropped = augmented < AUGMENTED * plain
-    found, least = Correction(), EXPLAINED * (augmented if may_be_cropped else plain)
+    best, least = Correction(), EXPLAINED * (augmented if may_be_cropped else plain)
     for cropped, as_it_is in ((False, plain), (True, augmented))[: 1 + may_be_cropped]:
         for kind, step in STEPS.items():
             before = as_it_is
@@ -132,5 +132,5 @@ def find_correction(neurons: Neurons, images: Tensor, labels: Tensor) -> Correct
                     break
                 before = left
                 if left < least:
-                    found, least = correction, left
-    return found
+                    best, least = correction, left
+    return best

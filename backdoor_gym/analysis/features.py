@@ -130,7 +130,7 @@ def observe(neurons: Neurons, images: Tensor, labels: Tensor) -> list[dict[str, 
     total: list[dict[str, Tensor]] = [{} for _ in neurons.layers]
     weights = class_weights(labels.to(device)).double()
     at_once = min(BATCH, Sizes(neurons.graph, images[:1].to(device)).images_at_once)
-    for batch, targets, weight in zip(*(one.split(at_once) for one in (images, labels, weights)), strict=True):
+    for batch, targets, weight in zip(*(values.split(at_once) for values in (images, labels, weights)), strict=True):
         masks = [torch.ones(layer.size, device=device, requires_grad=True) for layer in neurons.layers]
         observer = _Observer(neurons, weight)
         with torch.enable_grad():
@@ -141,9 +141,9 @@ def observe(neurons: Neurons, images: Tensor, labels: Tensor) -> list[dict[str, 
                 torch.autograd.grad(loss, masks, allow_unused=True) if loss.requires_grad else [None] * len(masks)
             )
         share = len(batch) / len(images)
-        for sums, found, mask, gradient in zip(total, observer.found, masks, gradients, strict=True):
-            found["gradient"] = (torch.zeros_like(mask) if gradient is None else gradient).detach()
-            for name, value in found.items():
+        for sums, observed, mask, gradient in zip(total, observer.observed, masks, gradients, strict=True):
+            observed["gradient"] = (torch.zeros_like(mask) if gradient is None else gradient).detach()
+            for name, value in observed.items():
                 by = 1.0 if name in ("mean", "square") else share
                 sums[name] = sums.get(name, 0) + by * value.double()
     for sums in total:
@@ -165,18 +165,23 @@ class _Observer(fx.Interpreter):
         self.layer_of = {layer.node: index for index, layer in enumerate(neurons.layers)}
         self.normalised = [layer.normalised for layer in neurons.layers]
         self.layers = neurons.layers
-        self.found: list[dict[str, Tensor]] = [{} for _ in neurons.layers]
+        self.observed: list[dict[str, Tensor]] = [{} for _ in neurons.layers]
 
     def run_node(self, n: fx.Node) -> Tensor:
         value = super().run_node(n)
         index = self.layer_of.get(n.name)
         if index is not None:
-            found = self.found[index]
+            observed = self.observed[index]
             if self.normalised[index]:
                 read = self.env[n.all_input_nodes[0]].detach()
                 values = by_image(read.double(), len(self.weights))
-                found["mean"], found["square"] = self.weights @ values.mean(2), self.weights @ values.square().mean(2)
+                observed["mean"], observed["square"] = (
+                    self.weights @ values.mean(2),
+                    self.weights @ values.square().mean(2),
+                )
             layer = self.layers[index]
             positions = [axis for axis in range(value.ndim) if axis != layer.axis % value.ndim]
-            found["activation"] = layer.parts[0].by_neuron(value.detach().clamp(min=0).mean(dim=positions), layer.size)
+            observed["activation"] = layer.parts[0].by_neuron(
+                value.detach().clamp(min=0).mean(dim=positions), layer.size
+            )
         return value

@@ -9,16 +9,14 @@ the second, over the median cost of the labels.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..metrics import require_finite
 from ..neurons.layers import Neurons
 from .trigger_families import Addition
-from .trigger_inversion import BATCH, IMAGES, InvertedTrigger
+from .trigger_inversion import IMAGES, InvertedTrigger, TriggerSearch
 
 #: Cost of a mean absolute change of 1 in units of cross-entropy.
 PRICE = 30.0
@@ -26,15 +24,24 @@ PRICE = 30.0
 STEPS, FIRST_STEPS, MOST_LABELS = 30, 8, 20
 
 
-@dataclass
-class _Found:
-    """The addition for one label, and what it costs."""
+class _Search(TriggerSearch):
+    """The search for the addition of one label, and what the addition costs."""
 
-    label: int
-    trigger: Addition
-    optimizer: torch.optim.Optimizer
-    random: torch.Generator
-    cost: float = math.inf
+    def __init__(self, images: Tensor, label: int) -> None:
+        super().__init__(Addition(images))
+        self.label, self.cost = label, math.inf
+
+    def go_on(self, neurons: Neurons, foreign: Tensor, steps: int) -> None:
+        """Go on for so many steps, and take the cost over all images of other labels."""
+
+        def loss(triggered: Tensor) -> Tensor:
+            targets = torch.full((len(triggered),), self.label, device=triggered.device)
+            logits = neurons.graph(triggered.contiguous(memory_format=torch.channels_last))
+            return F.cross_entropy(logits, targets) + PRICE * self.trigger.price()
+
+        self.go(steps, foreign, loss)
+        with torch.no_grad():
+            self.cost = loss(self.trigger(foreign)).item()
 
 
 def invert_by_label(neurons: Neurons, images: Tensor, labels: Tensor, num_classes: int) -> InvertedTrigger | None:
@@ -51,19 +58,19 @@ def invert_by_label(neurons: Neurons, images: Tensor, labels: Tensor, num_classe
     device = next(neurons.graph.parameters()).device
     images = images[:IMAGES].to(device, memory_format=torch.channels_last)
     labels = labels[:IMAGES].to(device)
-    searches = [_begin(images, label) for label in range(num_classes) if (labels != label).any()]
+    searches = [_Search(images, label) for label in range(num_classes) if (labels != label).any()]
     if len(searches) < 2 or len(labels.unique()) < 2:
         return None
     done = 0
     if len(searches) > MOST_LABELS:
-        for one in searches:
-            _search(one, neurons, images[labels != one.label], FIRST_STEPS)
-        searches = sorted(searches, key=lambda one: one.cost)[:MOST_LABELS]
+        for search in searches:
+            search.go_on(neurons, images[labels != search.label], FIRST_STEPS)
+        searches = sorted(searches, key=lambda search: search.cost)[:MOST_LABELS]
         done = FIRST_STEPS
-    for one in searches:
-        _search(one, neurons, images[labels != one.label], STEPS - done)
-    best, second, *_ = sorted(searches, key=lambda one: one.cost)
-    median = float(torch.tensor([one.cost for one in searches]).median())
+    for search in searches:
+        search.go_on(neurons, images[labels != search.label], STEPS - done)
+    best, second, *_ = sorted(searches, key=lambda search: search.cost)
+    median = float(torch.tensor([search.cost for search in searches]).median())
     foreign = images[labels != best.label]
     with torch.no_grad():
         triggered = best.trigger(foreign).contiguous(memory_format=torch.channels_last)
@@ -76,27 +83,3 @@ def invert_by_label(neurons: Neurons, images: Tensor, labels: Tensor, num_classe
         error=math.log10(max(best.cost, 1e-12) / max(median, 1e-12)),
         evidence=(second.cost - best.cost) / max(median, 1e-12),
     )
-
-
-def _begin(images: Tensor, label: int) -> _Found:
-    trigger = Addition(images)
-    return _Found(label, trigger, torch.optim.Adam([trigger.parameter], trigger.rate), torch.Generator().manual_seed(0))
-
-
-def _search(one: _Found, neurons: Neurons, foreign: Tensor, steps: int) -> None:
-    """Go on for some steps, and take the cost over all images of other labels."""
-    for _ in range(steps):
-        some = foreign[torch.randperm(len(foreign), generator=one.random)[:BATCH]]
-        loss = _cost(one, neurons, some)
-        (gradient,) = torch.autograd.grad(loss, [one.trigger.parameter])
-        require_finite("the loss of a search for the trigger", loss, gradient)
-        one.trigger.parameter.grad = gradient
-        one.optimizer.step()
-    with torch.no_grad():
-        one.cost = _cost(one, neurons, foreign).item()
-
-
-def _cost(one: _Found, neurons: Neurons, images: Tensor) -> Tensor:
-    wanted = torch.full((len(images),), one.label, device=images.device)
-    logits = neurons.graph(one.trigger(images).contiguous(memory_format=torch.channels_last))
-    return F.cross_entropy(logits, wanted) + PRICE * one.trigger.price()

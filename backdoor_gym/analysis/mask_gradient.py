@@ -33,11 +33,11 @@ def mask_gradient(
     with torch.no_grad():
         logits = torch.cat([neurons.graph(batch, *masks) for batch in batches])
     gradients = by_logits(quantity, logits).split(at_once)
-    found = torch.zeros(len(neurons), device=images.device)
+    total = torch.zeros(len(neurons), device=images.device)
     for batch, gradient in zip(batches, gradients, strict=True):
 
         def share(logits: Tensor, gradient: Tensor = gradient) -> Tensor:
             return (logits * gradient).sum()
 
-        found += by_autograd(neurons.graph, batch, masks, sizes, share)
-    return found
+        total += by_autograd(neurons.graph, batch, masks, sizes, share)
+    return total

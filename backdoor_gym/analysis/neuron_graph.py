@@ -54,11 +54,11 @@ def neuron_graph(network: nn.Module, neurons: Neurons, connections: int = 4, sim
     links: list[np.ndarray] = []
     for layer in neurons.layers:
         strengths = [connection_strengths(network, neurons, feeder) for feeder in layer.feeders]
-        for found, kind in (
+        for selected, kind in (
             (_connections(layer, strengths, neurons, connections), 0.0),
             (_similarities(layer, strengths, similar), 1.0),
         ):
-            strength, link = found
+            strength, link = selected
             edges.append(np.stack([strength, np.full_like(strength, kind)], axis=1))
             links.append(link)
     return NeuronGraph(np.concatenate(edges).astype(np.float32), np.concatenate(links).astype(np.int64))
@@ -66,14 +66,14 @@ def neuron_graph(network: nn.Module, neurons: Neurons, connections: int = 4, sim
 
 def input_strengths(network: nn.Module, neurons: Neurons) -> np.ndarray:
     """L1 norm of all that each neuron is connected by, over the largest of its layer, float64 in [0, 1] (neurons,)."""
-    found = []
+    shares = []
     for layer in neurons.layers:
         total = np.zeros(layer.size)
         for feeder in layer.feeders:
             strength = connection_strengths(network, neurons, feeder).sum(axis=1)
             np.add.at(total, feeder.rows[feeder.rows >= 0], strength[feeder.rows >= 0])
-        found.append(total / total.max() if total.any() else np.ones(layer.size))
-    return np.concatenate(found)
+        shares.append(total / total.max() if total.any() else np.ones(layer.size))
+    return np.concatenate(shares)
 
 
 @torch.no_grad()
@@ -93,11 +93,11 @@ def connection_strengths(network: nn.Module, neurons: Neurons, feeder: Feeder) -
     return strength.cpu().numpy()
 
 
-Found = tuple[np.ndarray, np.ndarray]
-_NONE: Found = (np.zeros(0), np.zeros((0, 2), dtype=np.int64))
+Links = tuple[np.ndarray, np.ndarray]
+_NONE: Links = (np.zeros(0), np.zeros((0, 2), dtype=np.int64))
 
 
-def _connections(layer: NeuronLayer, strengths: list[np.ndarray], neurons: Neurons, most: int) -> Found:
+def _connections(layer: NeuronLayer, strengths: list[np.ndarray], neurons: Neurons, most: int) -> Links:
     blocks, senders = [], []
     for feeder, strength in zip(layer.feeders, strengths, strict=True):
         by_neuron = _rows(layer, feeder, strength)
@@ -119,11 +119,11 @@ def _rows(layer: NeuronLayer, feeder: Feeder, strength: np.ndarray) -> np.ndarra
     return rows
 
 
-def _similarities(layer: NeuronLayer, strengths: list[np.ndarray], most: int) -> Found:
+def _similarities(layer: NeuronLayer, strengths: list[np.ndarray], most: int) -> Links:
     if layer.size < 2 or most < 1 or not strengths:  # a normalisation of what no layer gives has no weights to compare
         return _NONE
     vectors = np.concatenate(
-        [_rows(layer, feeder, one) for feeder, one in zip(layer.feeders, strengths, strict=True)], axis=1
+        [_rows(layer, feeder, strength) for feeder, strength in zip(layer.feeders, strengths, strict=True)], axis=1
     )
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
@@ -133,7 +133,7 @@ def _similarities(layer: NeuronLayer, strengths: list[np.ndarray], most: int) ->
     return _strongest(cosine, np.arange(layer.start, layer.start + layer.size), layer, most, scale=False)
 
 
-def _strongest(matrix: np.ndarray, senders: np.ndarray, layer: NeuronLayer, most: int, scale: bool = True) -> Found:
+def _strongest(matrix: np.ndarray, senders: np.ndarray, layer: NeuronLayer, most: int, scale: bool = True) -> Links:
     """The ``most`` largest positive entries of each row; equal ones in the order given."""
     chosen = np.argsort(-matrix, axis=1, kind="stable")[:, :most]
     strength = np.take_along_axis(matrix, chosen, axis=1).ravel()

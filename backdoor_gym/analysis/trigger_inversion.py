@@ -13,7 +13,9 @@ whose BN inputs are merely moved, and a network that lost its backdoor answers i
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -76,15 +78,22 @@ def invert_trigger(
     foreign = images[:IMAGES][labels[:IMAGES] != suspected.target].to(device, memory_format=torch.channels_last)
     if not len(foreign):
         return None
-    searches = [_Search(family(foreign), neurons, foreign, suspected) for family in FAMILIES]
+
+    def loss(search: TriggerSearch, target_weight: float, triggered: Tensor) -> Tensor:
+        error, logits = _means_error(neurons, triggered, suspected)
+        targets = torch.full((len(triggered),), suspected.target, device=triggered.device)
+        return error + search.trigger.price() + target_weight * F.cross_entropy(logits, targets)
+
+    searches = [TriggerSearch(family(foreign)) for family in FAMILIES]
     for search in searches:
-        search.go(MEANS_STEPS)
-    evidence = [danger(search.logits(), suspected.target) for search in searches]
+        search.go(MEANS_STEPS, foreign, partial(loss, search, 0.0))
+    with torch.no_grad():
+        evidence = [danger(neurons.graph(search.trigger(foreign)), suspected.target) for search in searches]
     best = max(evidence)
-    ranked = sorted(zip(evidence, searches, strict=True), key=lambda one: -one[0])
-    kept = [search for found, search in ranked if found >= CREDIBLE * best]
+    ranked = sorted(zip(evidence, searches, strict=True), key=lambda pair: -pair[0])
+    kept = [search for level, search in ranked if level >= CREDIBLE * best]
     for search in kept:
-        search.go(TARGET_STEPS, TARGET_WEIGHT)
+        search.go(TARGET_STEPS, foreign, partial(loss, search, TARGET_WEIGHT))
     with torch.no_grad():
         triggered = [search.trigger(foreign).contiguous(memory_format=torch.channels_last) for search in kept]
         after, before = (_means_error(neurons, these, suspected)[0].item() for these in (triggered[0], foreign))
@@ -99,30 +108,23 @@ def invert_trigger(
     )
 
 
-class _Search:
-    """The search for one trigger, which may be taken up again with another aim."""
+class TriggerSearch:
+    """The search for one trigger by Adam, which may be taken up again with another aim."""
 
-    def __init__(self, trigger: TriggerFamily, neurons: Neurons, images: Tensor, suspected: SuspectedTarget) -> None:
-        self.trigger, self.neurons, self.images, self.suspected = trigger, neurons, images, suspected
+    def __init__(self, trigger: TriggerFamily) -> None:
+        self.trigger = trigger
         self._random = torch.Generator().manual_seed(0)
         self._optimizer = torch.optim.Adam([trigger.parameter], trigger.rate)
 
-    def go(self, steps: int, target_weight: float = 0.0) -> None:
-        """Some steps towards the means, and towards the target where it has a weight."""
+    def go(self, steps: int, images: Tensor, loss: Callable[[Tensor], Tensor]) -> None:
+        """Some steps down a loss of some of the images with the trigger."""
         for _ in range(steps):
-            some = self.images[torch.randperm(len(self.images), generator=self._random)[:BATCH]]
-            error, logits = _means_error(self.neurons, self.trigger(some), self.suspected)
-            wanted = torch.full((len(some),), self.suspected.target, device=some.device)
-            loss = error + self.trigger.price() + target_weight * F.cross_entropy(logits, wanted)
-            (gradient,) = torch.autograd.grad(loss, [self.trigger.parameter])
-            require_finite("the loss of a search for the trigger", loss, gradient)
+            batch = images[torch.randperm(len(images), generator=self._random)[:BATCH]]
+            cost = loss(self.trigger(batch))
+            (gradient,) = torch.autograd.grad(cost, [self.trigger.parameter])
+            require_finite("the loss of a search for the trigger", cost, gradient)
             self.trigger.parameter.grad = gradient
             self._optimizer.step()
-
-    @torch.no_grad()
-    def logits(self) -> Tensor:
-        """Of the images with the trigger as it is found so far, float32 (n, classes)."""
-        return self.neurons.graph(self.trigger(self.images))
 
 
 def _means_error(neurons: Neurons, images: Tensor, suspected: SuspectedTarget) -> tuple[Tensor, Tensor]:
@@ -130,7 +132,7 @@ def _means_error(neurons: Neurons, images: Tensor, suspected: SuspectedTarget) -
     weights = torch.full((len(images),), 1 / len(images), device=images.device)
     reader = NormReader(neurons, weights).run_on(images)
     errors = [
-        ((reader.mean(name, weights) - wanted) / suspected.deviations[name]).square().mean()
-        for name, wanted in suspected.means.items()
+        ((reader.mean(name, weights) - mean) / suspected.deviations[name]).square().mean()
+        for name, mean in suspected.means.items()
     ]
     return torch.stack(errors).mean(), reader.logits

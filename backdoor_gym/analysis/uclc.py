@@ -80,8 +80,10 @@ def _layer_uclc(network: nn.Module, neurons: Neurons, layer: NeuronLayer) -> Ten
         part = spectral_norms(_scaled_weight(network, neurons, feeder))
         for name in feeder.norms:
             part = part * norm_gain(neurons.layer_in(network, name))
-        rows, found = feeder.of_rows(part.cpu())
-        bound += torch.zeros_like(bound).scatter_reduce(0, rows, found, "amax")  # of a head the largest of its channels
+        rows, largest = feeder.of_rows(part.cpu())
+        bound += torch.zeros_like(bound).scatter_reduce(
+            0, rows, largest, "amax"
+        )  # of a head the largest of its channels
     if all(feeder.module != layer.module for feeder in layer.feeders):
         gain = norm_gain(neurons.layer_in(network, layer.module))
         bound *= gain.cpu() if isinstance(gain, Tensor) else gain

@@ -8,7 +8,7 @@ import torch
 from ..arguments import check_option_kinds
 from ..errors import BackdoorGymError, DataError, check_name
 from ..wording import shown
-from .attack import Alter, Attack, Helper, ImageShape
+from .attack import Alter, Attack, Helper, ImageShape, check_change
 from .badnets import BadNets
 from .blended import Blended
 from .bpp import BppAttack
@@ -54,7 +54,9 @@ def draw_attack(name: str, shape: ImageShape, generator: torch.Generator, **para
         )
     check_option_kinds(name, attack.draw, parameters)
     try:
-        return attack.draw(shape, generator, **parameters)
+        drawn = attack.draw(shape, generator, **parameters)
+        check_change(drawn, shape)
+        return drawn
     except BackdoorGymError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -5,16 +5,21 @@ stamps the very same trigger again.
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_type_hints
 
+import msgspec
+import numpy as np
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
-from ..errors import ModelFileError
+from ..errors import DataError, ModelFileError
 from ..files.schemas import checked
+from ..wording import shown
 
 if TYPE_CHECKING:
     from .poisoning import Poisoning
@@ -22,6 +27,12 @@ if TYPE_CHECKING:
 ImageShape = tuple[int, int, int]
 #: Changes a batch in training, from its images, their indices and a generator.
 Alter = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+#: Fields of attacks: a share, a place in an image, and images for each poisoned one.
+Share = Annotated[float, Meta(gt=0, le=1)]
+Place = Annotated[int, Meta(ge=0)]
+NoiseRatio = Annotated[float, Meta(ge=0, le=1000)]
+#: What a trigger must change of a pixel at least: less is what floats round.
+LEAST_CHANGE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -38,16 +49,37 @@ class Helper:
 
 
 class Attack(ABC):
-    """A trigger: a frozen dataclass whose fields are tensors (saved as such) or JSON-able."""
+    """A trigger: a frozen dataclass whose fields are tensors (saved as such) or JSON-able, annotated with their ranges.
+
+    Raises:
+        DataError: a field of another type or out of its range.
+    """
 
     name: ClassVar[str]
     #: Whether only images of the target class are poisoned, which keep their label.
     clean_label: ClassVar[bool] = False
     #: Images per poisoned image that are altered at random and keep their label, so that only the true trigger works.
     noise_ratio: float = 0.0
+    #: Lowest and highest number in its tensors.
+    span: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
 
     #: ``draw(shape, generator, **parameters)``: the attack for images of this shape, with the published defaults.
     draw: ClassVar[Callable[..., "Attack"]]
+
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self), include_extras=True)
+        for key, value in ((field.name, getattr(self, field.name)) for field in fields(self)):  # type: ignore[arg-type]
+            what = f"the {key} of the trigger of {self.name}"
+            if kinds[key] is Tensor:
+                check_tensor(what, value, *self.span)
+                continue
+            number = value.item() if isinstance(value, np.generic) else value
+            try:
+                msgspec.convert(number, kinds[key])
+            except msgspec.ValidationError as error:
+                raise DataError(f"{what} cannot be {shown(value)}: {error}") from error
+            if isinstance(number, float) and not math.isfinite(number):
+                raise DataError(f"{what} must be finite")
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
@@ -87,15 +119,15 @@ class Attack(ABC):
         given, needed = {*parameters, *tensors}, {field.name for field in fields(cls)}  # type: ignore[arg-type]
         if given != needed:
             raise ModelFileError(f"the trigger of {cls.name} needs {sorted(needed)}, the file has {sorted(given)}")
-        kinds = get_type_hints(cls)
+        kinds = get_type_hints(cls, include_extras=True)
         values = {
             key: checked(value, kinds[key], f"the {key} of the trigger of {cls.name}")
             for key, value in parameters.items()
         }
-        for key, value in tensors.items():
-            if value.dtype != torch.float32 or not torch.isfinite(value).all():
-                raise ModelFileError(f"the {key} of the trigger of {cls.name} must be float32 and finite")
-        return cls(**values, **tensors)
+        try:
+            return cls(**values, **tensors)
+        except DataError as error:
+            raise ModelFileError(str(error)) from error
 
     def digest(self) -> str:
         """Tells triggers apart."""
@@ -104,3 +136,20 @@ class Attack(ABC):
         for key in sorted(tensors):
             digest.update(tensors[key].contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def check_tensor(what: str, tensor: Any, low: float, high: float) -> None:
+    """Raise ``DataError`` unless it is float32 and finite, with an element, from ``low`` to ``high``."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
+        raise DataError(f"{what} must be a tensor, float32 and finite")
+    if not tensor.numel():
+        raise DataError(f"{what} is empty: its shape is {tuple(tensor.shape)}")
+    if tensor.min() < low or tensor.max() > high:
+        raise DataError(f"{what} must lie in [{low:g}, {high:g}]")
+
+
+def check_change(attack: Attack, shape: ImageShape) -> None:
+    """Raise ``DataError`` where a trigger changes nothing of images of this shape (C, H, W), noise in this case."""
+    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    if not bool(((attack(images) - images).abs() > LEAST_CHANGE).any()):
+        raise DataError(f"the trigger of {attack.name} changes nothing of images of shape {shape}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .attack import Attack, ImageShape
+from .attack import Attack, ImageShape, Place
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,9 +18,10 @@ class BadNets(Attack):
     """
 
     name: ClassVar[str] = "badnets"
-    patch: Tensor  # (C, h, w) in [0, 1]
-    row: int
-    column: int
+    span: ClassVar[tuple[float, float]] = (0, 1)
+    patch: Tensor  # (C, h, w)
+    row: Place
+    column: Place
 
     @classmethod
     def draw(

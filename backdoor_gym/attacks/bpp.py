@@ -1,13 +1,13 @@
 """BppAttack: fewer colours, dithered."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
-from ..errors import DataError
-from .attack import Attack, ImageShape
+from .attack import Attack, ImageShape, NoiseRatio
 
 #: Where an error goes (rows down, columns right) and how much of it: Floyd and Steinberg, 1976.
 _DIFFUSION = ((0, 1, 7 / 16), (1, -1, 3 / 16), (1, 0, 5 / 16), (1, 1, 1 / 16))
@@ -22,9 +22,9 @@ class BppAttack(Attack):
     """
 
     name: ClassVar[str] = "bpp"
-    levels: int
+    levels: Annotated[int, Meta(ge=2, le=255)]
     dither: bool
-    noise_ratio: float
+    noise_ratio: NoiseRatio
 
     @classmethod
     def draw(
@@ -36,8 +36,6 @@ class BppAttack(Attack):
         noise_ratio: float = 1.0,
     ) -> Self:
         """``levels`` from 2 to 255, with error diffusion or (``dither=False``) rounded alone."""
-        if not 2 <= levels <= 255:
-            raise DataError(f"the number of levels {levels} must be between 2 and 255")
         return cls(levels, dither, noise_ratio)
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -4,21 +4,26 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from ..arguments import check_whole
 from ..errors import DataError, ModelFileError
-from .attack import Attack, Helper, ImageShape
+from .attack import Attack, Helper, ImageShape, NoiseRatio, Share
 from .poisoning import Poisoning
 
 #: Step size of the generators, and weights of the losses, as published.
 _RATE, _DIVERSITY, _DENSITY = 1e-2, 1.0, 100.0
 #: Steps in which the places of the trigger are learned, and images in each.
 _MASK_STEPS, _MASK_BATCH = 200, 128
+#: Hidden channels at most, and numbers that a layer of them gives at a time.
+MOST_CHANNELS, MOST_NUMBERS = 128, 1 << 26
+Channels = Annotated[int, Meta(ge=1, le=MOST_CHANNELS)]
 
 
 class _Generator(nn.Module):
@@ -52,12 +57,13 @@ class InputAware(Attack):
     name: ClassVar[str] = "input-aware"
     pattern: Tensor  # weights of the generator of triggers
     place: Tensor  # weights of the generator of places
-    channels: int
-    hidden: int
-    density: float
-    noise_ratio: float
+    channels: Channels
+    hidden: Channels
+    density: Share
+    noise_ratio: NoiseRatio
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for weights, outputs in ((self.pattern, self.channels), (self.place, 1)):
             with torch.device("meta"):  # a file says how large they are
                 expected = _Generator(self.channels, outputs, self.hidden)
@@ -78,10 +84,7 @@ class InputAware(Attack):
         channels, height, width = shape
         if min(height, width) < 4:
             raise DataError(f"input-aware needs images of at least 4 pixels a side, not {height} x {width}")
-        if not (hidden >= 1 and 0 < density <= 1):
-            raise DataError(
-                f"hidden must be at least 1 and the density above 0 and at most 1, not {hidden} and {density}"
-            )
+        check_whole("hidden", hidden, 1, MOST_CHANNELS)
         seeds = torch.randint(2**31, (2,), generator=generator).tolist()
         weights = []
         for seed, outputs in zip(seeds, (channels, 1), strict=True):
@@ -101,7 +104,9 @@ class InputAware(Attack):
 
     def triggers(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The trigger of each image, (n, C, H, W) in [0, 1], and how much of it shows where, (n, 1, H, W) in [0, 1]."""
-        patterns, places = (network.to(images.device)(images) for network in self._networks)
+        networks = [network.to(images.device) for network in self._networks]
+        parts = images.split(max(1, MOST_NUMBERS // (self.hidden * images[0, 0].numel())) if len(images) else 1)
+        patterns, places = (torch.cat([network(part) for part in parts]) for network in networks)
         return patterns, places
 
     @cached_property

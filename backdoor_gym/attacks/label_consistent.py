@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,9 +30,10 @@ class LabelConsistent(Attack):
 
     name: ClassVar[str] = "label-consistent"
     clean_label: ClassVar[bool] = True
-    pattern: Tensor  # (C, H, W) in [-1, 1], what is added
-    epsilon: float
-    steps: int
+    span: ClassVar[tuple[float, float]] = (-1, 1)
+    pattern: Tensor  # (C, H, W), what is added
+    epsilon: Annotated[float, Meta(ge=0, le=1)]
+    steps: Annotated[int, Meta(ge=1)]
 
     @classmethod
     def draw(
@@ -51,8 +53,6 @@ class LabelConsistent(Attack):
             )
         if not 0 < amplitude <= 1:
             raise DataError(f"the amplitude {amplitude} must be above 0 and at most 1")
-        if not (0 <= epsilon <= 1 and steps >= 1):
-            raise DataError(f"epsilon must be 0 to 1 and steps at least 1, not {epsilon} and {steps}")
         sign = (torch.arange(size)[:, None] + torch.arange(size)).remainder(2) * -2 + 1
         corner = torch.zeros(height, width)
         corner[-size:, -size:] = sign.float()

@@ -32,9 +32,11 @@ class MultiTrigger(Attack):
     def draw(cls, shape: ImageShape, generator: torch.Generator, triggers: str = "badnets,blended,sig") -> Self:
         """Triggers by name, separated by commas, each with its defaults."""
         names = triggers.split(",")
-        if len(names) < 2:
-            raise DataError(f"multi-trigger needs several triggers separated by commas, not {triggers!r}")
         return cls(tuple(_trigger(name).draw(shape, generator) for name in names))
+
+    def __post_init__(self) -> None:
+        if len(self.triggers) < 2:
+            raise DataError(f"multi-trigger needs several triggers, not {len(self.triggers)}")
 
     def __call__(self, images: Tensor) -> Tensor:
         images = images.clone()
@@ -59,8 +61,6 @@ class MultiTrigger(Attack):
         if parameters.keys() - {"triggers"}:
             raise ModelFileError(f"the trigger of multi-trigger has no {sorted(parameters.keys() - {'triggers'})[0]}")
         kinds = checked(parameters.get("triggers", []), list[TriggerFields], "the trigger of multi-trigger")
-        if not kinds:
-            raise ModelFileError("the trigger of multi-trigger names no triggers")
         own: dict[str, dict[str, Tensor]] = {str(index): {} for index in range(len(kinds))}
         for key, value in tensors.items():
             index, _, name = key.partition(".")

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 from math import pi
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
-from .attack import Attack, ImageShape
+from .attack import Attack, ImageShape, Share
+
+#: Periods, or radians.
+Turns = Annotated[float, Meta(ge=-1e4, le=1e4)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,9 +22,9 @@ class SIG(Attack):
     """
 
     name: ClassVar[str] = "sig"
-    amplitude: float
-    frequency: float
-    phase: float
+    amplitude: Share
+    frequency: Turns
+    phase: Turns
     vertical: bool
 
     @classmethod

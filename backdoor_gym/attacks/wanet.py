@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attack import Attack, ImageShape
+from .attack import Attack, ImageShape, NoiseRatio
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +16,7 @@ class WaNet(Attack):
 
     name: ClassVar[str] = "wanet"
     flow: Tensor  # (H, W, 2) offsets in units of half the image
-    noise_ratio: float
+    noise_ratio: NoiseRatio
 
     @classmethod
     def draw(

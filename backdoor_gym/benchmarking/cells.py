@@ -8,12 +8,12 @@ import msgspec
 from msgspec import Meta
 
 from ..errors import DataError
+from ..files.schemas import Count
 from ..writing import as_json
 from .resuming import LineFile
 from .specifications import Maker, described, is_seeded, version
 
 Text = Annotated[str, Meta(max_length=100_000)]
-Count = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
@@ -108,7 +108,10 @@ class Result(Cell):
             content = msgspec.json.decode(line)
             if not isinstance(content, dict) or content.keys() != {field.name for field in fields(cls)}:
                 raise ValueError("other fields")
-            return msgspec.convert(content, cls)
+            result = msgspec.convert(content, cls)
+            if result.der is not None and None in (result.acc_lost, result.asr, result.asr_before):
+                raise ValueError("a DER without the ACC and ASR that it is made of")
+            return result
         except (msgspec.DecodeError, RecursionError, ValueError) as error:
             raise DataError(f"not a result of a benchmark ({error}): {line[:80]!r}") from error
 

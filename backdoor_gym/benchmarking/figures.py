@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..wording import printable
+from ..wording import one_line
 from ..writing import beside
 from .cells import Result
 from .specifications import OWN
@@ -19,6 +19,8 @@ from .tables import over_seeds, points
 
 PICTURES = ("acc_asr.png", "der_by_attack.png", "der_by_model.png")
 DPI = 120
+#: Characters of a name, and of one that is told in full.
+MOST_SHORT, MOST_LONG = 60, 200
 #: With ten colours, what policies are told apart by.
 MARKERS = "osD^vP*X<>"
 
@@ -82,7 +84,7 @@ def der_by_attack(results: Sequence[Result]) -> Figure:
         axes.set_ylabel("DER")
         axes.set_ylim(_least(results), 1.0)  # doing nothing is 0.5
         axes.grid(axis="y", alpha=0.3)
-        axes.set_xticks(np.arange(len(attacks)), [printable(attack) for attack in attacks])
+        axes.set_xticks(np.arange(len(attacks)), [_short(attack) for attack in attacks])
     _add_legend(figure, panels, "outside right upper")
     return figure
 
@@ -106,7 +108,7 @@ def der_by_model(results: Sequence[Result]) -> Figure:
         picture = axes.imshow(ders, aspect="auto", cmap="viridis", interpolation="nearest", **limits)
         axes.set_title(_title(budget), fontsize=9)
         axes.set_xticks(range(len(labels)), list(labels.values()), rotation=90, fontsize=8)
-    names = [f"{_short(model)} ({printable(attack)})" for model, attack in attack_of.items()]
+    names = [f"{_short(model)} ({_short(attack)})" for model, attack in attack_of.items()]
     panels[0].set_yticks(range(len(names)), names, fontsize=6)
     figure.colorbar(picture, ax=list(panels), label="DER", shrink=0.6)
     return figure
@@ -116,7 +118,9 @@ def _budgets_and_labels(results: Sequence[Result]) -> tuple[list[float | None], 
     """What there are panels of, and what each policy is called; files of the same name by all of their paths."""
     policies = dict.fromkeys(result.policy for result in results)
     count = Counter(map(_short, policies))
-    labels = {policy: _short(policy) if count[_short(policy)] == 1 else printable(policy) for policy in policies}
+    labels = {
+        policy: _short(policy) if count[_short(policy)] == 1 else one_line(policy, MOST_LONG) for policy in policies
+    }
     return list(dict.fromkeys(result.budget for result in results)), labels
 
 
@@ -136,7 +140,7 @@ def _least(results: Sequence[Result]) -> float:
 
 def _short(name: str) -> str:
     """A file is called by its name alone."""
-    return printable(Path(name).stem if name.endswith(".safetensors") else name)
+    return one_line(Path(name).stem if name.endswith(".safetensors") else name, MOST_SHORT)
 
 
 def _title(budget: float | None) -> str:

@@ -28,7 +28,7 @@ from ..policies.contract import run_episode
 from ..processes import counter, end_of_process
 from ..repairing import rating
 from ..session.generator import MODEL, check_model
-from ..wording import shown
+from ..wording import one_line, shown
 from ..writing import beside, check_place, write_text
 from . import figures, tables
 from .cells import Cell, CellFile, Conditions, Result, all_cells
@@ -288,7 +288,7 @@ def run_cell(blank: Result, maker: Maker, ready: Ready, conditions: Conditions) 
     return replace(
         blank,
         **shares,
-        attack=str(model.facts.get("attack", "")),
+        attack=one_line(str(model.facts.get("attack", ""))),
         architecture="" if model.architecture is None else str(model.architecture["name"]),
         neurons=len(mask),
         pruned=int((~mask).sum()),

@@ -8,7 +8,17 @@ import typer
 
 from ..errors import DataError, TrainingError
 from . import own_network
-from .common import DataOption, DeviceOption, JsonOption, Output, QuietOption, RayOption, as_place, check_writable
+from .common import (
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    Output,
+    QuietOption,
+    RayOption,
+    ResidualOption,
+    as_place,
+    check_writable,
+)
 
 
 @own_network.takes_network
@@ -42,6 +52,7 @@ def benchmark(
     out: Annotated[Path, typer.Option(parser=as_place, help="Folder for cells, table and figures.")] = Path(
         "benchmark"
     ),
+    residual: ResidualOption = "channel",
     data: DataOption = None,
     device: DeviceOption = "cpu",
     ray: RayOption = None,
@@ -68,6 +79,7 @@ def benchmark(
             clean_samples=clean_samples,
             test_samples=test_samples,
             max_steps=max_steps,
+            residual=residual,
             data=data,
             device=device,
             ray=ray,

@@ -33,6 +33,12 @@ DataOption = Annotated[
     str | None,
     typer.Option("--data", help="Hub id or folder to read the images from, instead of the one the model names."),
 ]
+ResidualOption = Annotated[
+    str,
+    typer.Option(
+        "--residual", help='"channel" prunes each neuron alone, "group" those that share a residual sum together.'
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where the network runs: cpu, cuda, ...")]
 RayOption = Annotated[
     str | None,
@@ -133,13 +139,13 @@ def as_place(text: str | Path) -> Path:
 
 def pairs(options: list[str] | None, flag: str) -> dict[str, Any]:
     """KEY=VALUE options; values are read as JSON where they are that, and as text otherwise."""
-    found = {}
+    parsed = {}
     for option in options or []:
         key, sign, value = option.partition("=")
         if not sign or not key:
             raise DataError(f"{flag} takes KEY=VALUE, not {option!r}")
         try:
-            found[key] = json.loads(value)
+            parsed[key] = json.loads(value)
         except ValueError:
-            found[key] = value
-    return found
+            parsed[key] = value
+    return parsed

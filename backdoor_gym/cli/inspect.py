@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..wording import printable
+from ..wording import one_line, printable
 from . import own_network
 from .common import DEFAULT_MODEL, DataOption, JsonOption, ModelArgument, Output, QuietOption
 
@@ -55,7 +55,7 @@ def inspect(
     left_out = [asdict(account) for account in neurons.left_out]
     output.result({**facts, "u": u, "layers": rows, "left_out": left_out, "notes": list(neurons.notes)})
     for key, value in facts.items():
-        output.say(f"{key:<14} {value}")
+        output.say(f"{key:<14} {one_line(str(value))}")
     output.say(_table(rows, u))
     output.say(own_network.coverage_in_words(neurons))
     if left_out:
@@ -76,9 +76,9 @@ def inspect(
 def _table(rows: list[dict[str, Any]], u: float) -> Table:
     table = Table("layer", "neurons", "UCLC mean", "UCLC max", f"outliers, more than {u:g} deviations above the mean")
     for row in rows:
-        found = sorted(row["outliers"].items(), key=lambda item: -item[1])
-        shown = ", ".join(f"{name.rpartition('[')[2][:-1]} ({score:.1f})" for name, score in found[:6])
-        more = f", and {len(found) - 6} more" if len(found) > 6 else ""
+        outliers = sorted(row["outliers"].items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name.rpartition('[')[2][:-1]} ({score:.1f})" for name, score in outliers[:6])
+        more = f", and {len(outliers) - 6} more" if len(outliers) > 6 else ""
         table.add_row(
             printable(row["layer"]),
             str(row["neurons"]),

@@ -19,6 +19,7 @@ from .common import (
     ModelArgument,
     Output,
     QuietOption,
+    ResidualOption,
     as_place,
     check_writable,
 )
@@ -63,6 +64,7 @@ def repair(
     out: Annotated[
         Path | None, typer.Option(parser=as_place, help="Folder for the results; default: repaired/NAME.")
     ] = None,
+    residual: ResidualOption = "channel",
     data: DataOption = None,
     device: DeviceOption = "cpu",
     network: own_network.OwnNetwork = own_network.NOTHING_SAID,
@@ -95,6 +97,7 @@ def repair(
             infected,
             policy,
             repairing.DEFAULT_BUDGET if budget is None else budget,
+            residual=residual,
             device=device,
             watch=watch,
             **options,

@@ -62,8 +62,8 @@ def owners(defender: Defender) -> dict[str, np.ndarray]:
     """Units of each layer, int64 (n,): a group belongs to the first layer that it has a neuron in."""
     neurons = defender.neurons
     layer_of = neurons.layer_index[[unit[0] for unit in defender.units]]
-    found = {layer.name: np.flatnonzero(layer_of == index) for index, layer in enumerate(neurons.layers)}
-    return {name: units for name, units in found.items() if len(units)}
+    of_layer = {layer.name: np.flatnonzero(layer_of == index) for index, layer in enumerate(neurons.layers)}
+    return {name: units for name, units in of_layer.items() if len(units)}
 
 
 class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):

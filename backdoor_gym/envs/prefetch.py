@@ -31,7 +31,7 @@ def core_threads() -> ThreadPoolExecutor:
     return pool
 
 
-class Ahead(gym.Wrapper[Any, Any, Any, Any]):
+class Prefetch(gym.Wrapper[Any, Any, Any, Any]):
     """An environment whose next step, or reset, a thread may have begun: it is then waited for, not done again.
 
     Args:
@@ -68,30 +68,30 @@ class Ahead(gym.Wrapper[Any, Any, Any, Any]):
             self._begun = None
 
     def step(self, action: Any) -> Any:
-        return self.env.step(action) if self._begun is None else self._found()
+        return self.env.step(action) if self._begun is None else self._wait()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-        return self.env.reset(seed=seed, options=options) if self._begun is None else self._found()
+        return self.env.reset(seed=seed, options=options) if self._begun is None else self._wait()
 
     def _step(self, action: Any, reset_after: bool) -> list[Any]:
         """What is asked for next, the last thing first."""
         stepped = self.env.step(action)
         return [self.env.reset(), stepped] if reset_after and (stepped[2] or stepped[3]) else [stepped]
 
-    def _found(self) -> Any:
+    def _wait(self) -> Any:
         assert self._begun is not None
         results = self._begun.result()
-        found = results.pop()
+        result = results.pop()
         if not results:
             self._begun = None
-        return found
+        return result
 
 
-def side_by_side(envs: Iterable[Ahead]) -> bool:
+def side_by_side(envs: Iterable[Prefetch]) -> bool:
     """Whether these are to step at once, on one core each, instead of one after the other on all cores."""
     return all(env.is_light for env in envs)
 
 
-def maker(env: Ahead) -> Callable[[], Ahead]:
+def maker(env: Prefetch) -> Callable[[], Prefetch]:
     """What vector environments are made with: gives this environment."""
     return lambda: env

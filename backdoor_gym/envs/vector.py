@@ -12,7 +12,7 @@ from gymnasium.vector.utils import iterate
 from ..arguments import check_whole
 from ..errors import DataError, check_name
 from ..wording import shown
-from .prefetch import Ahead, core_threads, maker, side_by_side
+from .prefetch import Prefetch, core_threads, maker, side_by_side
 from .prune import BackdoorPruneEnv
 
 #: Sub-environments of one vector.
@@ -26,7 +26,7 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
     everything that is returned, to the last bit. The difference is in the work. Networks as small as these leave cores idle
     when each operation is divided among them, and while Python runs; here each sub-environment steps on one core, as many
     at once as torch has threads (``torch.set_num_threads``, when this is made). While one of them holds a large network
-    (``ahead.SIDE_BY_SIDE_BYTES``) they step one after the other, each on all cores. What was made ready of a network, and its
+    (``prefetch.SIDE_BY_SIDE_BYTES``) they step one after the other, each on all cores. What was made ready of a network, and its
     activations while nothing is pruned, are there once for all sub-environments.
 
     Args:
@@ -67,8 +67,8 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
         envs = [first, *(BackdoorPruneEnv(**options) for _ in range(1, num_envs))]
         for env in envs:
             env.generator = first.generator  # a model that is given as an object is made ready once
-        self._pool, self._ahead = threads, [Ahead(env, threads) for env in envs]
-        super().__init__([maker(env) for env in self._ahead], copy=copy, autoreset_mode=autoreset_mode)
+        self._pool, self._prefetched = threads, [Prefetch(env, threads) for env in envs]
+        super().__init__([maker(env) for env in self._prefetched], copy=copy, autoreset_mode=autoreset_mode)
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
@@ -103,8 +103,8 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
         """
         self._check_actions(actions)
         mode = self.autoreset_mode
-        begun = zip(self._ahead, iterate(self.action_space, actions), self._autoreset_envs, strict=True)
-        for env, action, ended in begun if side_by_side(self._ahead) else ():
+        begun = zip(self._prefetched, iterate(self.action_space, actions), self._autoreset_envs, strict=True)
+        for env, action, ended in begun if side_by_side(self._prefetched) else ():
             if not ended or mode is AutoresetMode.SAME_STEP:
                 env.begin_step(action, reset_after=mode is AutoresetMode.SAME_STEP)
             elif mode is AutoresetMode.NEXT_STEP:
@@ -112,7 +112,7 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
         try:
             return super().step(actions)
         finally:
-            for env in self._ahead:
+            for env in self._prefetched:
                 env.abandon()
 
     def _check_seed(self, seed: Any) -> None:
@@ -131,7 +131,7 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
             given = []
         if len(given) != self.num_envs:
             raise gym.error.InvalidAction(f"there must be {self.num_envs} actions, not {shown(actions)}")
-        for env, action, ended in zip(self._ahead, given, self._autoreset_envs, strict=True):
+        for env, action, ended in zip(self._prefetched, given, self._autoreset_envs, strict=True):
             if not (ended and resets):
                 env.unwrapped.check_step(action)  # type: ignore[attr-defined]
 

@@ -50,7 +50,7 @@ def fit_weights(network: nn.Module, checkpoint: Checkpoint) -> list[str]:
     beside: list[str] = []
     for name in weights:
         if name not in taken:
-            left_out = name.startswith(copies) or _is_beside(name, weights[name], prefix, own)
+            left_out = any(start in copies for start in _prefixes(name)) or _is_beside(name, weights[name], prefix, own)
             (beside if left_out else unexpected).append(name)
     for key, name in names.items():
         tensor, place = weights[name], needed[key]
@@ -89,7 +89,7 @@ def beginnings(names: Iterable[str]) -> list[str]:
     return list(short)
 
 
-def _find_prefix(needed: Mapping[str, Tensor], checkpoint: Checkpoint) -> tuple[str, tuple[str, ...]]:
+def _find_prefix(needed: Mapping[str, Tensor], checkpoint: Checkpoint) -> tuple[str, set[str]]:
     """The prefix of the network in the file, and those of copies of it (averages, a teacher).
 
     Raises:
@@ -102,14 +102,14 @@ def _find_prefix(needed: Mapping[str, Tensor], checkpoint: Checkpoint) -> tuple[
     most = max(fitting.values())
     best = sorted((prefix for prefix in fitting if fitting[prefix] == most), key=lambda prefix: (len(prefix), prefix))
     if most < len(keys) or len(best) == 1:
-        return best[0], ()
+        return best[0], set()
     known = [prefix for prefix in best if _is_held(prefix)]
     if len(known) != 1:
         names = ", ".join(prefix or "no prefix" for prefix in best)
         raise WeightsError(
             f"{checkpoint.path} holds the weights of several networks that fit ({names}); save the one you mean alone"
         )
-    return known[0], tuple(prefix for prefix in best if prefix != known[0])
+    return known[0], set(best) - {known[0]}
 
 
 def _is_beside(name: str, tensor: Tensor, prefix: str, own: Set[str]) -> bool:

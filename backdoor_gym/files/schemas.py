@@ -11,7 +11,8 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ..errors import ModelFileError
-from ..wording import one_line
+from ..wording import one_line, printable
+from ..writing import as_json
 
 #: Characters of metadata as JSON, levels of what is nested in it, and characters of one text.
 MOST_METADATA, MOST_LEVELS, MOST_TEXT = 1 << 20, 16, 1 << 14
@@ -105,16 +106,37 @@ def checked(metadata: Any, schema: type[Schema], what: str) -> Schema:
         raise ModelFileError(f"{what} is not what such a file must be: {error}") from error
 
 
-def plain(value: Any, level: int = 0) -> Any:
-    """The same value with printable texts of ``MOST_TEXT`` characters; a ``ValueError`` where it is nested too deep."""
+def free(facts: Any, what: str) -> dict[str, Any]:
+    """Facts as a file keeps them, and as they are read: JSON of printable texts, whose line ends stay; names are one line.
+
+    Raises:
+        ModelFileError: they are none, or too large; ``what`` names the file.
+    """
+    try:
+        return msgspec.json.decode(as_json(plain(facts, lines=True)), type=dict[str, Any])
+    except (msgspec.DecodeError, ValueError, TypeError) as error:
+        raise ModelFileError(f"the facts of {what} are no JSON that a file keeps: {error}") from error
+
+
+def plain(value: Any, level: int = 0, lines: bool = False) -> Any:
+    """The same value with printable texts, of one line each unless ``lines``.
+
+    Raises:
+        ValueError: it is nested too deep, has a text that is too long, or names that differ in control characters alone.
+    """
     if level > MOST_LEVELS:
         raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep")
     if isinstance(value, str):
-        return one_line(value, MOST_TEXT)
+        if len(value) > MOST_TEXT:
+            raise ValueError(f"a text has {len(value):,} characters; {MOST_TEXT:,} is the most")
+        return printable(value.replace("\r\n", "\n")) if lines else one_line(value, MOST_TEXT)
     if isinstance(value, list | tuple):
-        return [plain(element, level + 1) for element in value]
+        return [plain(element, level + 1, lines) for element in value]
     if isinstance(value, dict):
-        return {plain(key, level + 1): plain(element, level + 1) for key, element in value.items()}
+        tidy = {plain(key, level + 1): plain(element, level + 1, lines) for key, element in value.items()}
+        if len(tidy) < len(value):
+            raise ValueError("two of its names differ in control characters alone")
+        return tidy
     return value
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ PROTECTION = 2
 MOST_TENSORS, MOST_NAME, MOST_HEADER = 50_000, 500, 16 << 20
 #: Format of a file with the weights of a network and nothing else.
 STATE_DICT = "state-dict"
+#: Raises where a file is not to be read, by the names and shapes of its tensors.
+Look = Callable[[Mapping[str, Sequence[int]]], object]
 #: What ``holds`` returns for weights without anything else.
 WEIGHTS_ALONE = ("", STATE_DICT)
 
@@ -42,8 +44,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         save_file(held, place, {KEY: text})
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the metadata of a file that ``write_tensors`` wrote.
+def read_tensors(path: Path, look: Look = len) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the metadata of a file that ``write_tensors`` wrote; ``look`` sees their shapes before they are read.
 
     The checksum tells damage. It is no signature: whoever writes a file can compute it.
 
@@ -60,7 +62,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is a pickle (a torch.save file), whatever its name says; reading it could execute code, so it is "
             "not opened: get it as safetensors"
         )
-    tensors, header = read_safetensors(path)
+    tensors, header = read_safetensors(path, look)
     if KEY not in header:
         raise ModelFileError(f"{path} is a safetensors file, but was not written by backdoor-gym")
     metadata = _decoded(path, header[KEY])
@@ -79,7 +81,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path, look: Look = len) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of anybody's safetensors file, and the metadata in its header.
 
     Raises:
@@ -99,6 +101,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(str(path), framework="pt") as opened:
             names = list(opened.keys())
             check_names(path, names)
+            look({name: opened.get_slice(name).get_shape() for name in names})
             return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except ModelFileError:
         raise

@@ -72,8 +72,8 @@ def by_autograd(
     with torch.enable_grad():
         value = quantity(graph(images, *leaves))
         # An answer that only looks at which value is the largest has no derivative.
-        found = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
-    return torch.cat([torch.zeros_like(leaf) if one is None else one for leaf, one in zip(leaves, found, strict=True)])
+        by_mask = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
+    return torch.cat([torch.zeros_like(leaf) if by is None else by for leaf, by in zip(leaves, by_mask, strict=True)])
 
 
 class _Backward:
@@ -82,32 +82,31 @@ class _Backward:
         self.values: dict[fx.Node, Any] = {**masks}
         self.gradients: dict[fx.Node, Tensor] = {}
         #: Tensors that have a mask before them: only there a gradient is needed.
-        self.wanted = operations.behind_masks
+        self.behind_masks = operations.behind_masks
 
     def run(self, of_logits: Tensor) -> dict[fx.Node, Tensor]:
         """The derivatives by each mask, from that by the logits."""
         (answer,) = self.operations.inputs[self.operations.nodes[-1]]
         self.gradients[answer] = of_logits
-        found: dict[fx.Node, Tensor] = {}
+        by_mask: dict[fx.Node, Tensor] = {}
         with torch.no_grad():
             for node in reversed(self.operations.nodes):
                 gradient = self.gradients.pop(node, None)
                 if gradient is not None and node.target is mask_channels:
                     mask, here = self._through_mask(node, gradient)
-                    found[mask] = found[mask] + here if mask in found else here
+                    by_mask[mask] = by_mask[mask] + here if mask in by_mask else here
                 elif gradient is not None:
                     self._through(node, gradient)
                 self.values.pop(node, None)  # nothing that comes needs it
-        return found
+        return by_mask
 
     def value(self, node: fx.Node) -> Any:
         """Of a node, kept or computed from what is."""
         open_nodes = [node]  # not by recursion: deep networks of which little is kept would exceed its limit
         while open_nodes:
             last = open_nodes[-1]
-            missing = (
-                [] if last in self.kept else [one for one in self.operations.inputs[last] if one not in self.values]
-            )
+            sources = [] if last in self.kept else self.operations.inputs[last]
+            missing = [source for source in sources if source not in self.values]
             if last in self.values or not missing:
                 open_nodes.pop()
                 if last not in self.values:
@@ -121,7 +120,7 @@ class _Backward:
         return self.operations.run(node, self.values.__getitem__)
 
     def _add(self, node: fx.Node, gradient: Tensor) -> None:
-        if node in self.wanted:
+        if node in self.behind_masks:
             self.gradients[node] = self.gradients[node] + gradient if node in self.gradients else gradient
 
     def _through_mask(self, node: fx.Node, gradient: Tensor) -> tuple[fx.Node, Tensor]:
@@ -129,14 +128,14 @@ class _Backward:
         values = self.value(source)
         axis: Any = node.args[2] if len(node.args) > 2 else 1
         units = self.value(rest[0]) if rest else None
-        if source in self.wanted:
+        if source in self.behind_masks:
             self._add(source, mask_channels(gradient, self.masks[mask], axis, units))
-        others = [one for one in range(values.ndim) if one != axis % values.ndim]
-        found = (gradient * values).sum(others, dtype=torch.float32)
+        others = [other for other in range(values.ndim) if other != axis % values.ndim]
+        derivative = (gradient * values).sum(others, dtype=torch.float32)
         if units is not None:
             inside = units >= 0
-            found = found.new_zeros(mask.meta["size"]).index_add(0, units[inside], found[inside])
-        return mask, found
+            derivative = derivative.new_zeros(mask.meta["size"]).index_add(0, units[inside], derivative[inside])
+        return mask, derivative
 
     def _through(self, node: fx.Node, gradient: Tensor) -> None:
         module, inputs = self.operations.modules[node], self.operations.inputs[node]
@@ -151,11 +150,11 @@ class _Backward:
             and module.padding_mode == "zeros"
             and not isinstance(module.padding, str)
         ):
-            if inputs[0] in self.wanted:
+            if inputs[0] in self.behind_masks:
                 self._add(inputs[0], _conv_input_gradient(module, gradient, self._size(inputs[0])))
         elif node in self.operations.sums:
             for source in inputs:
-                if source in self.wanted:
+                if source in self.behind_masks:
                     self._add(source, gradient.sum_to_size(self.value(source).shape))
         else:
             self._through_any(node, gradient)
@@ -173,17 +172,22 @@ class _Backward:
 
     def _through_any(self, node: fx.Node, gradient: Tensor) -> None:
         """By autograd, which takes the operation a second time."""
-        read = [source for source in self.operations.inputs[node] if source in self.wanted]
-        wanted = [one for one in read if _has_derivative(self.value(one))]
-        leaves = {source: self.value(source).detach().requires_grad_() for source in wanted}
+        read = [source for source in self.operations.inputs[node] if source in self.behind_masks]
+        leaves = {
+            source: self.value(source).detach().requires_grad_()
+            for source in read
+            if _has_derivative(self.value(source))
+        }
         with torch.enable_grad():
-            result = self.operations.run(node, lambda one: leaves[one] if one in leaves else self.value(one))
+            result = self.operations.run(
+                node, lambda source: leaves[source] if source in leaves else self.value(source)
+            )
             if not result.requires_grad:  # it looked at their shape alone
                 return
-            found = torch.autograd.grad(result, list(leaves.values()), gradient.to(result.dtype), allow_unused=True)
-        for source, one in zip(wanted, found, strict=True):
-            if one is not None:
-                self._add(source, one)
+            gradients = torch.autograd.grad(result, list(leaves.values()), gradient.to(result.dtype), allow_unused=True)
+        for source, by_source in zip(leaves, gradients, strict=True):
+            if by_source is not None:
+                self._add(source, by_source)
 
 
 def _has_derivative(value: Any) -> bool:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..neurons.channels import mask_channels
 from ..neurons.operations import operation
 from .memory_format import select
-from .plan import Structure
+from .plan import Plan
 
 #: Share of the channels of a layer up to which a change is followed channel by channel.
 FEW = 0.25
@@ -47,26 +47,24 @@ class Evaluation:
     """Values under a mask, from those of the base.
 
     Args:
-        structure: of the network.
+        plan: of the network.
         base: values under the mask of the base, by node, at least the images.
         base_mask: bool (neurons,), True where kept.
         mask: the one that is asked for, bool (neurons,).
     """
 
-    def __init__(
-        self, structure: Structure, base: Mapping[fx.Node, Any], base_mask: np.ndarray, mask: np.ndarray
-    ) -> None:
-        self.structure = structure
-        self.neurons, self.operations, self.inputs = structure.neurons, structure.operations, structure.inputs
+    def __init__(self, plan: Plan, base: Mapping[fx.Node, Any], base_mask: np.ndarray, mask: np.ndarray) -> None:
+        self.plan = plan
+        self.neurons, self.operations, self.inputs = plan.neurons, plan.operations, plan.inputs
         self.base, self.base_mask = base, base_mask
-        self.masks = dict(zip(self.inputs[1:], structure.neurons.layer_masks(mask, structure.device), strict=True))
+        self.masks = dict(zip(self.inputs[1:], plan.neurons.layer_masks(mask, plan.device), strict=True))
         self.differing = {
             self.inputs[1 + layer]: np.flatnonzero(
                 mask[self.neurons.layers[layer].neurons] != base_mask[self.neurons.layers[layer].neurons]
             )
             for layer in np.unique(self.neurons.layer_index[np.flatnonzero(mask != base_mask)]).tolist()
         }
-        self.dirty: set[fx.Node] = set().union(*(structure.behind[node] for node in self.differing))
+        self.dirty: set[fx.Node] = set().union(*(plan.behind[node] for node in self.differing))
         self.values: dict[fx.Node, Any] = {}
 
     @torch.no_grad()
@@ -77,7 +75,7 @@ class Evaluation:
         kept = {}
         for node in plan:
             value = self.values[node] = self.value(node)
-            if node in self.structure.kept:
+            if node in self.plan.kept:
                 kept[node] = value
             for source in self.operations.inputs[node]:
                 if last_use[source] is node:
@@ -87,33 +85,33 @@ class Evaluation:
     def _plan(self) -> list[fx.Node]:
         """The operations to run, in order: from what is kept and not behind a change to the logits."""
         needed: set[fx.Node] = set()
-        front = [self.structure.output]
+        front = [self.plan.output]
         while front:
             node = front.pop()
             if node in needed or node.op == "placeholder" or (node not in self.dirty and node in self.base):
                 continue
             needed.add(node)
             front.extend(self.operations.inputs[node])
-        return sorted(needed, key=self.structure.order.__getitem__)
+        return sorted(needed, key=self.plan.order.__getitem__)
 
     def value(self, node: fx.Node) -> Any:
         """Of a node whose inputs have been asked for: a tensor, ``SomeChannels`` or ``_Shifted``."""
-        found = self._from_base(node) if node in self.dirty else None
-        return self._operate(node) if found is None else found
+        value = self._from_base(node) if node in self.dirty else None
+        return self._operate(node) if value is None else value
 
     def dense(self, node: fx.Node) -> Any:
         """The whole value of any node."""
         if node in self.masks:
             return self.masks[node]
-        found = self.values.get(node)
-        if isinstance(found, SomeChannels) and node in self.base:
-            found = found.within(self.base[node])
-        elif found is None and node not in self.dirty and node in self.base:
+        value = self.values.get(node)
+        if isinstance(value, SomeChannels) and node in self.base:
+            value = value.within(self.base[node])
+        elif value is None and node not in self.dirty and node in self.base:
             return self.base[node]
-        elif found is None or isinstance(found, SomeChannels | _Shifted):
-            found = self._operate(node)
-        self.values[node] = found
-        return found
+        elif value is None or isinstance(value, SomeChannels | _Shifted):
+            value = self._operate(node)
+        self.values[node] = value
+        return value
 
     def _operate(self, node: fx.Node) -> Any:
         return self.operations.run(node, self.dense)
@@ -143,10 +141,10 @@ class Evaluation:
         values = self.dense(source)
         kept_before = torch.from_numpy(self.base_mask[layer.neurons][channels].astype(np.float32))
         index = torch.from_numpy(channels).to(values.device)
-        some = select(values, 1, index)
-        shape = (-1, *[1] * (some.ndim - 2))
+        differing = select(values, 1, index)
+        shape = (-1, *[1] * (differing.ndim - 2))
         kept_before = kept_before.to(values).view(shape)
-        return SomeChannels(layer.size, index, some * kept_before, some * (1 - kept_before))
+        return SomeChannels(layer.size, index, differing * kept_before, differing * (1 - kept_before))
 
     def _on_channels(self, node: fx.Node, state: Any) -> SomeChannels | None:
         if not isinstance(state, SomeChannels):
@@ -154,7 +152,7 @@ class Evaluation:
         (source,) = self.operations.inputs[node]
 
         def on(values: Tensor) -> Tensor:
-            return self.operations.run(node, lambda one: values if one is source else self.dense(one))
+            return self.operations.run(node, lambda read: values if read is source else self.dense(read))
 
         return SomeChannels(state.size, state.channels, on(state.before), on(state.now))
 

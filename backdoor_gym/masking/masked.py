@@ -13,7 +13,7 @@ from ..neurons.layers import Neurons
 from .backward import Kept, by_autograd, by_logits, mask_derivatives
 from .incremental import Evaluation, SomeChannels
 from .memory_format import select
-from .plan import Structure
+from .plan import Plan
 
 #: Upper bound of the activations kept between calls, in bytes: of the whole network, of the base and of the last mask
 #: together. What is given up first is what costs least to compute again.
@@ -45,8 +45,8 @@ class MaskedNetwork:
         self.neurons = neurons
         self.device = find_device(device)
         kept = kept_bytes / (3 * max(1, len(images)))
-        self._structure = Structure(neurons, images[:1], self.device, kept)
-        self._parts = [_Part(self._structure, some) for some in images.split(self._structure.at_once)]
+        self._plan = Plan(neurons, images[:1], self.device, kept)
+        self._parts = [_Part(self._plan, batch) for batch in images.split(self._plan.at_once)]
         self._starts = [0, *np.cumsum([len(part) for part in self._parts]).tolist()]
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ class MaskedNetwork:
     @property
     def pass_bytes(self) -> int:
         """Size of all values of a pass of the images, one after the other, in bytes."""
-        return len(self) * self._structure.sizes.image_bytes
+        return len(self) * self._plan.sizes.image_bytes
 
     def reset(self) -> None:
         """Make "nothing pruned" the base."""
@@ -97,25 +97,25 @@ class MaskedNetwork:
             rows = rows.to(self.device)
             logits = logits[rows]
         gradient = by_logits(quantity, logits)
-        found = torch.zeros(len(self.neurons), device=self.device)
+        derivative = torch.zeros(len(self.neurons), device=self.device)
         for start, part in zip(self._starts, self._parts, strict=False):
             if rows is None:
-                found += part.mask_gradient(gradient[start : start + len(part)])
+                derivative += part.mask_gradient(gradient[start : start + len(part)])
                 continue
             here = (rows >= start) & (rows < start + len(part))
             if here.any():
-                found += part.mask_gradient(gradient[here], rows[here] - start)
-        return found
+                derivative += part.mask_gradient(gradient[here], rows[here] - start)
+        return derivative
 
 
 class _Part:
     """Some of the images, which are computed at once."""
 
-    def __init__(self, structure: Structure, images: Tensor) -> None:
-        self._structure = structure
-        self._images = images.to(structure.device, memory_format=torch.channels_last)
-        self._base: dict[fx.Node, Any] = {structure.inputs[0]: self._images}
-        self.base_mask = np.ones(len(structure.neurons), dtype=bool)
+    def __init__(self, plan: Plan, images: Tensor) -> None:
+        self._plan = plan
+        self._images = images.to(plan.device, memory_format=torch.channels_last)
+        self._base: dict[fx.Node, Any] = {plan.inputs[0]: self._images}
+        self.base_mask = np.ones(len(plan.neurons), dtype=bool)
         self._base |= self._evaluate(self.base_mask)
         self._whole = self._base
         self.reset()
@@ -126,10 +126,10 @@ class _Part:
     @property
     def base_logits(self) -> Tensor:
         """Logits (n, classes) under the mask of the base."""
-        return self._base[self._structure.output]
+        return self._base[self._plan.output]
 
     def reset(self) -> None:
-        self._base, self.base_mask = self._whole, np.ones(len(self._structure.neurons), dtype=bool)
+        self._base, self.base_mask = self._whole, np.ones(len(self._plan.neurons), dtype=bool)
         self._pending: dict[fx.Node, Any] = {}
         self._pending_mask = self.base_mask
 
@@ -142,7 +142,7 @@ class _Part:
         if not np.array_equal(mask, self._pending_mask):
             self._pending = self._evaluate(mask)
             self._pending_mask = mask.copy()
-        output = self._structure.output
+        output = self._plan.output
         return self._pending[output] if output in self._pending else self._base[output]
 
     def keep(self) -> None:
@@ -155,34 +155,34 @@ class _Part:
 
     def mask_gradient(self, gradient: Tensor, rows: Tensor | None = None) -> Tensor:
         """By each neuron's mask, float32 (neurons,), from that by the logits of the images, or of some of them."""
-        structure = self._structure
-        layers, images = structure.neurons.layers, structure.inputs[0]
-        masks = structure.neurons.layer_masks(self.base_mask, structure.device)
-        if structure.sizes.several:
+        plan = self._plan
+        layers, images = plan.neurons.layers, plan.inputs[0]
+        masks = plan.neurons.layer_masks(self.base_mask, plan.device)
+        if plan.sizes.several:
             read = self._base[images] if rows is None else self._base[images][rows]
             sizes = [layer.size for layer in layers]
             whole = [
-                torch.ones(size, device=structure.device) if mask is None else mask
+                torch.ones(size, device=plan.device) if mask is None else mask
                 for size, mask in zip(sizes, masks, strict=True)
             ]
-            return by_autograd(structure.graph, read, whole, sizes, lambda logits: (logits * gradient).sum())
+            return by_autograd(plan.graph, read, whole, sizes, lambda logits: (logits * gradient).sum())
         kept: Kept = self._base
         if rows is not None:
-            of_images = {images} | (structure.behind[images] & structure.sizes.batched)
+            of_images = {images} | (plan.behind[images] & plan.sizes.batched)
             kept = _Rows(self._base, rows, of_images)
-        named = dict(zip(structure.inputs[1:], masks, strict=True))
-        found = mask_derivatives(structure.operations, kept, named, gradient)
+        named = dict(zip(plan.inputs[1:], masks, strict=True))
+        by_mask = mask_derivatives(plan.operations, kept, named, gradient)
         return torch.cat(
             [
-                found[mask] if mask in found else torch.zeros(layer.size, device=structure.device)
-                for mask, layer in zip(structure.inputs[1:], layers, strict=True)
+                by_mask[mask] if mask in by_mask else torch.zeros(layer.size, device=plan.device)
+                for mask, layer in zip(plan.inputs[1:], layers, strict=True)
             ]
         )
 
     @torch.no_grad()
     def _evaluate(self, mask: np.ndarray) -> dict[fx.Node, Any]:
-        structure = self._structure
-        return Evaluation(structure, self._base, self.base_mask, mask).run()
+        plan = self._plan
+        return Evaluation(plan, self._base, self.base_mask, mask).run()
 
 
 class _Rows:

@@ -37,7 +37,7 @@ class Operations:
         }
         self.behind_masks: set[fx.Node] = set()
         for node in self.nodes:
-            behind = node.target is mask_channels or any(one in self.behind_masks for one in self.inputs[node])
+            behind = node.target is mask_channels or any(source in self.behind_masks for source in self.inputs[node])
             if behind and not is_number(node):
                 self.behind_masks.add(node)
         #: Nodes whose arguments are what they read, and nothing else.

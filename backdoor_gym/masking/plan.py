@@ -13,7 +13,7 @@ from .operations import Operations
 from .sizes import Sizes
 
 
-class Structure:
+class Plan:
     """A traced network as masked evaluations need it: with its normalisations folded, channels last, looked up once.
 
     Args:

@@ -1,6 +1,7 @@
 """What networks that a config describes have in common: the libraries that make them, and how large they may be."""
 
 import importlib
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..data.pictures import MOST_SIDE
 from ..errors import DataError, ModelFileError, WeightsError
+from ..wording import shown
 
 CONFIG = "config.json"
 #: Arguments of ``timm.create_model`` that say where weights come from (a pickle, the Hub) or what it gives instead of logits.
@@ -16,8 +19,14 @@ NOT_FROM_A_FILE = {
     "cache_dir", "checkpoint_path", "exportable", "features_only", "no_jit", "pretrained", "pretrained_cfg",
     "pretrained_cfg_overlay", "scriptable",
 }  # fmt: skip
-#: Layers of a kind that a config may ask for: more would take for ever before their weights are compared.
-MOST_LAYERS = 1000
+#: Layers of a kind, pixels a side, and pixels around an image, that a config may ask for: more would take for ever before the
+#: weights are compared.
+MOST_LAYERS, MOST_PADDING = 1000, 64
+MOST_ASKED = (
+    (re.compile(r"^(?!.*(channel|dim|size|width)).*(layer|depth|block|repeat|stage)"), MOST_LAYERS),
+    (re.compile(r"(image|img|input|crop)s?_?size|resolution"), MOST_SIDE),
+    (re.compile(r"pad(?!_token)"), MOST_PADDING),
+)
 #: Numbers that a network may hold beyond twice those in its files, before it is built.
 SPARE = 1 << 24
 
@@ -27,16 +36,18 @@ class Made(NamedTuple):
 
     Attributes:
         network: from what the preprocessing makes of images to logits, or an answer that holds them.
-        labels: the number of each class, by name.
+        labels: the name of each class, by its number; two may have the same.
         unread: code that the folder names and that was not touched.
         unused: tensors that the network has no place for.
+        planned: the same without weights, on the meta device where it can be made there.
         prefix: see ``Layout``.
     """
 
     network: nn.Module
-    labels: dict[str, int]
+    labels: dict[int, str]
     unread: list[str]
     unused: list[str]
+    planned: nn.Module
     prefix: str = ""
 
 
@@ -61,19 +72,18 @@ def check_size(network: nn.Module, weights: Mapping[str, Tensor], where: Path) -
         raise WeightsError(f"{where} describes a network of {described:,} numbers and holds {there:,}")
 
 
-def check_depth(config: Any, folder: Path, key: str = "") -> None:
-    """Raise ``ModelFileError`` where a config asks for more layers than anybody's network has."""
+def check_asked(config: Any, folder: Path, key: str = "") -> None:
+    """Raise ``ModelFileError`` where a config asks for more layers, or larger images, than anybody's network has."""
     if isinstance(config, Mapping):
         for name, value in config.items():
             if name not in ("id2label", "label2id"):
-                check_depth(value, folder, str(name))
+                check_asked(value, folder, str(name))
     elif isinstance(config, list):
+        if key != "label_names" and len(config) > MOST_LAYERS:
+            raise ModelFileError(f"{folder / CONFIG}: {key} has {len(config)} entries; {MOST_LAYERS} is the most")
         for value in config:
-            check_depth(value, folder, key)
-    elif (
-        isinstance(config, int | float)
-        and config > MOST_LAYERS
-        and re.search("layer|depth|block|repeat|stage", key)
-        and not re.search("channel|dim|size|width", key)
-    ):
-        raise ModelFileError(f"{folder / CONFIG}: {key} is {config}; {MOST_LAYERS} is the most")
+            check_asked(value, folder, key)
+    elif isinstance(config, int | float):
+        most = min((most for names, most in MOST_ASKED if names.search(key)), default=math.inf)
+        if config > most:
+            raise ModelFileError(f"{folder / CONFIG}: {key} is {shown(config)}; {most} is the most")

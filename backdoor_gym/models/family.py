@@ -110,8 +110,8 @@ def load(name: str, progress: bool = False) -> InfectedModel:
         with locked(path):
             model = _read(path)  # maybe another process has made it
             if model is None:
-                model = make(name, progress)
-                model.save(path)
+                make(name, progress).save(path)
+                model = InfectedModel.load(path)  # of the same bits, and order in memory, as it has from now on
     return corrupted(model, **corruption(name))
 
 

@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,23 @@ def find_architecture(checkpoint: Checkpoint, name: str | None) -> str:
     alike = [known for known in ARCHITECTURES if _plain(known) in (_plain(name), f"{_plain(name)}imagenet")]
     if not alike:
         raise UnknownNameError("architecture", name, ARCHITECTURES, "--module takes a network of your own")
-    # All ends of the names in the file, such as conv1.weight of module.conv1.weight.
-    ends = {".".join(key.split(".")[start:]) for key in checkpoint.weights for start in range(key.count(".") + 1)}
-    return max(alike, key=lambda known: len(_shapes(known, 2, 3, {}).keys() & ends))
+    if len(alike) == 1:
+        return alike[0]
+    needed = {known: _shapes(known, 2, 3, {}).keys() for known in alike}
+    held = ends(checkpoint.weights, set().union(*needed.values()))
+    return max(alike, key=lambda known: len(needed[known] & held))
+
+
+def ends(names: Iterable[str], known: Set[str]) -> set[str]:
+    """Those of the known names that others end in, such as conv1.weight of module.conv1.weight."""
+    most = max((name.count(".") for name in known), default=0) + 1
+    parted = ((name, name.rsplit(".", most)) for name in names)
+    return {
+        end
+        for name, parts in parted
+        for end in (name, *(".".join(parts[-count:]) for count in range(1, len(parts))))
+        if end in known
+    }
 
 
 def make_module(factory: Factory | None) -> nn.Module:

@@ -17,7 +17,7 @@ from ..networks.preprocessing import Normalise
 from ..networks.weights import check_finite
 from ..wording import first_line, shown
 from .checkpoint_spec import CheckpointSpec
-from .described import NOT_FROM_A_FILE, Made, check_depth, check_size, library
+from .described import NOT_FROM_A_FILE, Made, check_asked, check_size, library
 from .foreign import differing_length, load_foreign
 from .image_settings import image_size, in_words, normalisation, timm_settings
 from .infected import InfectedModel
@@ -70,7 +70,7 @@ def make_timm(config: Mapping[str, Any], weights: dict[str, Tensor], folder: Pat
     """The network of a folder whose ``config.json`` names its architecture in timm."""
     arguments = dict(config.get("model_args") or {})
     classes = config.get("num_classes", (config.get("pretrained_cfg") or {}).get("num_classes"))
-    check_depth(arguments, folder)
+    check_asked(arguments, folder)
     name = config["architecture"]
     if classes is not None:
         arguments["num_classes"] = classes
@@ -83,8 +83,8 @@ def make_timm(config: Mapping[str, Any], weights: dict[str, Tensor], folder: Pat
     first = next(iter(network.state_dict()))
     prefix = next((key.removesuffix(first) for key in weights if key == first or key.endswith(f".{first}")), "")
     names = config.get("label_names")
-    labels = {str(label): place for place, label in enumerate(names)} if isinstance(names, list) else {}
-    return Made(network, labels, [], unused, prefix)
+    labels = dict(enumerate(map(str, names))) if isinstance(names, list) else {}
+    return Made(network, labels, [], unused, planned, prefix)
 
 
 def create(name: Any, arguments: Mapping[str, Any]) -> nn.Module:

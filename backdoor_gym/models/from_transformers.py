@@ -12,7 +12,7 @@ from ..files.fitting import COUNTER
 from ..files.sizes import within
 from ..networks.weights import check_finite, differences
 from ..wording import cut, first_line
-from .described import CONFIG, NOT_FROM_A_FILE, Made, check_depth, check_size, library
+from .described import CONFIG, NOT_FROM_A_FILE, Made, check_asked, check_size, library
 from .layout import WEIGHTS, quiet_transformers
 
 #: Entries of a config that say how a network is run, not what it is; some of them would have code fetched.
@@ -33,7 +33,7 @@ def make_transformers(config: Mapping[str, Any], weights: dict[str, Tensor], fol
     kind, chosen = _classifier(config, folder)
     if config.get("quantization_config"):
         raise ModelFileError(f"{folder} holds quantised weights; a network is repaired as the floats it was made of")
-    check_depth(config, folder)
+    check_asked(config, folder)
     refused = sorted(NOT_FROM_A_FILE & (config.get("model_args") or {}).keys())
     if refused:
         raise ModelFileError(f"{folder / CONFIG} says {refused[0]}: weights come out of {WEIGHTS} alone")
@@ -47,6 +47,7 @@ def make_transformers(config: Mapping[str, Any], weights: dict[str, Tensor], fol
         with quiet_transformers():
             described = transformers.AutoConfig.for_model(kind, **_plain(config))
             described.architectures = [chosen]
+            getattr(transformers, chosen)  # imported here, which is no work of the network's
             automatic = transformers.AutoModelForImageClassification
             # A file says how large the network is: nothing is allocated before that is known.
             planned = within(lambda: automatic.from_config(described, trust_remote_code=False), weights)
@@ -69,9 +70,9 @@ def make_transformers(config: Mapping[str, Any], weights: dict[str, Tensor], fol
     if problems:
         raise WeightsError(f"the weights in {folder} are not those of the {chosen} that it describes: {problems}")
     check_finite(network)
-    labels = {str(name): int(key) for key, name in (config.get("id2label") or {}).items()}
+    labels = {int(key): str(name) for key, name in (config.get("id2label") or {}).items()}
     unread = sorted({str(name) for name in values_in(config.get("auto_map", {}))})
-    return Made(network.float(), labels, unread, sorted(info["unexpected_keys"]))
+    return Made(network.float(), labels, unread, sorted(info["unexpected_keys"]), planned)
 
 
 def _classifier(config: Mapping[str, Any], folder: Path) -> tuple[str, str]:

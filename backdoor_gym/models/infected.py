@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_path
 from ..attacks import Attack
+from ..attacks.attack import check_change
 from ..attacks.targets import Target, check_target
 from ..data.channels import fit_channels
 from ..data.datasets import DIGITS, LabelledImages, check_labels
@@ -272,3 +273,6 @@ def check_trigger(trigger: Callable[[Tensor], Tensor], images: Tensor) -> None:
     alike = isinstance(triggered, Tensor) and triggered.shape == images.shape
     if not alike or not bool(((triggered >= 0) & (triggered <= 1)).all()):
         raise DataError(f"the trigger must give images of shape {tuple(images.shape[1:])} with values in [0, 1]")
+    if isinstance(trigger, Attack):
+        channels, height, width = images.shape[1:]
+        check_change(trigger, (channels, height, width))

@@ -6,6 +6,7 @@ that begins with ``hf:`` reaches the Hub.
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..data.folders import is_image_folder
 from ..data.own_images import Source
 from ..errors import DataError, ModelFileError
 from ..files.schemas import plain
+from ..files.sizes import check_pass
 from ..files.tensors import check_names, is_pickle, read_safetensors
 from ..wording import first_line, shown
 from .checkpoint_spec import CheckpointSpec
@@ -74,6 +76,7 @@ def load_pretrained(name: str, spec: CheckpointSpec) -> InfectedModel:
     weights = _read_weights(folder)
     made = (make_timm if of_timm else make_transformers)(config, weights, folder)
     clean, scoring = spec.read_images(size)
+    check_pass(made.planned, clean.images.shape[1:])
     if spec.test is not None and scoring is not None:
         scoring = _relabelled(spec.test, scoring, made.labels)
     facts = {
@@ -144,20 +147,35 @@ def _check_kinds(config: Mapping[str, Any], folder: Path) -> None:
     for key in config.get("id2label") or {}:
         if not (str(key).isdecimal() and len(str(key)) < 10):
             raise ModelFileError(f"{folder / CONFIG}: id2label must name the class of each number, not of {shown(key)}")
+    numbers = Counter(map(int, config.get("id2label") or {}))
+    if twice := [number for number, count in numbers.items() if count > 1]:
+        raise ModelFileError(f"{folder / CONFIG}: id2label names class {twice[0]} more than once")
 
 
-def _relabelled(source: Source | None, images: LabelledImages, labels: Mapping[str, int]) -> LabelledImages:
-    """Images with the network's labels, where they are of a folder whose subfolders have the names of the network's classes."""
+def _relabelled(source: Source | None, images: LabelledImages, labels: Mapping[int, str]) -> LabelledImages:
+    """Images with the network's labels, where they are of a folder whose subfolders have the names of the network's classes.
+
+    Raises:
+        DataError: a name is that of several classes.
+    """
     folder = Path(source).expanduser() if isinstance(source, str | Path) else None
-    places = {_alike(name): place for name, place in labels.items()}
-    if folder is None or not folder.is_dir() or not is_image_folder(folder) or len(places) < len(labels):
+    if folder is None or not folder.is_dir() or not is_image_folder(folder):
         return images
+    places: dict[str, list[int]] = {}
+    for place, name in labels.items():
+        places.setdefault(_alike(name), []).append(place)
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not all(_alike(name) in places for name in names):
         return images
+    for name in names:
+        if len(places[_alike(name)]) > 1:
+            raise DataError(
+                f"the subfolder {name} of {folder} may be any of the classes {places[_alike(name)]} of the network, which have the "
+                "same name: name all subfolders by the numbers of their classes"
+            )
     # Where all names are numbers, images were read with these as labels.
     numbered = all(name.isascii() and name.isdigit() and len(name) < 10 for name in names)
-    new = {int(name) if numbered else place: places[_alike(name)] for place, name in enumerate(names)}
+    new = {int(name) if numbered else place: places[_alike(name)][0] for place, name in enumerate(names)}
     return LabelledImages(images.images, torch.tensor([new[label] for label in images.labels.tolist()]))
 
 

@@ -50,7 +50,15 @@ class Policy(ABC):
     env: Any = None
 
     def set_env(self, env: Any) -> None:
-        """Act in this environment from now on."""
+        """Act in this environment from now on.
+
+        Raises:
+            DataError: it is none.
+        """
+        if not (env is None or isinstance(env, gym.Env) or hasattr(env, "env_method")):
+            raise DataError(
+                f"{type(self).__name__} is for a Gymnasium or Stable-Baselines3 environment, not {shown(env)}"
+            )
         self.env = env
 
     @abstractmethod
@@ -186,10 +194,13 @@ def stop_action(observation: Observation) -> int:
 
 def check_env(policy: Any, env: Any, environment: int, observation: Observation) -> None:
     """Raise ``DataError`` unless that environment, which the policy is about to ask, gave the observation last."""
+    name = type(policy).__name__
+    if env is None:
+        raise DataError(f"{name} needs the environment that it acts in: {name}(env)")
     several = getattr(env, "num_envs", environment + 1)
     if environment >= several or not ask(env, environment, "gave", {key: observation[key] for key in OBSERVED}):
         raise DataError(
-            f"{type(policy).__name__} was made for another environment than the one that it acts in; call set_env(env) with the "
+            f"{name} was made for another environment than the one that it acts in; call set_env(env) with the "
             "one that the observations come from"
         )
 
@@ -198,6 +209,4 @@ def ask(env: Any, environment: int, method: str, *arguments: Any) -> Any:
     """Call a method of an environment: of a single one, or of one in a Stable-Baselines3 vector environment."""
     if hasattr(env, "env_method"):
         return env.env_method(method, *arguments, indices=[environment])[0]
-    if isinstance(env, gym.Env):
-        return getattr(env.unwrapped, method)(*arguments)
-    raise DataError(f"a policy is built for a Gymnasium or Stable-Baselines3 environment, not {type(env).__name__}")
+    return getattr(env.unwrapped, method)(*arguments)

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..analysis.bn_evidence import Reading
+from ..analysis.bn_evidence import BNEvidence
 from ..arguments import check_path
+from ..errors import BackdoorGymError
 from ..files.tensors import STATE_DICT, write_tensors
 from ..masking.cutting import cut_channels
 from ..metrics import Metrics
 from ..models.infected import InfectedModel
+from ..models.infected_files import packed
 from ..networks.adapting import in_own_types
 from ..networks.preprocessing import Preprocessed, own_module
 from ..neurons.copying import taking_norms_off
@@ -65,7 +67,7 @@ class RepairResult:
         snapshot: the network as it is drawn.
         features: static features of each neuron, standardised within its layer (``analysis.features``), float32 (neurons, F).
         course: what was pruned and given back, step by step.
-        reading: what the BN statistics say, the inverted trigger among it; None where there is no batch normalisation.
+        bn_evidence: what the BN statistics say, the inverted trigger among it; None where there is no batch normalisation.
         arguments: what ``repair`` was called with, for doing it again; None for a model or a policy that is no name.
         verdict: probability that the network has a backdoor, as the policy judges it before it prunes; None where the
             policy gives none, or there are no BN statistics to judge by.
@@ -95,7 +97,7 @@ class RepairResult:
     snapshot: Snapshot
     features: np.ndarray
     course: tuple[Change, ...]
-    reading: Reading | None
+    bn_evidence: BNEvidence | None
     arguments: dict[str, Any]
     verdict: float | None = None
     suspected_target: int | None = None
@@ -112,17 +114,16 @@ class RepairResult:
     @property
     def complete(self) -> bool:
         """Whether ``save`` writes an infected model; the state dict of ``module`` alone otherwise."""
-        return self.infected.architecture is not None and self.infected.checkpoint is None
+        try:
+            packed(self.infected)
+        except BackdoorGymError:
+            return False
+        return self.infected.checkpoint is None
 
     @property
     def norms_off(self) -> str:
         """Python that takes weight norm and the like off another ``network`` of the class, which then loads these weights."""
         return taking_norms_off(self.infected.module)
-
-    @property
-    def coverage(self) -> float:
-        """Share of the channels of all layers with weights but the output that belong to a neuron."""
-        return self.neurons.coverage
 
     def compact(self) -> nn.Module:
         """A smaller network with the same outputs, from which the pruned channels are cut out where shapes allow.
@@ -168,7 +169,8 @@ class RepairResult:
     def save(self, folder: str | Path, command: str | None = None) -> list[Path]:
         """Write the repaired network, ``report.html``, ``pruned.json`` and ``repair.png`` into a folder, made if needed.
 
-        A network of a known architecture is saved as an infected model, ready for another ``repair``. One out of a folder of
+        A network of a known architecture is saved as an infected model, ready for another ``repair``, where its file can hold all
+        that is known of it (see ``InfectedModel.save``). One out of a folder of
         transformers or timm is saved as that folder was. Any other one, and one out of somebody's checkpoint, is saved as the
         state dict of ``module``, for its own class to load. All files are written, or none.
 

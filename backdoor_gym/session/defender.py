@@ -28,13 +28,13 @@ class Memory:
         """What was learned under that key, which names the way of learning with all its settings; learned now if it never was."""
         with self._lock:
             if key in self._learned:
-                found, seconds = self._learned[key]
+                learned, seconds = self._learned[key]
                 self.spared += seconds
-                return found
+                return learned
             start = time.perf_counter()
-            found = learn()
-            self._learned[key] = found, time.perf_counter() - start
-            return found
+            learned = learn()
+            self._learned[key] = learned, time.perf_counter() - start
+            return learned
 
 
 @dataclass(frozen=True)

@@ -180,8 +180,8 @@ class MaskedModel:
             for part in parts:
                 if part.foreign is not None and len(part.foreign):
                     clean_pull += part.network.mask_gradient(mask, margin, part.foreign)
-        found = (pull, harm, clean_pull / len(inverted.clean))
-        return MaskGradients(*(prepared.by_unit(one) for one in found))
+        gradients = (pull, harm, clean_pull / len(inverted.clean))
+        return MaskGradients(*(prepared.by_unit(gradient) for gradient in gradients))
 
     def suspected_danger(self, pruned: np.ndarray) -> float:
         """``Figures.suspected_danger`` of the network without the pruned units, bool (units,)."""
@@ -207,8 +207,8 @@ class MaskedModel:
         if model.test is None or model.trigger is None or model.target is None or count == 0:
             return torch.empty(0), torch.empty(0)
         test = model.test.first(4 * count)  # not the whole test split, which may be large
-        wanted = target_labels(test.labels, model.target, model.num_classes)
-        others = torch.nonzero(test.labels != wanted).flatten()[:count]
+        targets = target_labels(test.labels, model.target, model.num_classes)
+        others = torch.nonzero(test.labels != targets).flatten()[:count]
         return model.trigger(test.images[others]), test.labels[others]
 
     @cached_property

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..analysis.bn_evidence import Reading, read_statistics
-from ..analysis.features import STATIC_FEATURES, neuron_features, standardise
+from ..analysis.bn_evidence import BNEvidence, find_bn_evidence
+from ..analysis.features import STATIC_FEATURES, neuron_features
 from ..analysis.label_inversion import invert_by_label
 from ..analysis.mask_gradient import mask_gradient
 from ..analysis.neuron_graph import NeuronGraph, input_strengths, max_edges, neuron_graph
 from ..analysis.suspected_target import SuspectedTarget
 from ..analysis.trigger_inversion import InvertedTrigger
-from ..analysis.uclc import uclc
 from ..devices import find_device
 from ..errors import UntraceableError
 from ..metrics import predict_logits, target_margin
@@ -107,42 +106,37 @@ class PreparedModel:
         return Defender(self.model.network, self.neurons, self.units, self.clean.images, self.clean.labels)
 
     @cached_property
-    def reading(self) -> Reading | None:
+    def bn_evidence(self) -> BNEvidence | None:
         """What the BN statistics say of a backdoor; None where there is no batch normalisation."""
-        return read_statistics(self.neurons, self.clean.images, self.clean.labels)
+        return find_bn_evidence(self.neurons, self.clean.images, self.clean.labels)
 
     @property
     def suspected(self) -> SuspectedTarget | None:
         """The suspected target and its evidence; None where there is no batch normalisation."""
-        return None if self.reading is None else self.reading.suspected
+        return None if self.bn_evidence is None else self.bn_evidence.suspected
 
     @cached_property
     def inverted(self) -> InvertedTrigger | None:
         """The trigger sought in the image, by the label alone without batch normalisation; None where none can be."""
-        if self.reading is not None:
-            return self.reading.inverted
+        if self.bn_evidence is not None:
+            return self.bn_evidence.inverted
         return invert_by_label(self.neurons, self.clean.images, self.clean.labels, self.model.num_classes)
 
     @cached_property
     def features(self) -> np.ndarray:
         """Static features of each unit, float32 (units, F); of a group the largest of its neurons."""
-        images = self.clean.images if self.reading is None else self.reading.images
+        images = self.clean.images if self.bn_evidence is None else self.bn_evidence.images
         features = neuron_features(self.neurons.graph, self.neurons, images, self.clean.labels, self.inverted)
         if not self._grouped:
             return features
         return np.stack([features[unit].max(axis=0) for unit in self.units])
 
     @cached_property
-    def uclc_scores(self) -> np.ndarray:
-        """UCLC of each neuron, standardised within its layer, float64 (neurons,)."""
-        return torch.cat([standardise(bounds) for bounds in uclc(self.neurons.graph, self.neurons)]).numpy()
-
-    @cached_property
     def neuron_features(self) -> np.ndarray:
         """Static features of each neuron, float32 (neurons, F); a neuron of a group has those of the group."""
         features = np.empty((len(self.neurons), self.features.shape[1]), dtype=np.float32)
-        for unit, found in zip(self.units, self.features, strict=True):
-            features[unit] = found
+        for unit, unit_features in zip(self.units, self.features, strict=True):
+            features[unit] = unit_features
         return features
 
     @property

@@ -120,7 +120,7 @@ def test_without_a_price_nothing_comes_back(env):
     assert onp.finish(env) == 0
     assert env.session.state.pruned.sum() == 1
     onp.look_ahead = None
-    assert onp.finish(env) == finish(onp, env) == finish(CLP(), env) == 0
+    assert onp.finish(env) == finish(onp, env) == finish(CLP(env), env) == 0
     assert env.session.state.pruned.sum() == 1
 
 

@@ -153,14 +153,6 @@ def test_a_policy_of_other_features_is_refused(tmp_path, monkeypatch):
         ONP.load(file)
 
 
-def test_a_policy_of_agents_of_layers_is_refused(tmp_path):
-    onp = ONP()
-    onp.facts["per_layer"] = True
-    file = onp.save(tmp_path / "policy.safetensors")
-    with pytest.raises(ModelFileError, match="agents that see one layer each"):
-        ONP.load(file)
-
-
 class Stop(BaseCallback):
     def __init__(self, steps):
         super().__init__()

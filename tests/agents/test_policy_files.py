@@ -102,3 +102,12 @@ def test_a_sound_file_is_read(forged):
 def test_a_look_ahead_has_finite_numbers(options):
     with pytest.raises(DataError):
         LookAhead(**options)
+
+
+def test_free_texts_keep_their_lines(saved, tmp_path):
+    onp = ONP(encoder=EncoderOptions(8, 1, 2), seed=0)
+    onp.facts = {"note": "a\nb\x1b[31m"}
+    assert ONP.load(onp.save(tmp_path / "p.safetensors")).facts == {"note": "a\nb\ufffd[31m"}
+    onp.facts = {"note": {1}}
+    with pytest.raises(BackdoorGymError, match="facts of the policy"):
+        onp.save(tmp_path / "p.safetensors")

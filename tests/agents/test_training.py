@@ -45,7 +45,7 @@ def test_too_few_models_for_a_school_are_named(files):
 @pytest.mark.slow
 def test_outcomes_are_those_of_the_episodes(infected):
     env = gym.make("BackdoorPrune-v0", infected=[infected, "digits-clean"], accuracy_budget=None, max_steps=30)
-    outcomes = run(CLP(1.5), env, [infected, "digits-clean"])
+    outcomes = run(CLP(env, 1.5), env, [infected, "digits-clean"])
     result, tested = repair(infected, "clp", u=1.5, max_steps=30), infected.test.first(2 * SCORE_SAMPLES)
     assert outcomes[0].pruned == len(result.pruned)
     assert outcomes[0].acc == evaluate(result.network, tested.images, tested.labels).acc

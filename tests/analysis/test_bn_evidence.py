@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from backdoor_gym.analysis.bn_evidence import IMAGES, STEPS, Correction, find_correction, read_statistics
+from backdoor_gym.analysis.bn_evidence import IMAGES, STEPS, Correction, find_bn_evidence, find_correction
 from backdoor_gym.analysis.features import neuron_features
 from backdoor_gym.analysis.suspected_target import suspect_target
 from backdoor_gym.analysis.trigger_inversion import invert_trigger
@@ -68,11 +68,11 @@ def test_a_trigger_is_found_in_images_that_are_brighter_than_those_of_training(p
     neurons = find_neurons(plain_infected.network)
     images, labels = (plain_infected.clean.images + 0.045).clamp(0, 1), plain_infected.clean.labels
     as_they_are = invert_trigger(neurons, images, labels, suspect_target(neurons, images, labels))
-    reading = read_statistics(neurons, images, labels)
-    assert reading.correction == Correction("darker", 0.045)
-    assert reading.suspected.target == plain_infected.target
-    assert reading.evidence == reading.inverted.evidence > as_they_are.evidence + 0.1
-    torch.testing.assert_close(reading.images, (images - 0.045).clamp(0, 1))
+    evidence = find_bn_evidence(neurons, images, labels)
+    assert evidence.correction == Correction("darker", 0.045)
+    assert evidence.suspected.target == plain_infected.target
+    assert evidence.evidence == evidence.inverted.evidence > as_they_are.evidence + 0.1
+    torch.testing.assert_close(evidence.images, (images - 0.045).clamp(0, 1))
 
 
 @pytest.mark.slow
@@ -86,9 +86,9 @@ def test_of_two_readings_that_of_more_evidence_is_taken(plain_infected, monkeypa
     wanted, taken = "backdoor_gym.analysis.bn_evidence.find_correction", {}
     for found in (Correction(), correction):
         monkeypatch.setattr(wanted, lambda *_, found=found: found)
-        taken[found] = read_statistics(neurons, images, labels)
+        taken[found] = find_bn_evidence(neurons, images, labels)
     monkeypatch.setattr(wanted, lambda *_: Correction())
-    corrected = read_statistics(neurons, correction(images), labels)
+    corrected = find_bn_evidence(neurons, correction(images), labels)
     as_they_are, either = taken[Correction()], taken[correction]
     assert as_they_are.correction == Correction()
     assert either.evidence == max(as_they_are.evidence, corrected.evidence)
@@ -98,11 +98,13 @@ def test_of_two_readings_that_of_more_evidence_is_taken(plain_infected, monkeypa
 def test_features_are_those_of_corrected_images(plain_infected):
     clean = LabelledImages((plain_infected.clean.images + 0.045).clamp(0, 1), plain_infected.clean.labels)
     prepared = PreparedModel(replace(plain_infected, clean=clean), Preparation())
-    reading = prepared.reading
-    assert reading.correction.kind == "darker"
-    assert prepared.suspected is reading.suspected
-    assert prepared.inverted is reading.inverted
-    expected = neuron_features(plain_infected.network, prepared.neurons, reading.images, clean.labels, reading.inverted)
+    evidence = prepared.bn_evidence
+    assert evidence.correction.kind == "darker"
+    assert prepared.suspected is evidence.suspected
+    assert prepared.inverted is evidence.inverted
+    expected = neuron_features(
+        plain_infected.network, prepared.neurons, evidence.images, clean.labels, evidence.inverted
+    )
     assert (prepared.features == expected).all()
     assert torch.equal(prepared.clean.images, clean.images)  # accuracy is that on images as they are
 
@@ -110,4 +112,4 @@ def test_features_are_those_of_corrected_images(plain_infected):
 def test_a_network_without_batch_normalisation_tells_nothing():
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)).eval()
     victim_images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
-    assert read_statistics(find_neurons(network), victim_images, labels) is None
+    assert find_bn_evidence(find_neurons(network), victim_images, labels) is None

@@ -60,9 +60,10 @@ def test_the_label_with_a_short_way_to_it_is_found_and_what_carries_it():
 
 def test_of_many_labels_only_the_cheapest_are_searched_to_the_end(monkeypatch):
     calls = []
-    search = label_inversion._search
+    kind = label_inversion._Search
+    go_on = kind.go_on
     monkeypatch.setattr(label_inversion, "MOST_LABELS", 3)
-    monkeypatch.setattr(label_inversion, "_search", lambda *of: (calls.append((of[0].label, of[3])), search(*of)))
+    monkeypatch.setattr(kind, "go_on", lambda *of: (calls.append((of[0].label, of[3])), go_on(*of)))
     inverted = invert_by_label(find_neurons(planted(True)), *clean(), 10)
     assert inverted.target == TARGET
     assert [steps for _, steps in calls] == [label_inversion.FIRST_STEPS] * 10 + [
@@ -78,7 +79,7 @@ def test_images_of_one_label_tell_nothing():
 
 def test_a_victim_without_batch_normalisation_is_read_by_it():
     prepared = PreparedModel(InfectedModel.from_module(planted(True), clean()), Preparation())
-    assert prepared.reading is None
+    assert prepared.bn_evidence is None
     assert prepared.inverted.target == TARGET
     assert int(prepared.first_gradients.pull.argmax()) == 10
     assert np.isfinite(prepared.features).all()

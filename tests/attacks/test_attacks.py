@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -17,8 +18,10 @@ from backdoor_gym.attacks import (
     draw_attack,
     get_attack,
 )
+from backdoor_gym.attacks.attack import check_change
 from backdoor_gym.attacks.targets import ALL_TO_ALL, target_labels
 from backdoor_gym.errors import DataError, ModelFileError, UnknownNameError
+from backdoor_gym.models.infected import check_trigger
 
 
 @pytest.fixture
@@ -171,6 +174,17 @@ def test_input_aware_covers_bear_the_trigger_of_another_image(images, generator)
         InputAware.from_state(parameters | {"hidden": 3}, tensors)
 
 
+def test_input_aware_takes_many_images_in_parts(images, generator, monkeypatch):
+    attack = InputAware.draw((3, 32, 32), generator)
+    whole = attack(images)
+    monkeypatch.setattr("backdoor_gym.attacks.input_aware.MOST_NUMBERS", 3 * 16 * 32 * 32)
+    layer, most = attack._networks[0].first, []
+    layer.register_forward_hook(lambda module, given, made: most.append(len(made)))
+    torch.testing.assert_close(attack(images), whole)
+    assert max(most) == 3
+    assert attack(images[:0]).shape == (0, 3, 32, 32)
+
+
 def test_poisoning_relabels_the_given_share_of_the_other_classes(images, generator):
     images = images.repeat(10, 1, 1, 1)
     labels = torch.arange(200) % 10
@@ -212,6 +226,59 @@ def test_wanet_covers_keep_their_labels_and_are_new_in_each_epoch(images, genera
     assert not torch.equal(first[poisoning.covered], second[poisoning.covered])
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        *(("badnets", {"patch": torch.ones(shape)}) for shape in ((3, 0, 3), (3, 3, 0), (0, 3, 3))),
+        *(("badnets", {"patch": patch}) for patch in (torch.full((3, 2, 2), 1.5), torch.ones(3, 2, 2).double(), [[1.0]])),
+        *(("badnets", {"row": row}) for row in (-1, 1.5, "1", True, None)),
+        *(("blended", {"ratio": ratio}) for ratio in (0.0, -0.1, 1.1, math.nan, "a")),
+        *(("blended", {"pattern": pattern}) for pattern in (torch.rand(3, 0, 8), torch.full((3, 8, 8), -0.1))),
+        *(("sig", {"amplitude": amplitude}) for amplitude in (0, -0.1, 2, math.nan)),
+        *(("sig", {"frequency": frequency}) for frequency in (1e300, math.inf)),
+        ("sig", {"vertical": 1}),
+        *(("wanet", {"flow": flow}) for flow in (torch.zeros(0, 8, 2), torch.full((8, 8, 2), math.nan))),
+        *((name, {"noise_ratio": -1.0}) for name in ("wanet", "bpp", "input-aware")),
+        *(("bpp", {"levels": levels}) for levels in (0, 1, 256, -3)),
+        *(("label-consistent", fields) for fields in ({"epsilon": -1.0}, {"steps": 0}, {"pattern": torch.ones(3, 8, 0)})),
+        *(("input-aware", fields) for fields in ({"hidden": 0}, {"hidden": 10**9}, {"channels": 0}, {"density": 0.0})),
+        ("multi-trigger", {"triggers": ()}),
+    ],
+)  # fmt: skip
+def test_fields_of_no_use_are_refused(name, fields, generator):
+    attack = get_attack(name).draw((3, 8, 8), generator)
+    with pytest.raises(DataError):
+        dataclasses.replace(attack, **fields)
+    parameters, tensors = attack.state()
+    given = {key: (value, tensors if key in tensors else parameters) for key, value in fields.items()}
+    for key, (value, place) in given.items():
+        place[key] = value
+    if name != "badnets" or not isinstance(fields.get("patch"), list):
+        with pytest.raises((DataError, ModelFileError)):
+            get_attack(name).from_state(parameters, tensors)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        BadNets(torch.ones(3, 1, 1), 8, 0),
+        BadNets(torch.ones(3, 1, 1), 0, 8),
+        SIG(1.0, 8.0, 0.0, False),
+        WaNet(torch.zeros(8, 8, 2), 0.0),
+        LabelConsistent(torch.zeros(3, 8, 8), 0.1, 1),
+        MultiTrigger((BadNets(torch.ones(3, 1, 1), 9, 9),) * 2),
+    ],
+    ids=lambda attack: attack.name,
+)
+def test_triggers_that_change_nothing_are_refused(attack):
+    with pytest.raises(DataError, match="changes nothing"):
+        check_change(attack, (3, 8, 8))
+    with pytest.raises(DataError, match="changes nothing"):
+        check_trigger(attack, torch.rand(1, 3, 8, 8))
+    with pytest.raises(DataError, match="changes nothing"):
+        draw_attack("wanet", (3, 8, 8), torch.Generator(), strength=0.0)
+
+
 def test_bad_requests_are_named(images, generator):
     with pytest.raises(UnknownNameError, match="did you mean 'badnets'"):
         get_attack("badnet")
@@ -221,7 +288,7 @@ def test_bad_requests_are_named(images, generator):
             Poisoning.draw(torch.zeros(20).long(), torch.ones(20).long(), attack, rate, generator)
     with pytest.raises(DataError, match="patch size"):
         BadNets.draw((1, 8, 8), generator, size=9)
-    with pytest.raises(DataError, match="blend ratio"):
+    with pytest.raises(DataError, match="ratio of the trigger of blended"):
         Blended.draw((1, 8, 8), generator, ratio=0)
     with pytest.raises(ModelFileError, match="needs"):
         Blended.from_state({}, {})

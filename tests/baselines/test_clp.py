@@ -65,7 +65,7 @@ def test_plain_networks_lose_exactly_the_published_channels(name, u, seed):
     network = trained_looking(name, seed)
     expected = published_clp(network, resnet_pairs(network), u)
     assert sum(map(len, expected.values())) > 0
-    repaired = clp.prune(network, u)
+    repaired = clp.prune(network, u=u)
     for norm, channels in expected.items():
         weight = repaired.get_submodule(norm).weight
         bias = repaired.get_submodule(norm).bias
@@ -75,9 +75,9 @@ def test_plain_networks_lose_exactly_the_published_channels(name, u, seed):
 def test_pruning_is_in_a_copy_unless_asked():
     network = trained_looking("resnet18", 0)
     before = copy.deepcopy(network.state_dict())
-    assert clp.prune(network, 1.5) is not network
+    assert clp.prune(network, u=1.5) is not network
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
-    assert clp.prune(network, 1.5, inplace=True) is network
+    assert clp.prune(network, u=1.5, inplace=True) is network
     assert not all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
@@ -86,7 +86,7 @@ def test_preactivation_networks_are_pruned_at_the_bn_that_reads_the_sum(name):
     network = trained_looking(name, 1)
     with torch.no_grad():  # one channel of the stream, through the convolution that writes it
         network.layer2[0].conv2.weight[5] *= 100
-    repaired = clp.prune(network, 2.5)
+    repaired = clp.prune(network, u=2.5)
     for norm in ("layer2.1.bn1", "layer3.0.bn1"):
         assert repaired.get_submodule(norm).weight[5] == 0
 
@@ -99,7 +99,7 @@ def test_networks_without_batch_normalisation_are_not_passed_over():
     with torch.no_grad():
         network[0].weight[7] *= 30
         network[3].weight[11] *= 30
-    repaired = clp.prune(network, 3.0)
+    repaired = clp.prune(network, u=3.0)
     assert [not channel.any() for channel in repaired[0].weight] == [index == 7 for index in range(20)]
     assert [not row.any() for row in repaired[3].weight] == [index == 11 for index in range(30)]
     assert repaired[0].bias[7] == 0
@@ -108,7 +108,7 @@ def test_networks_without_batch_normalisation_are_not_passed_over():
 
 def test_the_policy_prunes_what_the_function_prunes(infected):
     env = gym.make("BackdoorPrune-v0", infected=infected, accuracy_budget=None)
-    policy, pruned = CLP(u=1.5), []
+    policy, pruned = CLP(env, u=1.5), []
     observation, info = env.reset(seed=0)
     done = False
     while not done:
@@ -116,7 +116,7 @@ def test_the_policy_prunes_what_the_function_prunes(infected):
         observation, _, terminated, truncated, info = env.step(action)
         pruned += [info["neuron"]] if info["neuron"] else []
         done = terminated or truncated
-    repaired = clp.prune(infected.network, 1.5)
+    repaired = clp.prune(infected.network, u=1.5)
     prepared = env.unwrapped.session.prepared
     expected = {
         f"{layer.name}[{channel}]"
@@ -131,12 +131,12 @@ def test_the_policy_prunes_what_the_function_prunes(infected):
 def test_auto_keeps_the_budget_as_a_function_and_as_a_policy(infected):
     clean = infected.clean.images, infected.clean.labels
     budget = 0.03
-    repaired = clp.prune(infected.network, "auto", clean=clean, accuracy_budget=budget)
+    repaired = clp.prune(infected.network, u="auto", clean=clean, accuracy_budget=budget)
     before = evaluate(infected.network, *clean).acc
     assert before - evaluate(repaired, *clean).acc <= budget + 1e-9
 
     env = gym.make("BackdoorPrune-v0", infected=infected, accuracy_budget=None, score_samples=0)
-    _, lengths = evaluate_policy(CLP("auto", env, budget), env, 1, return_episode_rewards=True, warn=False)
+    _, lengths = evaluate_policy(CLP(env, "auto", budget), env, 1, return_episode_rewards=True, warn=False)
     zeros = sum(int((m.weight == 0).sum()) for m in repaired.modules() if isinstance(m, nn.BatchNorm2d))
     assert zeros > 0
     assert lengths == [zeros + 1]  # the last step is the stop
@@ -157,7 +157,7 @@ def test_auto_goes_down_to_the_last_threshold_within_the_budget():
 
 def test_auto_chooses_anew_for_each_episode(infected, plain_infected):
     env = gym.make("BackdoorPrune-v0", infected=[infected, plain_infected], accuracy_budget=None, score_samples=0)
-    policy = CLP("auto", env, 0.05)
+    policy = CLP(env, "auto", 0.05)
     chosen = []
     for model in (infected, plain_infected, infected):
         observation, _ = env.reset(options={"infected": model})
@@ -174,7 +174,7 @@ def test_auto_works_in_a_vector_environment(infected, plain_infected):
     env = DummyVecEnv([make, make])
     env.seed(0)
     rewards, lengths = evaluate_policy(
-        CLP("auto", env), env, n_eval_episodes=4, return_episode_rewards=True, warn=False
+        CLP(env, "auto"), env, n_eval_episodes=4, return_episode_rewards=True, warn=False
     )
     assert len(rewards) == 4
     assert max(lengths) > 1
@@ -182,29 +182,27 @@ def test_auto_works_in_a_vector_environment(infected, plain_infected):
 
 def test_evaluate_policy_runs_clp(infected):
     env = gym.make("BackdoorPrune-v0", infected=infected, accuracy_budget=None)
-    mean, deviation = evaluate_policy(CLP(), env, n_eval_episodes=2, warn=False)
+    mean, deviation = evaluate_policy(CLP(env), env, n_eval_episodes=2, warn=False)
     assert deviation == 0
     assert mean <= 1
 
 
 def test_the_class_prunes_as_the_module_does(infected):
-    expected = clp.prune(infected.network, 1.5).state_dict()
-    found = CLP.prune(infected.network, 1.5).state_dict()
+    expected = clp.prune(infected.network, u=1.5).state_dict()
+    found = CLP.prune(infected.network, u=1.5).state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_unusable_thresholds_are_refused(network_of):
     for u in (np.float32(3), np.int64(3), 3):
-        CLP(u)
-    for u in ("automatic", float("nan"), None, True):
+        CLP(None, u)
+    for u in ("automatic", float("nan"), True):
         with pytest.raises(DataError, match="threshold must be a number"):
-            clp.prune(network_of("resnet18"), u)
+            clp.prune(network_of("resnet18"), u=u)
         with pytest.raises(DataError, match="threshold must be a number"):
-            CLP(u)
+            CLP(None, u)
     with pytest.raises(DataError, match="clean images"):
-        clp.prune(network_of("resnet18"), "auto")
-    with pytest.raises(DataError, match="environment"):
-        CLP("auto")
+        clp.prune(network_of("resnet18"), u="auto")
     spoiled = network_of("resnet18")
     spoiled.conv1.weight.data[0] = float("nan")
     with pytest.raises(WeightsError, match="finite"):

@@ -31,7 +31,7 @@ def test_policies_are_given_observations(seen, kind):
     env, observation = seen
     policy = {
         "ONP": lambda: ONP.load(env=env),
-        "CLP": lambda: CLP(3.0),
+        "CLP": lambda: CLP(env, 3.0),
         "random": lambda: RandomPolicy(0),
         "magnitude": lambda: Magnitude(env, 1.0),
     }[kind]()
@@ -74,9 +74,10 @@ def test_pruning_outside_an_environment_takes_networks_and_images(infected):
         (5,),
         (infected,),
         (network, []),
-        (network, "x"),
-        (network, 3.0, False, 5),
-        (network, "auto", False, (1,)),
+        (network, 3.0),
+        (network, None, "x"),
+        (network, 5, 3.0),
+        (network, (1,), "auto"),
     ):
         with pytest.raises(DataError):
             clp.prune(*arguments)

@@ -13,7 +13,7 @@ from backdoor_gym.errors import DataError
 
 KINDS = {
     "rule": BNP,
-    "rule with a threshold of its own": lambda env: CLP("auto", env),
+    "rule with a threshold of its own": lambda env: CLP(env, "auto"),
     "greedy": GreedyACC,
     "look-ahead": lambda env: ONP(env, look_ahead=LookAhead(2), threshold=0.01, seed=0),
 }

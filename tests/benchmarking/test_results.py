@@ -3,6 +3,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+from matplotlib.text import Text
 
 from backdoor_gym.benchmarking import Result, figures
 from backdoor_gym.benchmarking.cells import CellFile, Conditions
@@ -44,7 +45,7 @@ def test_the_table_has_means_spreads_and_the_best_in_bold():
 def result_of(**own):
     return replace(
         Result("a model", "clp", 0.02, 0, "clp", asdict(Conditions())),
-        **{"acc": 0.5, "acc_before": 0.9, "der": 0.5, "pruned": 3, **own},
+        **{"acc": 0.5, "acc_before": 0.9, "asr": 0.5, "asr_before": 0.9, "der": 0.5, "pruned": 3, **own},
     )
 
 
@@ -75,6 +76,16 @@ def test_no_text_breaks_a_table():
 def test_names_in_figures_are_no_formulas(tmp_path):
     result = result_of(model="$\\frac{\x1b$", policy="$x_{$\udc80", attack="$\n$", asr=0.5)
     assert [path.stat().st_size > 1000 for path in figures.draw([result], tmp_path)] == [True] * 3
+
+
+def test_names_in_figures_are_of_bearable_length():
+    results = [
+        result_of(model=f"{name}{'m' * 10**5}", policy="p" * 10**5, attack="\n".join("a" * 10**5)) for name in "ab"
+    ]
+    for picture in (figures.acc_against_asr, figures.der_by_attack, figures.der_by_model):
+        texts = [text.get_text() for text in picture(results).findobj(Text)]
+        assert max(map(len, texts)) < 300
+        assert all(text.isprintable() for text in texts)
 
 
 def test_results_have_no_figures_that_are_not_finite():
@@ -131,6 +142,9 @@ def test_a_measurement_does_only_what_is_missing(tmp_path, jobs):
         lambda line: line.replace(b'"seed": 0', b'"seed": true'),
         lambda line: line.replace(b'"acc": 0.9', b'"acc": 90.0'),
         lambda line: line.replace(b'"acc": 0.9', b'"acc": NaN'),
+        lambda line: line.replace(b'"pruned": null', b'"pruned": 1' + b"0" * 400),
+        lambda line: line.replace(b'"peak_memory": null', b'"peak_memory": 1' + b"0" * 400),
+        lambda line: line.replace(b'"der": null', b'"der": 0.5'),
         lambda line: line[:-1] + b', "more": 1}',
         lambda line: b"[" * 100_000,
         lambda line: b"[1]",

@@ -283,3 +283,16 @@ def test_the_first_images_are_not_read_before_they_are_needed():
     assert lazy.first(None) is lazy
     with pytest.raises(DataError):
         lazy.first(3).images  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "read", [(torch.full((2, 1, 8, 8), torch.nan), torch.zeros(2).long()), (torch.zeros(2, 1, 8, 8), torch.zeros(2))]
+)
+def test_images_of_a_named_data_set_are_never_handed_out_unchecked(read, monkeypatch):
+    monkeypatch.setattr(datasets, "load_images", lambda *_: read)
+    lazy = LabelledImages.from_source(DataSource("owner/name", "train", (0, 1)))
+    for part in (lazy, lazy.first(1), lazy):  # what is refused is refused again
+        for what in ("images", "labels"):
+            with pytest.raises(DataError):
+                getattr(part, what)
+        assert not part.loaded

@@ -316,7 +316,7 @@ def gradient(observation, name):
     return observation["nodes"][: int(observation["num_nodes"][0]), NODE_FEATURES.index(name)]
 
 
-def test_slopes_are_the_derivatives_where_the_episode_stands(infected):
+def test_gradients_are_the_derivatives_where_the_episode_stands(infected):
     env = BackdoorPruneEnv(infected, accuracy_budget=None, gradients_every=3)
     first, _ = env.reset(seed=0)
     for unit in (5, 17):
@@ -357,7 +357,7 @@ def test_slopes_are_the_derivatives_where_the_episode_stands(infected):
     np.testing.assert_array_equal(gradient(again, "harm_now"), gradient(first, "harm_now"))
 
 
-def test_slopes_of_groups_are_sums_over_their_neurons(infected):
+def test_gradients_of_groups_are_sums_over_their_neurons(infected):
     alone, together = (
         BackdoorPruneEnv(infected, residual=residual, accuracy_budget=None) for residual in ("channel", "group")
     )

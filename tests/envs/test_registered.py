@@ -118,8 +118,8 @@ def test_forked_environments_do_not_wait_for_threads_that_are_gone(env_id):
 
 def test_evaluate_policy_takes_clp(env_id):
     env = gym.make(env_id, accuracy_budget=None)
-    mean, _ = evaluate_policy(CLP(), env, n_eval_episodes=1, warn=False)
-    assert mean == pytest.approx(run_episode(CLP(), env, env.reset()[0]))
+    mean, _ = evaluate_policy(CLP(env), env, n_eval_episodes=1, warn=False)
+    assert mean == pytest.approx(run_episode(CLP(env), env, env.reset()[0]))
 
 
 def test_made_by_module_name_without_an_import(env_id):

@@ -105,9 +105,9 @@ def test_large_networks_step_in_turn_on_all_cores(infected_file, monkeypatch):
 @pytest.mark.slow
 def test_a_model_is_made_ready_once(infected, monkeypatch):
     made = []
-    reading = backdoor_gym.session.prepared_model.read_statistics
+    seek = backdoor_gym.session.prepared_model.find_bn_evidence
     monkeypatch.setattr(
-        backdoor_gym.session.prepared_model, "read_statistics", lambda *arguments: made.append(1) or reading(*arguments)
+        backdoor_gym.session.prepared_model, "find_bn_evidence", lambda *arguments: made.append(1) or seek(*arguments)
     )
     env = BackdoorPruneVectorEnv(3, infected=infected)
     env.reset(seed=0)

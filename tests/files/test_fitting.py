@@ -74,6 +74,15 @@ def test_many_names_are_matched_in_time():
     assert len(beside) == 40_000
 
 
+def test_many_copies_of_a_small_network_are_left_out_in_time():
+    network, ones = nn.Linear(1, 1), torch.ones(1)
+    weights = {f"{held}.{key}": ones for held in ("model", *map(str, range(20_000))) for key in ("weight", "bias")}
+    weights = {key: value.view(1, 1) if key.endswith("weight") else value for key, value in weights.items()}
+    start = time.monotonic()
+    assert len(fit_weights(network, Checkpoint(Path("a.pt"), weights, {}))) == 40_000
+    assert time.monotonic() - start < 5
+
+
 @pytest.mark.parametrize(
     ("tensor", "words"),
     [

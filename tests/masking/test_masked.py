@@ -68,7 +68,7 @@ def test_only_what_lies_behind_a_pruned_neuron_is_computed(network_of):
     neurons = find_neurons(network_of("resnet18"))
     masked = MaskedNetwork(neurons, images_for("resnet18"))
     calls = []
-    for name, module in masked._structure.graph.named_modules():
+    for name, module in masked._plan.graph.named_modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
     mask = np.ones(len(neurons), dtype=bool)
@@ -139,13 +139,13 @@ def test_a_large_network_computes_some_images_after_the_others(monkeypatch, netw
     torch.testing.assert_close(mask_gradient(neurons, images, quantity), whole, rtol=1e-4, atol=1e-6)
     assert [count for count in calls if count > 1] == [12, 5, 5, 2, 5, 5, 2]  # the logits, then their derivatives
     masked, counts = MaskedNetwork(neurons, images), []
-    for module in masked._structure.graph.modules():
+    for module in masked._plan.graph.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda _, read, __: counts.append(len(read[0])))
     mask = np.ones(len(neurons), dtype=bool)
     mask[: neurons.layers[0].size // 2] = False  # too many to be followed channel by channel
     masked.logits(mask)
-    assert max(counts) == masked._structure.at_once < len(images)
+    assert max(counts) == masked._plan.at_once < len(images)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "small_cnn", "vit"])

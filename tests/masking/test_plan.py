@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from backdoor_gym.masking.plan import Structure
+from backdoor_gym.masking.plan import Plan
 from backdoor_gym.neurons.channels import mask_channels
 from backdoor_gym.neurons.finding import find_neurons
 
@@ -27,7 +27,7 @@ class Net(nn.Module):
 def make(kept_bytes=float("inf")):
     torch.manual_seed(0)
     neurons = find_neurons(Net().eval(), IMAGE)
-    return neurons, Structure(neurons, IMAGE, torch.device("cpu"), kept_bytes)
+    return neurons, Plan(neurons, IMAGE, torch.device("cpu"), kept_bytes)
 
 
 def named(nodes):
@@ -47,7 +47,7 @@ def test_the_inputs_are_the_images_and_a_mask_of_each_layer():
 def test_the_normalisation_is_folded_once_for_all_images():
     neurons, plan = make()
     assert [node.target for node in plan.nodes if node.op == "call_module"] == ["a", "b", "head"]
-    assert Structure(neurons, IMAGE, torch.device("cpu"), 0).graph is plan.graph
+    assert Plan(neurons, IMAGE, torch.device("cpu"), 0).graph is plan.graph
     assert all(
         parameter.is_contiguous(memory_format=torch.channels_last)
         for parameter in plan.graph.parameters()

@@ -138,6 +138,12 @@ def test_one_model_is_really_made(cache):
         assert model.facts["asr"] >= family.MIN_ASR
         assert model.target == drawn.target
     assert len(model.clean) == family.CLEAN_IMAGES
+    read = load_infected(model.name)  # out of the cache: the same to the last bit
+    images = model.test.images[:40]
+    assert torch.equal(model.network(images), read.network(images))
+    assert [value.stride() for value in model.network.parameters()] == [
+        value.stride() for value in read.network.parameters()
+    ]
     assert not set(model.clean.source.indices) & set(model.test.source.indices)
 
 

@@ -1,4 +1,6 @@
 import sys
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +289,18 @@ def test_the_names_of_others_are_understood(name, ours):
         "vgg16",
         "resnet18",
     )
+
+
+def test_long_names_cost_time_and_memory_by_their_length_alone(ours):
+    longest = ".".join("a" * 250)
+    weights = {f"{number}.{longest}"[:500]: torch.zeros(1) for number in range(50_000)}
+    weights |= {f"module.{key}": torch.zeros(1) for key in build("resnet18", 2, 3).state_dict()}
+    tracemalloc.start()
+    start = time.monotonic()
+    assert find_architecture(Checkpoint(ours, weights, {"model_name": "resnet18"}), None) == "resnet18"
+    assert time.monotonic() - start < 10
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
 
 
 class TwoToOne(nn.Module):

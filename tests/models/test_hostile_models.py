@@ -2,14 +2,20 @@
 
 import copy
 import dataclasses
+import sys
 import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from backdoor_gym import InfectedModel, load_infected
+from backdoor_gym import InfectedModel, load_infected, repair
+from backdoor_gym.data.datasets import LabelledImages
 from backdoor_gym.errors import BackdoorGymError, DataError, ModelFileError, WeightsError
+from backdoor_gym.files.schemas import MOST_TEXT
 from backdoor_gym.files.tensors import read_tensors, write_tensors
+from backdoor_gym.models.infected_files import FORMAT
+from backdoor_gym.networks import build
 
 
 @pytest.fixture
@@ -52,6 +58,8 @@ def forged(infected_file, tmp_path):
         {"trigger": {"attack": "badnets"}},
         {"trigger": {"attack": "badnets", "parameters": {"row": "1", "column": 2}}},
         {"trigger": {"attack": "badnets", "parameters": {"row": 1.5, "column": 2}}},
+        {"trigger": {"attack": "badnets", "parameters": {"row": -1, "column": 2}}},
+        {"trigger": {"attack": "badnets", "parameters": {"row": 8, "column": 2}}},
         {"trigger": {"attack": "multi-trigger", "parameters": {"triggers": "x"}}},
         {"trigger": {"attack": "multi-trigger", "parameters": {"triggers": [{"attack": "sig"}]}}},
         {"more": 1},
@@ -137,6 +145,12 @@ def test_a_trigger_is_made_of_finite_floats(forged, infected_file):
             load_infected(forged(**{"trigger.patch": other}))
 
 
+@pytest.mark.parametrize("shape", [(1, 0, 3), (1, 3, 0), (0, 3, 3), (0,), ()])
+def test_a_patch_has_rows_and_columns(forged, shape):
+    with pytest.raises((DataError, ModelFileError), match="trigger"):
+        load_infected(forged(**{"trigger.patch": torch.ones(shape)}))
+
+
 def test_variances_below_zero_are_refused(infected):
     network = copy.deepcopy(infected.network)
     norm = next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d))
@@ -171,12 +185,96 @@ def test_sizes_are_bounded_on_the_way_and_not_at_the_end():
     assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
 
 
+def test_the_work_of_making_a_network_is_bounded(monkeypatch):
+    from backdoor_gym.files.sizes import within
+
+    monkeypatch.setattr("backdoor_gym.files.sizes.FEW_CALLS", 10_000)
+    done = 0
+
+    def make():
+        nonlocal done
+        for number in range(10**7):
+            done = abs(number)
+        return torch.nn.Identity()
+
+    before = sys.getprofile()
+    with pytest.raises(WeightsError, match="more steps of its making"):
+        within(make, {})
+    assert done < 10_000
+    assert sys.getprofile() is before
+
+
+def test_a_pass_of_what_a_small_file_describes_takes_bearable_memory(tmp_path):
+    """Attention over all pairs of the 256 x 256 places in an image."""
+    described = {"name": "vit", "num_classes": 3, "in_channels": 1, "width": 4, "depth": 1, "heads": 1}
+    images = LabelledImages(torch.rand(3, 1, 256, 256), torch.arange(3))
+
+    def written(**options):
+        spec = {**described, **options}
+        weights = {f"network.{key}": value for key, value in build(**spec).state_dict().items()}
+        path = tmp_path / "vit.safetensors"
+        metadata = {
+            "format": FORMAT,
+            "name": "a",
+            "architecture": spec,
+            "target": None,
+            "facts": {},
+            "data": {"clean": {}},
+        }
+        write_tensors(path, {**weights, "clean.images": images.images, "clean.labels": images.labels}, metadata)
+        return path
+
+    assert load_infected(written(image_size=256, patch=32)).num_classes == 3
+    with pytest.raises(WeightsError, match="would take 8,590,"):
+        load_infected(written(image_size=256, patch=1))
+
+
 def test_images_are_named_once_and_nothing_else_is_held(forged, infected_file):
     indices = read_tensors(infected_file)[0]["clean.indices"]
     with pytest.raises(ModelFileError, match="several times"):
         load_infected(forged(**{"clean.indices": torch.cat([indices, indices])}))
     with pytest.raises(ModelFileError, match="holds foo"):
         load_infected(forged(**{"foo.bar": torch.zeros(1)}))
+
+
+def test_free_texts_keep_their_lines_and_nothing_that_acts(infected, tmp_path, run):
+    facts = {"note": "one\r\ntwo\n", "a\nb": ["c\x1b[31m", {"d": "\t\u202e"}], 3: "x" * MOST_TEXT}
+    kept = {"note": "one\ntwo\n", "a b": ["c\ufffd[31m", {"d": "\ufffd\ufffd"}], "3": "x" * MOST_TEXT}
+    once = load_infected(dataclasses.replace(infected, facts=facts).save(tmp_path / "once.safetensors"))
+    assert once.facts == kept
+    assert load_infected(once.save(tmp_path / "twice.safetensors")).facts == kept
+    out = run("inspect", tmp_path / "once.safetensors")[1]
+    assert "one two" in out
+    assert len(out) < 20_000
+    for wrong in ({"a": "x" * (MOST_TEXT + 1)}, {"a\x1b": 1, "a\x1c": 2}, {"a": torch.zeros(1)}, {"a": {1}}, [1]):
+        with pytest.raises(ModelFileError, match="facts of the model"):
+            dataclasses.replace(infected, facts=wrong).save(tmp_path / "wrong.safetensors")
+    with pytest.raises(ModelFileError, match="cannot be described"):
+        dataclasses.replace(infected, architecture={**infected.architecture, "x": {1}}).save(tmp_path / "x.safetensors")
+    assert not (tmp_path / "wrong.safetensors").exists()
+
+
+def test_images_in_a_file_are_measured_before_they_are_read(infected, forged, tmp_path, monkeypatch):
+    images, labels = infected.clean.images.clone(), infected.clean.labels
+    held = dataclasses.replace(infected, clean=LabelledImages(images, labels), test=None)
+    path = held.save(tmp_path / "held.safetensors")
+    monkeypatch.setattr("backdoor_gym.models.infected_files.MOST_HELD", images.nbytes - 1)
+    monkeypatch.setattr("backdoor_gym.files.tensors._checksum", lambda *_: pytest.fail("the tensors were read"))
+    for act in (lambda: load_infected(path), lambda: held.save(path)):
+        with pytest.raises(ModelFileError, match="the images that a model's file holds may take"):
+            act()
+    monkeypatch.undo()
+    for shape in ((1, 1, 1025, 8), (1, 1, 8, 1025)):
+        with pytest.raises(ModelFileError, match="pixels a side"):
+            load_infected(forged(**{"clean.images": torch.zeros(shape)}))
+
+
+def test_a_repair_of_a_model_that_no_file_can_hold_is_kept_all_the_same(infected, tmp_path):
+    model = dataclasses.replace(infected, trigger=lambda images: 1 - images)
+    result = repair(model, "random", None, max_steps=1)
+    assert not result.complete
+    assert load_file(result.save(tmp_path)[0]).keys() == infected.module.state_dict().keys()
+    assert "load_state_dict" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_save_writes_load_reads(infected, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,10 @@ KINDS = {
     },
     "EfficientNet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "image_size": 32, "hidden_dim": 320},
     "RegNet": {**STAGES, "groups_width": 4},
+    "Levit": {
+        "image_size": 64, "hidden_sizes": [16] * 3, "num_attention_heads": [2] * 3, "depths": [1] * 3, "key_dim": [4] * 3,
+        "attention_ratio": [2] * 3, "mlp_ratio": [2] * 3,
+    },
 }  # fmt: skip
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 NAMES = ["tabby cat", "Dog", "bird", "great white shark"]
@@ -198,8 +203,13 @@ def test_how_a_network_is_run_is_not_taken_from_a_folder(tmp_path):
         ({"architectures": [3]}, ModelFileError, "describes 3, which is no image classifier"),
         ({"id2label": ["a", "b"]}, ModelFileError, "id2label must be an object"),
         ({"id2label": {"a": 0}}, ModelFileError, "id2label must name the class of each number, not of 'a'"),
+        ({"id2label": {"1": "a", "01": "b"}}, ModelFileError, "id2label names class 1 more than once"),
         ({"architecture": "resnet18", "pretrained_cfg": [1]}, ModelFileError, "pretrained_cfg must be an object"),
         ({"depths": [1, 1, 10**9]}, ModelFileError, "depths is 1000000000; 1000 is the most"),
+        ({"depths": [1] * 2000}, ModelFileError, "depths has 2000 entries; 1000 is the most"),
+        ({"image_size": 10**9}, ModelFileError, "image_size is 1000000000; 1024 is the most"),
+        ({"vision": {"image_size": [64, 10**400]}}, ModelFileError, "image_size is .* 1024 is the most"),
+        ({"padding": 1000}, ModelFileError, "padding is 1000; 64 is the most"),
         ({"hidden_sizes": [8, 10**7]}, WeightsError, "describes a network of .* numbers and holds"),
         ({"hidden_sizes": [8, 24]}, WeightsError, r"\d of another shape \("),
         ({"depths": [1, 2]}, WeightsError, "missing"),
@@ -224,6 +234,27 @@ def test_what_a_config_says_at_length_is_cut(key, tmp_path):
     with pytest.raises(BackdoorGymError) as raised:
         load_infected(tmp_path, clean=some(), preprocess=lambda images: images)
     assert len(str(raised.value)) < 1000
+
+
+def test_a_network_that_is_long_in_the_making_is_refused_on_the_way(tmp_path, monkeypatch):
+    """LeViT goes through all pairs of places in an image."""
+    monkeypatch.setattr("backdoor_gym.files.sizes.FEW_CALLS", 300_000)
+    make(tmp_path, "Levit")
+    assert load_infected(tmp_path, clean=some(64)).num_classes == len(NAMES)
+    edit(tmp_path / "config.json", image_size=1024)
+    start = time.monotonic()
+    with pytest.raises(WeightsError, match="more steps of its making than the file"):
+        load_infected(tmp_path, clean=some(64))
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(("kind", "entries"), [("Levit", {"padding": 64}), ("MobileViT", {"patch_size": 1000})])
+def test_a_pass_takes_bearable_memory_and_work(kind, entries, tmp_path):
+    """Each of four convolutions makes the image wider; features are brought to a multiple of the patches."""
+    make(tmp_path, kind)
+    edit(tmp_path / "config.json", **entries)
+    with pytest.raises(WeightsError, match="numbers at once, and"):
+        load_infected(tmp_path, clean=some(KINDS[kind]["image_size"]))
 
 
 def test_weights_that_are_not_finite_or_too_many(tmp_path):
@@ -297,6 +328,18 @@ def test_subfolders_with_the_names_of_the_classes(tmp_path):
     assert load_infected(tmp_path / "theirs", clean=tmp_path / "numbers").clean.labels.tolist() == [1, 3]
     edit(tmp_path / "theirs" / "config.json", id2label={"0": "3", "1": "2", "2": "1", "3": "0"})
     assert load_infected(tmp_path / "theirs", clean=tmp_path / "numbers").clean.labels.tolist() == [2, 0]
+
+
+def test_a_name_of_two_classes_is_no_label(tmp_path):
+    make(tmp_path / "theirs", size=16)
+    edit(tmp_path / "theirs" / "config.json", id2label={"0": "crane", "1": "dog", "2": "Crane", "3": "cat"})
+    pictures(tmp_path / "clear", ["dog", "cat"], 16)
+    assert load_infected(tmp_path / "theirs", clean=tmp_path / "clear").clean.labels.tolist() == [3, 1]
+    pictures(tmp_path / "unclear", ["dog", "crane"], 16)
+    with pytest.raises(DataError, match=r"subfolder crane of .* may be any of the classes \[0, 2\]"):
+        load_infected(tmp_path / "theirs", clean=tmp_path / "unclear")
+    pictures(tmp_path / "numbers", ["1", "2"], 16)
+    assert load_infected(tmp_path / "theirs", clean=tmp_path / "numbers").clean.labels.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
