@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
-import numpy as np
 import pytest
 import torch
 
@@ -180,7 +179,7 @@ def test_what_was_learned_serves_all_budgets_and_counts_in_each(files, tmp_path,
     def learn(self, defender):
         made.append(self.seed)
         time.sleep(0.5)
-        return np.arange(len(defender.neurons), dtype=np.float64)
+        return torch.arange(len(defender.neurons)) / len(defender.neurons)
 
     monkeypatch.setattr("backdoor_gym.baselines.anp.ANP.learn", learn)
     done = backdoor_gym.benchmark(files[:1], ["anp"], [OWN, 0.01, 0.05], seeds=2, out=tmp_path, jobs=1)
