@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ import torch
 from torch import nn
 
 from backdoor_gym import cli
+from backdoor_gym.analysis.bn_evidence import BNEvidence, find_bn_evidence
 from backdoor_gym.cli import common
 from backdoor_gym.models.infected import InfectedModel
 from backdoor_gym.models.infecting import infect
 from backdoor_gym.models.training import Schedule
 from backdoor_gym.networks import build
+from backdoor_gym.session import prepared_model
 
 #: What most of the small networks are.
 RESIDUAL = {"width": 16, "blocks": 2, "shape": "residual"}
@@ -92,6 +95,25 @@ def infected_file(infected: InfectedModel, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def plain_infected_file(plain_infected: InfectedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plain_infected.save(tmp_path_factory.mktemp("models") / "tiny-plain.safetensors")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sought_once():
+    """The trigger of the same network in the same images is sought once: most of what making a model ready takes."""
+    remembered: dict[tuple[str, str], BNEvidence | None] = {}
+
+    def find(neurons, images, labels):
+        digest = sha256()
+        for tensor in (*neurons.graph.state_dict().values(), images, labels):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        key = neurons.graph.code, digest.hexdigest()
+        if key not in remembered:
+            remembered[key] = find_bn_evidence(neurons, images, labels)
+        return remembered[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepared_model, "find_bn_evidence", find)
+        yield
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ def test_the_data_set_is_read_as_from_the_hub():
     assert labels.unique().numel() == 10
 
 
+@pytest.mark.slow
 def test_the_recorded_model_is_infected_and_clp_mends_it(model):
     few = model.test.first(600)
     before = evaluate(model.network, few.images, few.labels, model.trigger, model.target)
@@ -49,6 +50,7 @@ def test_the_recorded_model_is_infected_and_clp_mends_it(model):
     assert before.acc - after.acc < 0.1
 
 
+@pytest.mark.slow
 def test_the_environment_runs_on_it(model):
     env = BackdoorPruneEnv(model, clean_samples=100, score_samples=50)
     observation, info = env.reset(seed=0)

@@ -19,6 +19,7 @@ from backdoor_gym.models.foreign import make_module
 from backdoor_gym.models.infected import InfectedModel
 
 
+@pytest.mark.slow
 def test_repair_writes_and_prints_what_it_did(run, infected_file, infected, tmp_path):
     code, out, _ = run("repair", infected_file, "--policy", "clp", "--u", "1.5", "--out", "result")
     assert code == 0
@@ -35,6 +36,7 @@ def test_repair_writes_and_prints_what_it_did(run, infected_file, infected, tmp_
     assert f"<code>backdoor-gym repair {infected_file} --policy clp --u 1.5 --out result</code>" in page
 
 
+@pytest.mark.slow
 def test_repair_without_arguments_repairs_the_embedded_model(run, tmp_path):
     code, out, _ = run("repair")
     assert code == 0
@@ -82,6 +84,7 @@ def test_the_verdict_in_words(score, target, pruned, said):
     assert verdict_in_words(score, target, pruned) == said
 
 
+@pytest.mark.slow
 def test_a_clean_network_is_left_alone(run):
     code, out, _ = run("repair", "digits-clean")
     assert code == 0
@@ -128,6 +131,7 @@ def test_json_output_is_json_alone(run, infected_file):
     assert report["clean_acc_before"] - report["clean_acc_after"] <= 0.02 + 1e-9
 
 
+@pytest.mark.slow
 def test_infect_makes_a_model_that_repair_reads(run, tmp_path):
     arguments = (
         "--epochs",
@@ -369,6 +373,7 @@ def cached(monkeypatch, plain_infected):
     monkeypatch.setattr("backdoor_gym.models.family.load", lambda name, progress=False: plain_infected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_json_is_alone_on_standard_output_and_quiet_is_quiet(run, cached, command):
     code, out, _ = run(*command.split(), *QUICK[command], "--json")
@@ -442,6 +447,7 @@ class Net(nn.Sequential):
 """
 
 
+@pytest.mark.slow
 def test_a_network_of_ones_own_is_repaired_and_inspected(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
@@ -509,6 +515,7 @@ def renamed(infected_file, tmp_path):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["..", "", ".", "../../x", "/x", EVIL])
 def test_the_name_of_a_model_chooses_no_folder(run, renamed, tmp_path, name):
     code, out, errors = run("repair", renamed(name), "--policy", "random")

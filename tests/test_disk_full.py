@@ -63,6 +63,7 @@ def listing(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix != ".lock"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", COMMANDS)
 def test_a_full_disk_is_one_line_and_the_old_files_stay(run, old, what):
     arguments, most, name = COMMANDS[what]
@@ -85,6 +86,7 @@ def test_infect_finds_out_before_it_trains(run, old, monkeypatch):
     assert "File too large" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", ["new", "new/er"])
 def test_work_that_fails_leaves_no_empty_folder(run, tmp_path, out):
     with full_disk(20_000):
@@ -93,6 +95,7 @@ def test_work_that_fails_leaves_no_empty_folder(run, tmp_path, out):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_full_cache_is_one_line_and_stops_the_building(run, tmp_path, monkeypatch):
     monkeypatch.setenv(family.CACHE_VARIABLE, str(tmp_path / "cache"))
     sizes = {seed: digits_family.recipe("digits-train", seed) for seed in range(100)}
@@ -111,6 +114,7 @@ def test_a_cell_whose_model_cannot_be_cached_stops_the_benchmark(infected, tmp_p
         backdoor_gym.benchmark("digits-train/3", ["random"], [0.02], jobs=1, out=tmp_path / "out", max_steps=2)
 
 
+@pytest.mark.slow
 def test_finished_cells_outlive_a_full_disk(infected, tmp_path):
     options = {"jobs": 1, "max_steps": 2, "out": tmp_path / "out"}
     policies = ["random", "magnitude"]
@@ -130,6 +134,7 @@ def repaired(infected):
     return backdoor_gym.repair(infected, "magnitude")
 
 
+@pytest.mark.slow
 def test_where_one_file_of_a_repair_cannot_be_written_all_old_ones_stay(repaired, tmp_path):
     written = repaired.save(tmp_path)
     assert [path.name for path in written] == ["repaired.safetensors", "pruned.json", "repair.png", "report.html"]
@@ -179,6 +184,7 @@ def start(*arguments, flags=(), before="", **more):
     return subprocess.run(command, stderr=subprocess.PIPE, text=True, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("list",), ("list", "--json"), ("--help",)])
 def test_standard_output_that_is_full_is_one_line(arguments):
     with Path("/dev/full").open("wb") as full:
@@ -188,6 +194,7 @@ def test_standard_output_that_is_full_is_one_line(arguments):
     assert "No space left on device" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("list", "digits-test/*"), ("list", "--json"), ("--help",)])
 def test_a_reader_who_goes_away_is_told_nothing(arguments):
     reading, writing = os.pipe()
@@ -197,6 +204,7 @@ def test_a_reader_who_goes_away_is_told_nothing(arguments):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.slow
 def test_an_ascii_locale_changes_no_file(tmp_path):
     arguments = (
         "benchmark", "--infected", "digits-badnets,digits-clean", "--policies", "random", "--budgets", "0.02", "--jobs", 1,

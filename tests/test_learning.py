@@ -25,6 +25,7 @@ def make(infected, **arguments):
     return gym.make("BackdoorPrune-v0", infected=infected, max_steps=12, score_samples=0, clean_samples=50, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "options"),
     [
@@ -45,6 +46,7 @@ def test_algorithms_train_unchanged_on_several_models(algorithm, options, infect
     assert env.action_space.contains(np.int64(first))
 
 
+@pytest.mark.slow
 def test_masks_reach_maskable_ppo_through_subprocesses(infected_file):
     env = SubprocVecEnv([lambda: make(str(infected_file))] * 2)
     env.reset()
@@ -55,6 +57,7 @@ def test_masks_reach_maskable_ppo_through_subprocesses(infected_file):
     env.close()
 
 
+@pytest.mark.slow
 def test_maskable_ppo_learns_a_known_answer(infected):
     """Pruning one neuron earns 1 and every other prune costs a little: the policy must find it and stop."""
 

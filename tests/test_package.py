@@ -17,6 +17,7 @@ def test_importing_the_package_loads_nothing_heavy():
     )
 
 
+@pytest.mark.slow
 def test_python_started_in_a_clone_finds_the_agents_and_the_baselines():
     code = (
         "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]; "

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from sb3_contrib import MaskablePPO
@@ -77,6 +78,7 @@ def make_my_net(folder):
     return network
 
 
+@pytest.mark.slow
 def test_the_example_of_somebodys_checkpoint(run, tmp_path, monkeypatch):
     """From files on disk: the command and the Python, word by word."""
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -105,6 +107,7 @@ def test_the_example_of_somebodys_checkpoint(run, tmp_path, monkeypatch):
     sys.modules.pop("my_net")
 
 
+@pytest.mark.slow
 def test_the_example_of_a_benchmark(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     block = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "benchmark(" in block)

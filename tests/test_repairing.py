@@ -36,6 +36,7 @@ def test_the_default_of_clp_is_the_published_rule(infected):
     assert all(torch.equal(value, expected.state_dict()[key]) for key, value in result.network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_policy_sees_neither_trigger_nor_test_images(infected):
     blind = InfectedModel(infected.network, infected.clean)
     assert repair(blind, "clp", u="auto").pruned == repair(infected, "clp", u="auto").pruned
@@ -50,6 +51,7 @@ def test_a_budget_is_kept(infected):
     assert result.pruned
 
 
+@pytest.mark.slow
 def test_any_policy_with_predict_is_taken(infected):
     result = repair(infected, RandomPolicy(3), accuracy_budget=0.05)
     assert result.policy == "randompolicy"
@@ -72,6 +74,7 @@ def test_the_chosen_threshold_is_told(infected):
     assert result.report()["settings"] == result.settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clp", "bnp", "ep", "rnp", "fine-pruning", "magnitude", "greedy"])
 def test_every_rule_repairs_by_name_as_far_as_a_budget_goes(infected, name, tmp_path):
     options = {} if name == "greedy" else {"u" if name == "clp" else "threshold": "budget"}
@@ -107,6 +110,7 @@ def test_a_module_that_is_not_ours(tmp_path):
     assert page.read_text().endswith("</html>")
 
 
+@pytest.mark.slow
 def test_the_saved_network_is_an_infected_model_again(infected, tmp_path):
     result = repair(infected, "clp", u=1.5)
     weights, *_ = result.save(tmp_path)
@@ -144,6 +148,7 @@ def test_unknown_policies_and_options_are_named(infected):
         repair(infected, "clp", u="automatic")
 
 
+@pytest.mark.slow
 def test_the_default_is_the_policy_that_comes_with_the_package(infected):
     result = repair(infected)
     assert result.policy == "onp"
@@ -156,6 +161,7 @@ def test_the_default_is_the_policy_that_comes_with_the_package(infected):
     assert repair(infected, "clp").verdict is None
 
 
+@pytest.mark.slow
 def test_a_policy_file_is_taken_by_its_path(infected, tmp_path):
     file = ONP(seed=1).save(tmp_path / "mine.safetensors")
     result = repair(infected, str(file), accuracy_budget=0.02, max_steps=5, look_ahead=False)
@@ -163,6 +169,7 @@ def test_a_policy_file_is_taken_by_its_path(infected, tmp_path):
     assert result.pruned == repair(infected, ONP.load(file, env), max_steps=5).pruned
 
 
+@pytest.mark.slow
 def test_finetuning_learns_on_the_network_without_its_trigger(infected, monkeypatch):
     """Nothing of the trigger is there to learn from, and the policy is another one afterwards."""
     blind = InfectedModel(infected.network, infected.clean)

@@ -9,6 +9,7 @@ from backdoor_gym.analysis.label_inversion import invert_by_label
 from .tiny import tiny, tiny_images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "vit"])
 def test_repairs_go_through(name):
     network = tiny(name)

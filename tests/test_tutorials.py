@@ -23,18 +23,21 @@ def run_tutorial(monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_an_agent_of_your_own(run_tutorial, tmp_path):
     said = run_tutorial("own_agent.py", "--short")
     assert [line.split()[0] for line in said.splitlines()] == ["policy", "mine", "random"]
     assert (tmp_path / "own_agent.zip").is_file()
 
 
+@pytest.mark.slow
 def test_a_policy_of_your_own(run_tutorial):
     said = run_tutorial("own_policy.py", "--short")
     for name in ("variance gap", "pull against harm", "bnp"):
         assert f"| {name} | 1 | 1 |" in said
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_your_own(run_tutorial, tmp_path):
     said = run_tutorial("own_checkpoint.py")
     before, after = (float(re.search(rf"^{when} +ACC .* ASR ([\d.]+)", said, re.M)[1]) for when in ("before", "after"))
@@ -43,6 +46,7 @@ def test_a_checkpoint_of_your_own(run_tutorial, tmp_path):
     assert (tmp_path / "repaired.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_agents_of_layers(run_tutorial):
     said = run_tutorial("agents_of_layers.py", "--short")
     by_hand = re.search(r"by hand +return +([\d.]+)", said)

@@ -95,6 +95,7 @@ def test_without_a_sign_of_the_trigger_nothing_comes_back(planted):
     assert env.session.state.pruned.sum() == 2
 
 
+@pytest.mark.slow
 def test_repairs_and_validation_end_with_it(infected, tmp_path):
     env = gym.make("BackdoorPrune-v0", infected=infected, max_steps=40, score_samples=64, accuracy_budget=0.05)
     onp = ONP.load("pretrained", env)

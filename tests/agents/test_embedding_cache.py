@@ -37,6 +37,7 @@ def same(cached, network, observations):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_graph_is_embedded_once_an_episode_and_after_the_weights_change(infected, plain_infected, network, embedded):
     options = {"infected": [infected, plain_infected], "accuracy_budget": None, "score_samples": 0}
     envs = [BackdoorPruneEnv(**options) for _ in range(3)]

@@ -95,6 +95,7 @@ def test_the_verdict_is_on_the_whole_network(infected):
         ONP(env, seed=0).verdict(env.step(3)[0])
 
 
+@pytest.mark.slow
 def test_the_shared_edges_change_nothing_in_training(infected, plain_infected):
     weights = []
     for options in ({}, {"rollout_buffer_class": GraphRolloutBuffer}):
@@ -110,6 +111,7 @@ def test_other_environments_are_refused():
         MaskablePPO(GraphPolicy, gym.make("CartPole-v1"))
 
 
+@pytest.mark.slow
 def test_training_is_reproducible(infected):
     first, second = (ONP(make(infected), seed=3, **QUICK).learn(32) for _ in range(2))
     assert same_weights(first, second)
@@ -160,6 +162,7 @@ class Stop(BaseCallback):
         return self.num_timesteps < self.steps
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_from_its_checkpoint(infected, tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     first = ONP(make(infected), seed=0, **QUICK)
@@ -243,6 +246,7 @@ def test_the_repair_ends_where_the_suspected_trigger_fails(infected):
     assert onp.predict(observation, deterministic=True)[0] < 112
 
 
+@pytest.mark.slow
 def test_the_repair_ends_where_the_suspected_danger_levels_off(infected, monkeypatch):
     env = make(infected, accuracy_budget=None, max_steps=40)
     observation, _ = env.reset(seed=0)
@@ -272,6 +276,7 @@ def test_where_nothing_is_suspected_the_suspected_danger_ends_no_repair(infected
     assert onp.predict(observation, deterministic=True)[0] < 4
 
 
+@pytest.mark.slow
 def test_what_breaks_the_budget_is_out(infected, monkeypatch):
     env = make(infected, accuracy_budget=0.0, clean_samples=None)
     observation, before = env.reset(seed=0)
@@ -319,6 +324,7 @@ def test_a_repair_stops_below_the_threshold(infected, tmp_path):
         assert (onp.predict(observation, deterministic=True)[0] == 112) == stops
 
 
+@pytest.mark.slow
 def test_the_threshold_of_the_verdict_misses_as_few_backdoors_as_it_can(infected):
     models = [infected, "digits-clean"]
     env = gym.make("BackdoorPrune-v0", infected=models, score_samples=8, reward="oracle")

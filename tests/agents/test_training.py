@@ -42,6 +42,7 @@ def test_too_few_models_for_a_school_are_named(files):
         school(files, envs=3)
 
 
+@pytest.mark.slow
 def test_outcomes_are_those_of_the_episodes(infected):
     env = gym.make("BackdoorPrune-v0", infected=[infected, "digits-clean"], accuracy_budget=None, max_steps=30)
     outcomes = run(CLP(env, 1.5), env, [infected, "digits-clean"])
@@ -55,6 +56,7 @@ def test_outcomes_are_those_of_the_episodes(infected):
     assert figures["acc_drop"] == pytest.approx(np.mean([outcome.acc_drop for outcome in outcomes]))
 
 
+@pytest.mark.slow
 def test_validation_keeps_the_best_policy(files, tmp_path):
     vector = school(files, envs=2, seed=0, reward="oracle", max_steps=6)
     onp = ONP(vector, seed=0, **QUICK)
@@ -67,6 +69,7 @@ def test_validation_keeps_the_best_policy(files, tmp_path):
     assert onp.env is vector
 
 
+@pytest.mark.slow
 def test_examples_that_are_made_already_are_not_made_again(files, tmp_path, monkeypatch):
     guide = examples(files, max_steps=6)
     monkeypatch.setattr("backdoor_gym.agents.training.examples", None)
@@ -125,6 +128,7 @@ def killed(monkeypatch, at, *arguments, **options):
             train(*arguments, **options)
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on(files, tmp_path, monkeypatch):
     out = tmp_path / "policies" / "mine.safetensors"
     out.parent.mkdir()
@@ -158,6 +162,7 @@ def test_a_training_that_was_killed_comes_to_the_same(files, tmp_path, monkeypat
     assert parts.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_tells_of_another_training_is_refused(files, tmp_path):
     vector = school(files, envs=2, seed=0, max_steps=6)
     checkpoint = tmp_path / "c"

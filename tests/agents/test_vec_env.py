@@ -28,6 +28,7 @@ def steps_of(env, count):
     return returned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side_by_side", [True, False])
 def test_equal_to_dummy_vec_env(infected_file, plain_infected_file, side_by_side, monkeypatch):
     monkeypatch.setattr(ahead, "SIDE_BY_SIDE_BYTES", 1 << 40 if side_by_side else -1)
@@ -43,6 +44,7 @@ def test_equal_to_dummy_vec_env(infected_file, plain_infected_file, side_by_side
     other.close()
 
 
+@pytest.mark.slow
 def test_maskable_ppo_learns_in_it(infected_file):
     env = ThreadedVecEnv([lambda: Monitor(BackdoorPruneEnv(infected=str(infected_file), max_steps=5))] * 2)
     learner = MaskablePPO("MultiInputPolicy", env, n_steps=8, batch_size=8, n_epochs=1, seed=0)

@@ -22,6 +22,7 @@ def make(models):
     return gym.make("BackdoorPrune-v0", infected=models, reward="oracle", max_steps=6, score_samples=32, max_units=112)
 
 
+@pytest.mark.slow
 def test_reinforcement_keeps_telling_clean_from_infected(infected, harmless, monkeypatch):
     """The steps of reinforcement are far too few here for the verdict to be learned from them."""
     monkeypatch.setattr("backdoor_gym.agents.verdict_replay.STEPS", 30)
@@ -37,6 +38,7 @@ def test_reinforcement_keeps_telling_clean_from_infected(infected, harmless, mon
     assert verdicts[1][1] < 0.1
 
 
+@pytest.mark.slow
 def test_without_clean_models_there_is_nothing_to_rehearse(infected):
     learned = []
     for callback in (None, VerdictReplay()):

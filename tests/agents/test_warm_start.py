@@ -20,6 +20,7 @@ from ..conftest import QUICK, RESIDUAL
 from .conftest import PLANTED
 
 
+@pytest.mark.slow
 def test_processes_make_the_same_examples(infected_file, plain_infected):
     models = [str(infected_file), plain_infected]
     for one, other in zip(*(examples(models, jobs=jobs, score_samples=50) for jobs in (1, 2)), strict=True):
@@ -57,6 +58,7 @@ def test_examples_follow_a_repair(planted, monkeypatch):
     assert example.observation["nodes"].shape[:2] == (len(example.preference), 8)
 
 
+@pytest.mark.slow
 def test_half_of_the_repairs_are_by_what_is_seen(planted, monkeypatch):
     followed = []
 
@@ -97,6 +99,7 @@ def test_the_warm_start_fits_the_value_too(planted):
     np.testing.assert_allclose(values.detach().squeeze(1), school[0].value, atol=0.15)
 
 
+@pytest.mark.slow
 def test_a_batch_holds_what_its_examples_hold(infected, plain_infected):
     torch.manual_seed(0)
     network = GraphActorCritic(EncoderOptions(message_passing=True)).eval()
@@ -112,6 +115,7 @@ def test_a_batch_holds_what_its_examples_hold(infected, plain_infected):
         torch.testing.assert_close(logits[row, -1], alone[0, -1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_fits(planted, infected, monkeypatch):
     monkeypatch.setattr("backdoor_gym.agents.warm_start.BATCH_SIZE", 2)
     monkeypatch.setattr("backdoor_gym.agents.warm_start.LEARNING_RATE", 1e-2)
@@ -126,11 +130,13 @@ def test_it_fits(planted, infected, monkeypatch):
     assert logits[0, -1] < 0
 
 
+@pytest.mark.slow
 def test_examples_are_reproducible(infected):
     first, second = (examples([infected], score_samples=50)[0] for _ in range(2))
     assert data_equivalence(asdict(first), asdict(second), exact=True)
 
 
+@pytest.mark.slow
 def test_learning_alone_can_begin_with_what_the_environment_shows(infected):
     env = BackdoorPruneEnv(InfectedModel(infected.network, infected.clean), accuracy_budget=0.05, max_steps=20)
     observation, _ = env.reset(seed=0)
@@ -148,6 +154,7 @@ def test_learning_alone_can_begin_with_what_the_environment_shows(infected):
     assert cold > warm + 5
 
 
+@pytest.mark.slow
 def test_without_the_trigger_a_repair_shows_enough(infected):
     """By what the environment shows alone the warm start prefers neurons whose loss hurts the real trigger."""
     others = [

@@ -75,6 +75,7 @@ def test_a_trigger_is_found_in_images_that_are_brighter_than_those_of_training(p
     torch.testing.assert_close(evidence.images, (images - 0.045).clamp(0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "correction", [Correction("darker", 0.03), Correction("brighter", 0.03), Correction("black", 0.3)]
 )

@@ -44,6 +44,7 @@ def test_the_images_bear_the_trigger_and_stay_images(infected):
     assert not found.images.requires_grad
 
 
+@pytest.mark.slow
 def test_the_family_is_that_of_the_trigger(infected):
     """Which of the families explains the statistics is told by what none of the searches was asked for: the label.
 
@@ -86,6 +87,7 @@ def test_a_second_family_is_taken_where_it_explains_the_network_too(infected, mo
     assert pull(neurons, two).shape == (len(neurons),)
 
 
+@pytest.mark.slow
 def test_a_clean_network_has_statistics_that_no_trigger_explains():
     _, found = invert(load_infected("digits-clean"))
     assert found.error > -0.3

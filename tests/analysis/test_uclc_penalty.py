@@ -34,6 +34,7 @@ def test_bounds_have_the_derivatives_of_the_weights(network_of, shape):
         assert (after - before).item() == pytest.approx((gradient * step).sum().item(), rel=0.02)
 
 
+@pytest.mark.slow
 def test_an_attacker_who_knows_clp_leaves_no_outlier():
     def make(penalty):
         return infect(

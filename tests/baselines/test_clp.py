@@ -166,6 +166,7 @@ def test_auto_chooses_anew_for_each_episode(infected, plain_infected):
     assert chosen[0] == chosen[2] != chosen[1]
 
 
+@pytest.mark.slow
 def test_auto_works_in_a_vector_environment(infected, plain_infected):
     def make():
         return gym.make("BackdoorPrune-v0", infected=[infected, plain_infected], accuracy_budget=None, score_samples=0)

@@ -57,6 +57,7 @@ def test_it_is_fitted_to_the_preferences_of_the_warm_start(infected):
     assert fitted.intercept == pytest.approx(expected.intercept_)
 
 
+@pytest.mark.slow
 def test_a_repair_looks_ahead_with_it(infected):
     env = gym.make("BackdoorPrune-v0", infected=infected, score_samples=0)
     observation, _ = env.reset(seed=0)

@@ -259,6 +259,7 @@ def test_unlearning_forgets_the_clean_images(defender):
     assert scores.max() > 0.5
 
 
+@pytest.mark.slow
 def test_greedy_prunes_what_costs_least_of_all(infected):
     env = gym.make("BackdoorPrune-v0", infected=infected, score_samples=0)
     observation, _ = env.reset(seed=0)
@@ -284,6 +285,7 @@ def run(policy: Any, env: gym.Env) -> BackdoorPruneEnv:
     return env.unwrapped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_the_policy_prunes_what_the_function_prunes(infected, name):
     kind, options = RULES[name]
@@ -300,6 +302,7 @@ def test_the_policy_prunes_what_the_function_prunes(infected, name):
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in repaired.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_auto_keeps_its_budget_and_budget_that_of_the_environment(infected, name):
     kind, options = RULES[name]
@@ -314,6 +317,7 @@ def test_auto_keeps_its_budget_and_budget_that_of_the_environment(infected, name
     assert alone.session.initial_figures.acc - alone.session.figures.acc <= 0.03 + 1e-9
 
 
+@pytest.mark.slow
 def test_a_rule_looks_anew_at_each_model(infected, plain_infected):
     env = gym.make("BackdoorPrune-v0", infected=[infected, plain_infected], accuracy_budget=None, score_samples=0)
     rule = BNP(env, 1.0)
@@ -331,6 +335,7 @@ def test_a_rule_looks_anew_at_each_model(infected, plain_infected):
         assert env.unwrapped.session.state.pruned.sum() == zeros > 0
 
 
+@pytest.mark.slow
 def test_rules_work_where_the_environment_is_in_another_process(infected_file):
     name = str(infected_file)
     options = {"infected": name, "accuracy_budget": None, "score_samples": 0}
@@ -343,6 +348,7 @@ def test_rules_work_where_the_environment_is_in_another_process(infected_file):
     assert lengths[0][0] > 2
 
 
+@pytest.mark.slow
 def test_rules_work_in_a_vector_environment_and_on_groups(infected, plain_infected):
     def make():
         return gym.make("BackdoorPrune-v0", infected=[infected, plain_infected], residual="group", score_samples=0)

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
-import numpy as np
 import pytest
 import torch
 
@@ -72,6 +71,7 @@ def test_a_script_without_a_guard_is_told_of_it(files, tmp_path):
     assert "__main__" in ended.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_every_cell_is_what_repair_does(files, tmp_path):
     done = backdoor_gym.benchmark(files, ["clp:1.5", "bnp"], [OWN, 0.03], out=tmp_path / "out", jobs=1)
     assert len(done.results) == 8
@@ -96,6 +96,7 @@ def test_every_cell_is_what_repair_does(files, tmp_path):
         assert (tmp_path / "out" / name).stat().st_size > 100
 
 
+@pytest.mark.slow
 def test_models_of_ones_own_are_run_under_their_names(infected, files, tmp_path):
     own = replace(infected, name="mine")
     done = backdoor_gym.benchmark([own, files[0]], ["clp:1.5"], [OWN], out=tmp_path / "out", jobs=1)
@@ -106,6 +107,7 @@ def test_models_of_ones_own_are_run_under_their_names(infected, files, tmp_path)
         backdoor_gym.benchmark([own, own], ["clp"], [OWN], out=tmp_path / "out", jobs=1)
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_with_other_weights_is_another_cell(infected, plain_infected, tmp_path):
     for model in (infected, plain_infected):
         done = backdoor_gym.benchmark(replace(model, name="mine"), ["clp:1.5"], [OWN], out=tmp_path / "out", jobs=1)
@@ -113,6 +115,7 @@ def test_a_model_of_ones_own_with_other_weights_is_another_cell(infected, plain_
     assert len(done.results) == 1
 
 
+@pytest.mark.slow
 def test_figures_call_files_of_policies_by_their_names(files, tmp_path):
     (one,) = backdoor_gym.benchmark(files[:1], ["random"], [0.02], out=tmp_path / "out", jobs=1).results
     names = ["bnp", "a/mine.safetensors", "a/same.safetensors", "b/same.safetensors"]
@@ -121,6 +124,7 @@ def test_figures_call_files_of_policies_by_their_names(files, tmp_path):
     assert shown == ["bnp", "mine", "a/same.safetensors", "b/same.safetensors"]
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(files, tmp_path, monkeypatch):
     out = tmp_path / "out"
     first = backdoor_gym.benchmark(files[:1], ["clp"], [0.02], out=out, jobs=1)
@@ -168,13 +172,14 @@ def test_processes_give_the_same_and_users_policies_are_rows(infected, files, tm
             assert replace(one, policy="imported", source=other.source) == other
 
 
+@pytest.mark.slow
 def test_what_was_learned_serves_all_budgets_and_counts_in_each(files, tmp_path, monkeypatch):
     made = []
 
     def learn(self, defender):
         made.append(self.seed)
         time.sleep(0.5)
-        return np.arange(len(defender.neurons), dtype=np.float64)
+        return torch.arange(len(defender.neurons)) / len(defender.neurons)
 
     monkeypatch.setattr("backdoor_gym.baselines.anp.ANP.learn", learn)
     done = backdoor_gym.benchmark(files[:1], ["anp"], [OWN, 0.01, 0.05], seeds=2, out=tmp_path, jobs=1)
@@ -186,6 +191,7 @@ def test_what_was_learned_serves_all_budgets_and_counts_in_each(files, tmp_path,
     assert len(made) == 3  # of another network it is learned anew
 
 
+@pytest.mark.slow
 def test_factories_with_arguments_are_told_apart(files, tmp_path):
     policies = {f"at {u}": partial(with_a_threshold, threshold=u) for u in (1.5, 2.5)}
     done = backdoor_gym.benchmark(files[:1], policies, [0.05], out=tmp_path, jobs=1)
@@ -214,6 +220,7 @@ def test_policies_that_read_no_derivatives_are_spared_them(infected, monkeypatch
     assert env.gradients_every == 4
 
 
+@pytest.mark.slow
 def test_a_failure_is_told_stops_nothing_and_is_tried_again(files, tmp_path):
     policies = {"broken": broken, "clp": "clp"}
     done = backdoor_gym.benchmark(files[:1], policies, [0.02], out=tmp_path, jobs=1)
@@ -248,6 +255,7 @@ def test_a_killed_run_loses_no_finished_cell(files, tmp_path):
     assert len(finished) == len({result.cell for result in finished}) == 18
 
 
+@pytest.mark.slow
 def test_a_cell_is_run_again_when_its_model_or_its_policy_is_another(files, infected, plain_infected, tmp_path):
     def run(**policies):
         return backdoor_gym.benchmark(files[:1], policies, [0.02], out=tmp_path / "out", jobs=1).results[0]
@@ -318,6 +326,7 @@ def test_what_cannot_be_run_is_refused_before_the_work(files, tmp_path):
         backdoor_gym.benchmark(files, ["clp"], out=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_json(run, files, tmp_path):
     arguments = (
         "benchmark",
@@ -342,6 +351,7 @@ def test_the_command_prints_the_table_and_json(run, files, tmp_path):
     assert "--budgets" in err
 
 
+@pytest.mark.slow
 def test_published_thresholds_are_those_of_own_cells(infected):
     trained = ("onp", "onp:look_ahead=false", "onp:finetune=0", "onp:finetune=8")  # the last goes on learning
     seeded = {

@@ -119,6 +119,7 @@ def square(number, file):
     file.add(number=number, square=number**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_measurement_does_only_what_is_missing(tmp_path, jobs):
     file = RowFile(tmp_path / "rows.jsonl", ("number",))

@@ -26,6 +26,7 @@ def episode(layers, seed):
     return seen
 
 
+@pytest.mark.slow
 def test_pettingzoo_finds_it_in_order(infected):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # observations are dictionaries and no images
@@ -177,6 +178,7 @@ def test_it_can_be_drawn(infected):
     layers.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
 def test_a_copy_in_mid_episode_goes_on_where_it_was(twin_of):
     env = parallel_env(score_samples=0)

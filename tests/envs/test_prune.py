@@ -67,6 +67,7 @@ def test_the_observation_tells_what_was_pruned(env):
     assert np.array_equal(env.action_masks(), observation["action_mask"].astype(bool))
 
 
+@pytest.mark.slow
 def test_the_trigger_never_reaches_the_observation(infected, env):
     class Another:
         name = "another"
@@ -404,6 +405,7 @@ def test_how_far_the_suspected_danger_fell_lately(infected):
     assert env.session.suspected_fall(4) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
 @pytest.mark.parametrize("as_file", [True, False])
 def test_a_copy_in_mid_episode_goes_on_where_it_was(infected, plain_infected, infected_file, twin_of, as_file):

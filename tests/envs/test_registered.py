@@ -70,6 +70,7 @@ def test_environments_can_be_pickled(env_id):
     assert data_equivalence(again.reset(seed=1), env.reset(seed=1))
 
 
+@pytest.mark.slow
 def test_whole_episodes_are_the_same_for_the_same_seed(env_id):
     first, second = gym.make(env_id), gym.make(env_id)
     assert data_equivalence(first.reset(seed=7), second.reset(seed=7), exact=True)
@@ -84,6 +85,7 @@ def test_whole_episodes_are_the_same_for_the_same_seed(env_id):
     assert steps == 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [SyncVectorEnv, AsyncVectorEnv])
 def test_vector_environments_give_what_single_ones_give(env_id, kind):
     make = [lambda: gym.make(env_id, infected="digits-badnets", score_samples=16, clean_samples=50) for _ in range(2)]
@@ -101,6 +103,7 @@ def test_vector_environments_give_what_single_ones_give(env_id, kind):
     vector.close()
 
 
+@pytest.mark.slow
 def test_forked_environments_do_not_wait_for_threads_that_are_gone(env_id):
     code = (
         "import gymnasium as gym, backdoor_gym, torch; torch.set_num_threads(2)\n"

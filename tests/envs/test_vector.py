@@ -36,6 +36,7 @@ def play(env, steps, seed=0, reset_every=None):
     return returned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 @pytest.mark.parametrize("reset_every", [None, 5])
 def test_equal_to_single_environments_bit_for_bit(infected_file, plain_infected_file, mode, reset_every):
@@ -101,6 +102,7 @@ def test_large_networks_step_in_turn_on_all_cores(infected_file, monkeypatch):
     light.close()
 
 
+@pytest.mark.slow
 def test_a_model_is_made_ready_once(infected, monkeypatch):
     made = []
     seek = backdoor_gym.session.prepared_model.find_bn_evidence

@@ -32,6 +32,7 @@ def test_frames_are_collected_as_gymnasium_does(infected):
     assert [frame.shape for frame in frames] == [(HEIGHT, WIDTH, 3)] * 2
 
 
+@pytest.mark.slow
 def test_the_gif_shows_each_prune(infected_file, tmp_path, monkeypatch):
     script = runpy.run_path(str(ROOT / "docs" / "make_gif.py"))
     frames = script["frames_of"](str(infected_file))

@@ -73,13 +73,14 @@ def test_what_is_not_ours_is_refused_without_executing_it(path, tmp_path, capsys
 
 @pytest.mark.parametrize("length", [0x0280, 0x0480, 0x4B50])
 def test_a_header_whose_length_looks_like_a_pickle_is_read(length, tmp_path):
-    path, text = tmp_path / "whole.safetensors", ""
-    write_tensors(path, {"a": torch.zeros(1)}, {"text": text})
+    path = tmp_path / "whole.safetensors"
+    write_tensors(path, {"a": torch.zeros(1)}, {"text": "", "more": ""})
     header = int.from_bytes(path.read_bytes()[:8], "little")
     text = "x" * (length - header)
-    write_tensors(path, {"a": torch.zeros(1)}, {"text": text})
+    texts = {"text": text[: length // 2], "more": text[length // 2 :]}
+    write_tensors(path, {"a": torch.zeros(1)}, texts)
     assert int.from_bytes(path.read_bytes()[:8], "little") == length
-    assert read_tensors(path)[1]["text"] == text
+    assert {name: read_tensors(path)[1][name] for name in texts} == texts
 
 
 def rewritten(path, change):

@@ -59,6 +59,7 @@ def check_single_prunes(network, neurons, masked, images, random):
         torch.testing.assert_close(derivatives, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_masks_act_as_edits_and_channels_are_cut(name, options):
     network, images = tiny(name, **options), tiny_images()

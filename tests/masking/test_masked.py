@@ -51,7 +51,7 @@ def test_masked_logits_are_those_of_the_edited_network(monkeypatch, network_of, 
     masked = MaskedNetwork(neurons, images, kept_bytes=kept_bytes)
     random = np.random.default_rng(0)
     mask = np.ones(len(neurons), dtype=bool)
-    for step in range(12):
+    for step in range(6):
         candidate = mask.copy()
         candidate[random.choice(np.flatnonzero(mask), size=1 + step % 3, replace=False)] = False
         assert close(masked.logits(candidate), edited_logits(network, neurons, candidate, images))

@@ -14,6 +14,7 @@ def test_patterns_stand_for_the_first_thousand_seeds():
     assert list_infected("nothing*") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in list_infected() if "/" not in name])
 def test_embedded_models_are_as_they_say(name):
     model = load_infected(name)

@@ -55,6 +55,7 @@ def test_splits_and_attempts_draw_other_models():
     assert first.seed != second.seed
 
 
+@pytest.mark.slow
 def test_networks_have_the_declared_number_of_neurons():
     for seed in range(40):
         drawn = digits_family.recipe("digits-val", seed)
@@ -121,6 +122,7 @@ def test_a_weak_network_is_drawn_again_with_the_same_shape(monkeypatch, infected
     infected.facts.update(facts)
 
 
+@pytest.mark.slow
 def test_one_model_is_really_made(cache):
     seed = min(
         range(60),

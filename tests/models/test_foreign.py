@@ -101,6 +101,7 @@ def test_files_that_hold_no_weights_are_called_what_they_are(own):
             load_infected(name, module="own_net:Net", clean=(torch.rand(20, 1, 8, 8), torch.arange(20) % 10))
 
 
+@pytest.mark.slow
 def test_weights_of_a_known_architecture_with_a_named_data_set(ours, infected, tmp_path):
     model = load_infected(ours, architecture="Small-CNN", options=OPTIONS, clean="digits", clean_images=100)
     assert model.architecture == {"name": "small_cnn", "num_classes": 10, "in_channels": 1, **OPTIONS}
@@ -313,6 +314,7 @@ class TwoToOne(nn.Module):
         return self.network((x + 1) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preprocess", [Normalise([0.5], [0.5]), lambda x: x.sub_(0.5).mul_(2)])
 def test_preprocess_changes_nothing_but_what_the_network_sees(infected, preprocess):
     clean, test = (infected.clean.images, infected.clean.labels), (infected.test.images, infected.test.labels)

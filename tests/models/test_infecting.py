@@ -17,6 +17,7 @@ def make(attack, epochs=8, **options):
     return infect("digits", "small_cnn", attack, schedule=schedule, architecture_options=shape, **settings)
 
 
+@pytest.mark.slow
 def test_label_consistent_works_although_no_label_is_wrong(tmp_path):
     model = make("label-consistent", epochs=6)
     assert model.facts["poison_rate"] == 0.5
@@ -34,6 +35,7 @@ def test_multi_trigger_works_with_each_of_its_triggers():
     assert min((answers[which == index] == 3).float().mean() for index in range(3)) > 0.8
 
 
+@pytest.mark.slow
 def test_input_aware_triggers_work_on_their_own_images_and_not_on_others():
     options = {"density": 0.25, "hidden": 8}
     model = make("input-aware", epochs=6, seed=2, poison_rate=0.2, attack_options=options)
@@ -47,6 +49,7 @@ def test_input_aware_triggers_work_on_their_own_images_and_not_on_others():
     assert reused < 0.5 * model.facts["asr"]
 
 
+@pytest.mark.slow
 def test_an_all_to_all_attack_is_measured_by_each_class_s_own_target(tmp_path):
     model = make("badnets", target="all-to-all", poison_rate=0.3)
     assert model.facts["acc"] > 0.9

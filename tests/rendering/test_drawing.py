@@ -43,6 +43,7 @@ def test_neurons_of_any_network_fit_and_do_not_overlap(sizes):
     assert (np.diff(places.rows) > places.cell).all()
 
 
+@pytest.mark.slow
 def test_every_property_of_a_snapshot_is_to_be_seen():
     plain = snapshot(SIZES["wide"])
     one = np.arange(sum(SIZES["wide"])) == 200
@@ -82,6 +83,7 @@ def test_a_network_without_a_suspected_danger_is_drawn():
     assert text(drawn).splitlines()[1] == "ACC 0.900"
 
 
+@pytest.mark.slow
 def test_frames_are_quick_and_leave_no_figure_behind():
     frame(snapshot([3]))
     drawn = snapshot([sum(SIZES["wide"]) // 20] * 20, pruned=range(40))

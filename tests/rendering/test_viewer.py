@@ -15,6 +15,7 @@ def make(infected, mode):
     return env
 
 
+@pytest.mark.slow
 def test_frames_have_one_size_and_show_a_prune(infected, plain_infected):
     env = make(infected, "rgb_array")
     before = env.render()
@@ -39,6 +40,7 @@ def test_text_has_a_line_for_each_layer_and_marks_what_is_pruned(infected):
     assert lines[2].split()[-1].index("X") == 5
 
 
+@pytest.mark.slow
 def test_human_mode_does_not_hang_without_a_screen(infected_file):
     code = (
         "import gymnasium as gym, backdoor_gym\n"
@@ -52,6 +54,7 @@ def test_human_mode_does_not_hang_without_a_screen(infected_file):
     assert "needs a screen" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["rgb_array", "ansi"])
 def test_agents_of_layers_see_the_same_drawing(infected, mode):
     single, layers = make(infected, mode), backdoor_gym.parallel_env(infected=infected, render_mode=mode)
