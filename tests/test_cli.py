@@ -45,6 +45,7 @@ def test_repair_without_arguments_repairs_the_embedded_model(run, tmp_path):
     assert (tmp_path / "repaired" / "digits-badnets" / "repaired.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_neurons_of_a_residual_sum_are_pruned_together_where_that_is_asked_for(run, infected_file, tmp_path):
     for residual in ("channel", "group"):
         asked = ("--policy", "clp", "--u", "1.5", "--residual", residual, "--out", residual, "--quiet")

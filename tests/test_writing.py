@@ -194,6 +194,7 @@ def calls(tree):
             yield name, owner, node
 
 
+@pytest.mark.slow
 def test_nothing_is_read_or_written_in_the_encoding_of_the_locale():
     unclear = []
     for path, tree in modules():

@@ -75,6 +75,7 @@ def test_half_of_the_repairs_are_by_what_is_seen(planted, monkeypatch):
     assert counts.count(0) == 5  # of eight draws
 
 
+@pytest.mark.slow
 def test_in_clean_models_to_stop_is_right_at_once():
     [example] = examples(["digits-clean"])
     assert (example.preference[:, -1] == 1).all()

@@ -279,6 +279,7 @@ def test_names_of_classes_and_files_are_shown_as_what_they_are(tmp_path):
     assert str(told.value).isprintable()
 
 
+@pytest.mark.slow
 def test_many_files_are_listed_in_time(tmp_path):
     folder(tmp_path)
     (tmp_path / "1").mkdir()

@@ -67,6 +67,7 @@ def test_gymnasium_makes_it(infected_file):
     env.close()
 
 
+@pytest.mark.slow
 def test_sub_environments_work_at_the_same_time_on_one_core_each(infected_file):
     meeting = threading.Barrier(2, timeout=60)
     threads = []
@@ -84,6 +85,7 @@ def test_sub_environments_work_at_the_same_time_on_one_core_each(infected_file):
     env.close()
 
 
+@pytest.mark.slow
 def test_large_networks_step_in_turn_on_all_cores(infected_file, monkeypatch):
     seen = []
     options = {
@@ -117,6 +119,7 @@ def test_a_model_is_made_ready_once(infected, monkeypatch):
     env.close()
 
 
+@pytest.mark.slow
 def test_a_failed_step_leaves_nothing_behind(infected_file):
     def reward(transition):
         if transition.unit == 3:
@@ -133,6 +136,7 @@ def test_a_failed_step_leaves_nothing_behind(infected_file):
     env.close()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_named(infected_file):
     with pytest.raises(DataError, match="at least 1"):
         BackdoorPruneVectorEnv(0, infected=str(infected_file))

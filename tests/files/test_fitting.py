@@ -64,6 +64,7 @@ def test_networks_that_nothing_tells_apart_are_refused(trained, tmp_path):
         fit_weights(Net(), read_checkpoint(tmp_path / "a"))
 
 
+@pytest.mark.slow
 def test_many_names_are_matched_in_time():
     network = nn.Sequential(*(nn.Linear(2, 2) for _ in range(300)))
     weights = {f"model.{key}": value for key, value in network.state_dict().items()}

@@ -160,12 +160,14 @@ def test_integers_that_collide_are_counted(tmp_path):
     refused(in_zip(tmp_path / "a.pt", HEAD + b"}(" + pairs + b"u."), "integers of no usual size")
 
 
+@pytest.mark.slow
 def test_endless_pickles_are_left(tmp_path):
     refused(in_zip(tmp_path / "a.pt", HEAD + b"](" + b"N" * 3_000_000 + b"e."), "far more beside its weights")
     names = b"".join(named("some.module", f"Name{number}") for number in range(20_000))
     refused(in_zip(tmp_path / "b.pt", HEAD + b"](" + names + b"e."), "far more beside its weights")
 
 
+@pytest.mark.slow
 def test_deep_nesting_is_no_crash(tmp_path):
     refused(in_zip(tmp_path / "a.pt", HEAD + b"]" * 100_000 + b"a" * 99_999 + b"."), "no state dict")
     deep = b"".join(b"}" + text("model") for _ in range(5000))

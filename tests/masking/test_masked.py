@@ -24,6 +24,9 @@ CASES = [
     ("small_cnn", {"shape": "preact"}),
 ]
 
+#: Bytes that are kept, and images at once: all, some images after the others, and little kept.
+KEPT = [(1 << 30, 12), pytest.param(1 << 30, 5, marks=pytest.mark.slow), (20_000, 12)]
+
 
 def images_for(name: str, count: int = 12) -> torch.Tensor:
     channels, size = (1, 8) if name == "small_cnn" else (3, 32)
@@ -42,7 +45,7 @@ def close(found, expected):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-@pytest.mark.parametrize(("kept_bytes", "at_once"), [(1 << 30, 12), (1 << 30, 5), (20_000, 12)])
+@pytest.mark.parametrize(("kept_bytes", "at_once"), KEPT)
 def test_masked_logits_are_those_of_the_edited_network(monkeypatch, network_of, name, options, kept_bytes, at_once):
     monkeypatch.setattr(Sizes, "images_at_once", at_once)
     network = network_of(name, **options)
@@ -78,7 +81,7 @@ def test_only_what_lies_behind_a_pruned_neuron_is_computed(network_of):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-@pytest.mark.parametrize(("kept_bytes", "at_once"), [(1 << 30, 12), (1 << 30, 5), (20_000, 12)])
+@pytest.mark.parametrize(("kept_bytes", "at_once"), KEPT)
 def test_derivatives_from_what_is_kept_are_those_of_the_graph(
     monkeypatch, network_of, name, options, kept_bytes, at_once
 ):

@@ -291,6 +291,7 @@ def test_the_names_of_others_are_understood(name, ours):
     )
 
 
+@pytest.mark.slow
 def test_long_names_cost_time_and_memory_by_their_length_alone(ours):
     longest = ".".join("a" * 250)
     weights = {f"{number}.{longest}"[:500]: torch.zeros(1) for number in range(50_000)}

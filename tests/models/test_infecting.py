@@ -27,6 +27,7 @@ def test_label_consistent_works_although_no_label_is_wrong(tmp_path):
     assert again.evaluate() == model.evaluate()
 
 
+@pytest.mark.slow
 def test_multi_trigger_works_with_each_of_its_triggers():
     model = make("multi-trigger", epochs=6)
     others = model.test.images[model.test.labels != 3]
