@@ -34,7 +34,7 @@ class EncoderOptions:
         ignore: node or global features that are hidden. The accuracy says which data set it is, not whether there is a
             backdoor.
 
-    Example:
+    Examples:
         >>> from backdoor_gym.agents import EncoderOptions
         >>> EncoderOptions(message_passing=True)
         EncoderOptions(hidden=32, hops=2, heads=2, message_passing=True, ignore=('accuracy',))
@@ -66,7 +66,7 @@ class GraphActorCritic(nn.Module):
     weights do not depend on the number of neurons, layers or classes; padding and the order of the neurons change
     nothing but the order of the logits.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from backdoor_gym.agents import EncoderOptions, GraphActorCritic
         >>> from backdoor_gym.agents.encoder import as_tensors

@@ -35,7 +35,7 @@ class GraphPolicy(MaskableActorCriticPolicy):
     Raises:
         DataError: the observations are not those of ``BackdoorPrune-v0``.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from sb3_contrib import MaskablePPO
         >>> from backdoor_gym.agents import GraphPolicy

@@ -44,7 +44,7 @@ class LookAhead:
     Raises:
         DataError: no candidate, or a number that is not finite.
 
-    Example:
+    Examples:
         >>> from backdoor_gym.agents import LookAhead
         >>> LookAhead(candidates=5)
         LookAhead(candidates=5, loss_weight=3.0, danger_weight=10.0, done=0.09, patience=15, restore=0.02)

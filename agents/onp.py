@@ -72,7 +72,7 @@ class ONP(ScoringPolicy):
     Raises:
         DataError: the observations are not those of ``BackdoorPrune-v0``, or an argument is out of range.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from backdoor_gym.agents import ONP
         >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")

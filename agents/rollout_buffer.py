@@ -36,7 +36,7 @@ class GraphRolloutBuffer(MaskableDictRolloutBuffer):
     Attributes:
         graphs: the edges, their ends, and the static columns of the nodes of each graph.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from sb3_contrib import MaskablePPO
         >>> from backdoor_gym.agents import GraphPolicy, GraphRolloutBuffer

@@ -40,7 +40,7 @@ class ScoringPolicy(Policy):
     Raises:
         DataError: a threshold is out of range, or no look-ahead.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from backdoor_gym.agents import LookAhead, ScoringPolicy
         >>> from backdoor_gym.baselines import Ridge

@@ -13,7 +13,7 @@ MOST_COMPARED, MOST_NAMED = 500, 12
 class BackdoorGymError(Exception):
     """Base of every error that this package raises on purpose; its text is one printable line of bearable length.
 
-    Example:
+    Examples:
         >>> from backdoor_gym import BackdoorGymError, repair
         >>> try:
         ...     repair("digits-badnets", accuracy_budget=2)
@@ -29,7 +29,7 @@ class BackdoorGymError(Exception):
 class ModelFileError(BackdoorGymError, ValueError):
     """A file cannot be read as an infected model: missing, damaged, or of a kind that is never opened.
 
-    Example:
+    Examples:
         >>> from backdoor_gym import load_infected
         >>> load_infected("nowhere.safetensors")
         Traceback (most recent call last):
@@ -41,7 +41,7 @@ class ModelFileError(BackdoorGymError, ValueError):
 class WeightsError(BackdoorGymError, ValueError):
     """Weights do not fit their architecture, or are not finite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from backdoor_gym.baselines import clp
         >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(72, 2))
@@ -56,7 +56,7 @@ class WeightsError(BackdoorGymError, ValueError):
 class DataError(BackdoorGymError, ValueError):
     """An argument, images or labels are of a wrong type, shape or range, or a data set cannot be read.
 
-    Example:
+    Examples:
         >>> from backdoor_gym import repair
         >>> repair("digits-badnets", accuracy_budget=2)
         Traceback (most recent call last):
@@ -68,7 +68,7 @@ class DataError(BackdoorGymError, ValueError):
 class UntraceableError(BackdoorGymError, ValueError):
     """A network's neurons cannot be found; the message names the layer and what to change.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from backdoor_gym.neurons.finding import find_neurons
         >>> find_neurons(torch.nn.Flatten(), torch.rand(1, 3, 8, 8))
@@ -81,7 +81,7 @@ class UntraceableError(BackdoorGymError, ValueError):
 class CompactionError(BackdoorGymError, RuntimeError):
     """Channels cannot be cut out of this network without changing its outputs.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> import torch
         >>> from backdoor_gym.masking.cutting import cut_channels
@@ -98,7 +98,7 @@ class CompactionError(BackdoorGymError, RuntimeError):
 class TrainingError(BackdoorGymError, RuntimeError):
     """An infected model could not be made as asked: too low accuracy or attack success.
 
-    Example:
+    Examples:
         >>> from backdoor_gym import infect
         >>> from backdoor_gym.models.training import Schedule
         >>> infect("digits", "small_cnn", schedule=Schedule(epochs=1, learning_rate=1e9), architecture_options={"width": 8})
@@ -111,7 +111,7 @@ class TrainingError(BackdoorGymError, RuntimeError):
 class UnknownNameError(BackdoorGymError, ValueError):
     """A name is not among the allowed ones; the nearest of them are suggested.
 
-    Example:
+    Examples:
         >>> from backdoor_gym import repair
         >>> repair("digits-badnets", "bpn")
         Traceback (most recent call last):

@@ -65,7 +65,7 @@ def repair(
         DataError: an argument of a wrong type or out of range.
         BackdoorGymError: the model cannot be read or traced (see ``load_infected`` and ``find_neurons``).
 
-    Example:
+    Examples:
         >>> from backdoor_gym import repair
         >>> result = repair("digits-badnets", "bnp", max_steps=2)
         >>> result.pruned

@@ -10,7 +10,7 @@ with w and b the weight and bias of the neuron, of its batch normalisation where
 SGD of rate 0.2 and momentum 0.9, 2,000 steps of 128 images, batch statistics in the normalisations. Unlike that code, this
 one does not crop and flip the images, which not every data set bears, and clips a perturbation to the bound of the equation.
 
-Example:
+Examples:
     >>> from dataclasses import replace
     >>> from backdoor_gym import load_infected
     >>> from backdoor_gym.baselines import anp
@@ -48,7 +48,7 @@ class ANP(LearnedMasks):
         alpha: weight of the loss without perturbation.
         eps: bound of the relative perturbations.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from backdoor_gym.baselines import ANP
         >>> ANP(gym.make("backdoor_gym:BackdoorPrune-v0"), steps=2).threshold

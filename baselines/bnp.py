@@ -8,7 +8,7 @@ pre-activations on clean images have another distribution. With both taken as no
 where m, s are the running mean and standard deviation and m_c, c those of the clean images (section 4.3). Neurons above
 mean + u * standard deviation of their layer are pruned; the published code has u = 3.
 
-Example:
+Examples:
     >>> from dataclasses import replace
     >>> from backdoor_gym import load_infected
     >>> from backdoor_gym.baselines import bnp
@@ -32,7 +32,7 @@ from .rule import Rule
 class BNP(Rule):
     """The divergence in standard deviations over its layer; neurons without batch normalisation are left.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from backdoor_gym.baselines import BNP
         >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")

@@ -4,7 +4,7 @@ CLP prunes, in each layer, the channels whose UCLC lies above mean + u * standar
 u = 3 on ResNet-18). It needs no data and no training. ``backdoor_gym.analysis.uclc`` defines the bound, also where the
 paper is silent: residual sums, linear layers, layers without batch normalisation.
 
-Example:
+Examples:
     >>> from dataclasses import replace
     >>> from backdoor_gym import load_infected
     >>> from backdoor_gym.baselines import clp
@@ -37,7 +37,7 @@ class CLP(Rule):
         u: ``threshold`` of ``Rule``, in standard deviations.
         accuracy_budget: of ``Rule``.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from backdoor_gym.baselines import CLP
         >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")

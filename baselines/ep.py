@@ -8,7 +8,7 @@ The paper takes the distribution over the poisoned training set. A defender hold
 two modes, which makes the rule weak here. The published histogram has bins of 0.01 for 50,000 images; for n images they
 are (50,000 / n)^(1/3) times as wide (Freedman and Diaconis, 1981).
 
-Example:
+Examples:
     >>> from dataclasses import replace
     >>> from backdoor_gym import load_infected
     >>> from backdoor_gym.baselines import ep
@@ -33,7 +33,7 @@ BIN, BIN_IMAGES = 0.01, 50_000
 class EP(Rule):
     """Minus the entropy in standard deviations over its layer; neurons without batch normalisation are left.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from backdoor_gym.baselines import EP
         >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")

@@ -4,7 +4,7 @@ Neurons of the last convolutional layer are pruned in increasing order of their 
 the accuracy falls below what the defender tolerates. The paper leaves that threshold to the defender, so it is "auto"
 here. The fine-tuning that follows in the paper is left out.
 
-Example:
+Examples:
     >>> from dataclasses import replace
     >>> from backdoor_gym import load_infected
     >>> from backdoor_gym.baselines import fine_pruning
@@ -27,7 +27,7 @@ from .rule import Rule
 class FinePruning(Rule):
     """Minus the mean activation (of its positive part) on the clean images, in the last convolutional layer alone.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from backdoor_gym.baselines import FinePruning
         >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")

@@ -22,7 +22,7 @@ class GreedyACC(Policy):
         env: the environment it acts in.
         candidates: units that are tried in a step: those whose prune raises the clean loss least to first order.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from backdoor_gym.baselines import GreedyACC
         >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")

@@ -4,7 +4,7 @@ A rule of network compression, which knows nothing of backdoors. The paper ranks
 layer and chooses how many by hand; here a norm is divided by the mean of its layer, so that all layers are ranked
 together, and the threshold is "auto".
 
-Example:
+Examples:
     >>> from dataclasses import replace
     >>> from backdoor_gym import load_infected
     >>> from backdoor_gym.baselines import magnitude
@@ -25,7 +25,7 @@ from .rule import Rule
 class Magnitude(Rule):
     """Minus the L1 norm of a neuron's incoming weights over the mean of its layer; of several convolutions their sum.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from backdoor_gym.baselines import Magnitude
         >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")

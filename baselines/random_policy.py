@@ -9,7 +9,7 @@ from backdoor_gym.policies.contract import Observation, Policy
 class RandomPolicy(Policy):
     """Prunes legal neurons at random, and stops as often as it would prune any one of them.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from backdoor_gym.baselines import RandomPolicy
         >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")

@@ -35,7 +35,7 @@ class Ridge:
         coefficients: of each of ``FEATURES``.
         intercept: what is added.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from backdoor_gym.baselines import Ridge
         >>> observation, _ = gym.make("backdoor_gym:BackdoorPrune-v0").reset(seed=0)

@@ -9,7 +9,7 @@ after 20; recovering by 20 epochs of rate 0.2 and momentum 0.9 on 0.2 times the 
 an epoch, so fewer images make four smaller ones). Unlike that code, this one does not crop and flip the images, which not
 every data set bears, and clips the gradient of the unlearning at a norm of 20, as that code means to.
 
-Example:
+Examples:
     >>> from dataclasses import replace
     >>> from backdoor_gym import load_infected
     >>> from backdoor_gym.baselines import rnp
@@ -42,7 +42,7 @@ LARGEST_GRADIENT = 20.0
 class RNP(LearnedMasks):
     """Masks learned on what is left of the network when it has unlearned.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from backdoor_gym.baselines import RNP
         >>> RNP(gym.make("backdoor_gym:BackdoorPrune-v0")).threshold

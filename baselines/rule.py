@@ -50,7 +50,7 @@ class Rule(Policy):
     Raises:
         DataError: an unusable argument, or "budget" in an environment without one.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> import numpy as np
         >>> from backdoor_gym.baselines import Rule

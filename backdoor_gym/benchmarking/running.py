@@ -112,7 +112,7 @@ def benchmark(
         DataError: an unusable argument, a file in ``out`` that is not of a benchmark, or no cluster.
         WriteError: ``out`` cannot be written; finished cells are kept.
 
-    Example:
+    Examples:
         >>> from backdoor_gym import benchmark
         >>> done = benchmark("digits-badnets", ["clp", "bnp"], [None], out="table", jobs=1)
         >>> [(result.policy, result.pruned, round(result.der, 3)) for result in done.results]

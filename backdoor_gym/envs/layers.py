@@ -331,7 +331,7 @@ class BackdoorPruneLayersEnv(ParallelEnv[str, Observation, int], EzPickle):
 def parallel_env(**options: Any) -> BackdoorPruneLayersEnv:
     """A ``BackdoorPruneLayersEnv``, under the name that PettingZoo gives such functions.
 
-    Example:
+    Examples:
         >>> from backdoor_gym import parallel_env
         >>> env = parallel_env()
         >>> observations, infos = env.reset(seed=0)

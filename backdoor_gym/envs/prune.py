@@ -102,7 +102,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     nothing), ``undone`` (whether this step's prune was undone), ``infected`` (name of the model); ``test_acc`` where there are
     test images, and ``asr`` and ``ra`` where trigger and target are known too (see ``score_samples``).
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> env = gym.make("backdoor_gym:BackdoorPrune-v0")
         >>> observation, info = env.reset(seed=0)

@@ -39,7 +39,7 @@ class BackdoorPruneVectorEnv(SyncVectorEnv):
         DataError: fewer than one sub-environment, ``render_mode="human"`` (a window belongs to one thread), or an unusable
             option.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> env = gym.make_vec("backdoor_gym:BackdoorPrune-v0", num_envs=2)
         >>> observations, infos = env.reset(seed=0)

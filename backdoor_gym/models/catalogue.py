@@ -43,7 +43,7 @@ def _embedded() -> dict[str, Path]:
 def list_infected(pattern: str = "*") -> list[str]:
     """Names that match a pattern of the shell's kind: embedded models, then the family's seeds 0 to 999.
 
-    Example:
+    Examples:
         >>> from backdoor_gym import list_infected
         >>> list_infected("digits-b*")
         ['digits-badnets', 'digits-blended']
@@ -119,7 +119,7 @@ def load_infected(
         ModelFileError, WeightsError, DataError: a file that cannot be used (see ``InfectedModel.load``, ``load_foreign``,
             ``load_pretrained`` and ``load_timm``).
 
-    Example:
+    Examples:
         >>> from backdoor_gym import load_infected
         >>> load_infected("digits-badnets").facts["attack"]
         'badnets'

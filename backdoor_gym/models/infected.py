@@ -48,7 +48,7 @@ class InfectedModel:
         WeightsError: a weight that is not finite.
         DataError: clean images that the network cannot take, labels outside its classes, or a target outside them.
 
-    Example:
+    Examples:
         >>> from backdoor_gym import load_infected
         >>> model = load_infected("digits-badnets")
         >>> model.num_classes, model.target

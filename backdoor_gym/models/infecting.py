@@ -84,7 +84,7 @@ def infect(
         DataError: unusable data set, target or poison rate, or an argument of a wrong type.
         TrainingError: the loss is no longer finite.
 
-    Example:
+    Examples:
         >>> from backdoor_gym import infect
         >>> from backdoor_gym.models.training import Schedule
         >>> quick = Schedule(epochs=1)

@@ -113,7 +113,7 @@ class Normalise(nn.Module):
     Raises:
         DataError: not one mean and one positive deviation a channel.
 
-    Example:
+    Examples:
         >>> from backdoor_gym.networks.preprocessing import Normalise
         >>> Normalise([0.5], [0.25]).state()
         {'mean': [0.5], 'std': [0.25]}

@@ -41,7 +41,7 @@ def find_neurons(network: nn.Module, images: Tensor | None = None) -> Neurons:
     Raises:
         UntraceableError: the network cannot be traced, or has no neuron; the message says why.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from backdoor_gym.neurons.finding import find_neurons

@@ -34,7 +34,7 @@ class Policy(ABC):
         reads_derivatives: whether it reads the derivatives among the node features; if not, they are not taken anew.
         env: the environment that it asks for what no observation tells, or None.
 
-    Example:
+    Examples:
         >>> import gymnasium as gym
         >>> from backdoor_gym.baselines import Policy
         >>> class First(Policy):

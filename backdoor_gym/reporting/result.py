@@ -74,7 +74,7 @@ class RepairResult:
         suspected_target: the label that the BN statistics call, or without any the one that images get at the least
             change; None where neither tells.
 
-    Example:
+    Examples:
         >>> from backdoor_gym import repair
         >>> result = repair("digits-badnets", "bnp")
         >>> len(result.pruned), round(result.before.asr, 2), round(result.after.asr, 2)
