@@ -100,13 +100,13 @@ def plain_infected_file(plain_infected: InfectedModel, tmp_path_factory: pytest.
 @pytest.fixture(scope="session", autouse=True)
 def sought_once():
     """The trigger of the same network in the same images is sought once: most of what making a model ready takes."""
-    remembered: dict[tuple[str, str], BNEvidence | None] = {}
+    remembered: dict[tuple[str, str, int], BNEvidence | None] = {}
 
     def find(neurons, images, labels):
         digest = sha256()
         for tensor in (*neurons.graph.state_dict().values(), images, labels):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        key = neurons.graph.code, digest.hexdigest()
+        key = neurons.graph.code, digest.hexdigest(), torch.get_num_threads()  # which sums hang on, in the last bit
         if key not in remembered:
             remembered[key] = find_bn_evidence(neurons, images, labels)
         return remembered[key]

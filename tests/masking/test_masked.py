@@ -24,8 +24,8 @@ CASES = [
     ("small_cnn", {"shape": "preact"}),
 ]
 
-#: Bytes that are kept, and images at once: all, some images after the others, and little kept.
-KEPT = [(1 << 30, 12), pytest.param(1 << 30, 5, marks=pytest.mark.slow), (20_000, 12)]
+#: Bytes that are kept, and images at once: little kept, all kept, and some images after the others.
+KEPT = [(20_000, 12), *(pytest.param(1 << 30, count, marks=pytest.mark.slow) for count in (12, 5))]
 
 
 def images_for(name: str, count: int = 12) -> torch.Tensor:

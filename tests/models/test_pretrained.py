@@ -18,6 +18,8 @@ from backdoor_gym.models import pretrained
 from backdoor_gym.models.image_settings import image_size, normalisation
 from backdoor_gym.networks.preprocessing import Normalise
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 #: Small configs of each kind, and the side of their images.
@@ -123,7 +125,6 @@ def test_a_folder_is_read_and_written_back_as_it_was(kind, half, tmp_path):
     assert not torch.allclose(repaired, expected, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_repair_is_saved_in_the_form_that_the_network_came_in(kind, tmp_path):
     make(tmp_path / "theirs", kind)
@@ -464,13 +465,11 @@ def test_missing_extras_are_named(tmp_path, monkeypatch):
         load_infected(tmp_path / "model.safetensors", timm="resnet18", clean=some())
 
 
-@pytest.mark.slow
 def test_neither_is_imported_before_it_is_needed():
     code = "import sys, backdoor_gym.cli, backdoor_gym.models.catalogue; print({'transformers', 'timm'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
-@pytest.mark.slow
 def test_the_command_line_takes_a_folder(run, tmp_path):
     make(tmp_path / "theirs", size=16)
     pictures(tmp_path / "clean", NAMES, 20)

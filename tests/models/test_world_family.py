@@ -50,6 +50,7 @@ def test_attempts_share_what_makes_a_network_easy_or_hard():
         assert later.poison_rate >= 0.1
 
 
+@pytest.mark.slow
 def test_networks_are_built_and_have_at_most_the_declared_number_of_neurons():
     for seed in range(60):
         drawn = world_family.recipe("world-test-a", seed)

@@ -10,6 +10,8 @@ from backdoor_gym import RepairResult, repair
 from backdoor_gym.reporting import render
 from backdoor_gym.reporting.page import digest
 
+pytestmark = pytest.mark.slow
+
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -144,7 +146,6 @@ def test_the_page_needs_nothing_else(repaired: RepairResult, own: RepairResult):
         assert "@import" not in html
 
 
-@pytest.mark.slow
 def test_the_page_of_a_large_network_stays_small(large: RepairResult):
     html = render(large)
     assert len(html) < 3_000_000
@@ -167,7 +168,6 @@ def test_of_too_many_neurons_there_is_a_picture(repaired: RepairResult, monkeypa
     assert ("img", "alt", "The network") in page.attributes
 
 
-@pytest.mark.slow
 def test_the_code_in_it_does_what_it_says(repaired: RepairResult, infected_file, tmp_path, monkeypatch):
     result = repair(infected_file, "clp", 0.05, u=1.5)
     result.save(tmp_path)
@@ -200,7 +200,6 @@ def test_a_digest_tells_networks_apart(repaired: RepairResult):
     assert digest(torch.nn.BatchNorm1d(3)) == digest(torch.nn.BatchNorm1d(3))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("residual", ["channel", "group"])
 def test_features_are_those_of_each_neuron(infected, residual):
     result = repair(infected, "clp", u=1.5, residual=residual)
