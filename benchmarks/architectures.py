@@ -23,7 +23,7 @@ from backdoor_gym import infect, repair
 from backdoor_gym.benchmarking.cells import Conditions, Result
 from backdoor_gym.benchmarking.resuming import RowFile, run_tasks
 from backdoor_gym.benchmarking.running import make_ready, run_cell
-from backdoor_gym.models.family import recipe
+from backdoor_gym.models.digits_family import recipe
 from backdoor_gym.models.training import Schedule
 from backdoor_gym.neurons.layers import RESIDUAL_MODES
 

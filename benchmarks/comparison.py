@@ -39,7 +39,7 @@ from backdoor_gym.benchmarking.cells import Conditions, Result
 from backdoor_gym.benchmarking.resuming import Row, RowFile, run_tasks
 from backdoor_gym.benchmarking.running import make_ready, run_cell
 from backdoor_gym.benchmarking.specifications import make
-from backdoor_gym.models.family import recipe
+from backdoor_gym.models.digits_family import recipe
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

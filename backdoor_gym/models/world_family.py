@@ -46,6 +46,7 @@ class Data:
         name: of the data set.
         share: of the networks that are trained on it.
         size: pixels a side.
+        channels: of an image.
         classes: how many.
         train_images: fewest and most that are trained on.
         epochs: fewest and most.
@@ -59,6 +60,7 @@ class Data:
     name: str
     share: float
     size: int
+    channels: int
     classes: int
     train_images: tuple[int, int]
     epochs: tuple[int, int]
@@ -70,10 +72,10 @@ class Data:
 
 
 DATA = (
-    Data(DIGITS, 0.45, 8, 10, (700, 957), (6, 25), (12, 64), (1, 2), 300, 0.9),
-    Data("ylecun/mnist", 0.25, 28, 10, (2000, 7000), (3, 8), (8, 24), (2, 3), 1000, 0.92),
-    Data("tanganke/gtsrb?size=32", 0.2, 32, 43, (4000, 8000), (4, 9), (8, 20), (2, 3), 1000, 0.8),
-    Data("uoft-cs/cifar10", 0.1, 32, 10, (5000, 12000), (4, 9), (10, 20), (2, 3), 1000, 0.5, flip=True),
+    Data(DIGITS, 0.45, 8, 1, 10, (700, 957), (6, 25), (12, 64), (1, 2), 300, 0.9),
+    Data("ylecun/mnist", 0.25, 28, 1, 10, (2000, 7000), (3, 8), (8, 24), (2, 3), 1000, 0.92),
+    Data("tanganke/gtsrb?size=32", 0.2, 32, 3, 43, (4000, 8000), (4, 9), (8, 20), (2, 3), 1000, 0.8),
+    Data("uoft-cs/cifar10", 0.1, 32, 3, 10, (5000, 12000), (4, 9), (10, 20), (2, 3), 1000, 0.5, flip=True),
 )
 _BLOCKS = {"plain": 0.5, "residual": 0.18, "preact": 0.12, "inverted": 0.1, "vit": 0.1}
 _NORMS = {"batch": 0.55, "none": 0.25, "group": 0.1, "layer": 0.1}
@@ -136,7 +138,8 @@ def recipe(split: str, seed: int, attempt: int = 0) -> Recipe:
         statistics = "recomputed"  # the others normalise before they convolve
     free = np.random.default_rng((VERSION, SPLITS[split], seed, 2, 1 + attempt))
     easier = attempt >= _EASIER
-    rate = math.exp(free.uniform(math.log(0.05 if easier or attack in _DEMANDING else 0.005), math.log(0.2)))
+    least = 0.1 if easier else 0.05 if attack in _DEMANDING else 0.005
+    rate = math.exp(free.uniform(math.log(least), math.log(0.2)))
     schedule, finetune = _schedules(data, architecture, free, easier)
     return Recipe(
         data=data,
@@ -144,7 +147,7 @@ def recipe(split: str, seed: int, attempt: int = 0) -> Recipe:
         attack=attack,
         attack_options=_attack_options(attack, data, free, easier),
         target=ALL_TO_ALL if attack == "badnets" and fixed.random() < 0.12 else int(free.integers(data.classes)),
-        poison_rate=0.5 if attack == "label-consistent" else round(max(rate, 0.1 if easier else 0), 4),
+        poison_rate=0.5 if attack == "label-consistent" else round(rate, 4),
         schedule=schedule,
         finetune=None if easier or attack == CLEAN else finetune,
         train_images=int(free.integers(*data.train_images)),
@@ -305,10 +308,9 @@ def _attack_options(attack: str, data: Data, random: np.random.Generator, easier
         kind = int(random.integers(3))
         options: dict[str, Any] = {"size": size, "row": row, "column": column, "random": kind == 0}
         if kind == 2:
-            channels = 1 if data.size < 32 else 3
-            options["colour"] = [round(float(value), 2) for value in random.choice([0, 0.5, 1], channels)]
+            options["colour"] = [float(value) for value in random.choice([0, 0.5, 1], data.channels)]
             if not any(options["colour"]):  # black on black is none
-                options["colour"] = [1.0] * channels
+                options["colour"] = [1.0] * data.channels
         return options
     if attack == "blended":
         return {"ratio": round(float(random.uniform(0.2 if easier else 0.1, 0.3)), 3)}

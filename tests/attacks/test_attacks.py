@@ -68,6 +68,16 @@ def test_badnets_patch_goes_where_it_is_put(images, generator):
     assert torch.nonzero(changed).tolist() == [[4, 29], [4, 30], [5, 29], [5, 30]]
 
 
+def test_badnets_patch_may_be_a_square_of_one_colour(images, generator):
+    triggered = draw_attack("badnets", (3, 32, 32), generator, size=2, row=0, column=5, colour=[1.0, 0.5, 0.0])(images)
+    for channel, value in enumerate((1.0, 0.5, 0.0)):
+        assert (triggered[:, channel, :2, 5:7] == value).all()
+    assert torch.equal(triggered[:, :, 2:], images[:, :, 2:])
+    for colour in ([1.0, 0.5], [1.0, 0.5, 1.5], 0.5, ["red", "green", "blue"]):
+        with pytest.raises(DataError, match="colour"):
+            draw_attack("badnets", (3, 32, 32), generator, colour=colour)
+
+
 def test_blended_mixes_at_its_ratio(images, generator):
     attack = Blended.draw((3, 32, 32), generator, ratio=0.25)
     torch.testing.assert_close(attack(images), 0.75 * images + 0.25 * attack.pattern)

@@ -73,3 +73,29 @@ def test_impossible_targets_are_named():
         make("badnets", target=10)
     with pytest.raises(DataError, match="all-to-all"):
         parse_target("all")
+
+
+def test_so_many_images_are_trained_on_and_clean_ones_afterwards(monkeypatch):
+    trained = []
+
+    def train(network, images, labels, schedule, seed, alter=None, *arguments, **options):
+        trained.append((len(images), schedule, alter))
+
+    monkeypatch.setattr("backdoor_gym.models.infecting.train", train)
+    schedule, finetune = Schedule(epochs=2), Schedule(epochs=1, learning_rate=0.01)
+    model = infect(
+        "digits",
+        "mlp",
+        "sig",
+        schedule=schedule,
+        train_images=300,
+        finetune=finetune,
+        clean_images=50,
+        architecture_options={"width": 8, "image_size": 8},
+    )
+    (poisoned, first, alter), (clean, second, nothing) = trained
+    assert (poisoned, clean) == (300, 300)
+    assert (first, second) == (schedule, finetune)
+    assert alter.attack is model.trigger
+    assert nothing is None
+    assert (model.facts["train_images"], model.facts["finetune"]["epochs"]) == (300, 1)

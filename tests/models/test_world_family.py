@@ -54,7 +54,7 @@ def test_attempts_share_what_makes_a_network_easy_or_hard():
 def test_networks_are_built_and_have_at_most_the_declared_number_of_neurons():
     for seed in range(60):
         drawn = world_family.recipe("world-test-a", seed)
-        channels = 1 if drawn.data.size < 32 else 3
+        channels = drawn.data.channels
         network = build_from_spec({**drawn.architecture, "num_classes": drawn.data.classes, "in_channels": channels})
         example = torch.rand(2, channels, drawn.data.size, drawn.data.size)
         neurons = find_neurons(network.eval(), example)
