@@ -28,6 +28,24 @@ def test_what_repair_says_is_what_it_did(infected):
     assert (result.before.asr - result.after.asr + 1) / 2 >= result.der - 1e-9
 
 
+def test_a_result_tells_how_much_of_the_network_it_could_prune(tmp_path):
+    class Partly(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(1, 6, 3)
+            self.hidden = torch.nn.Parameter(torch.rand(6, 2))
+            self.head = torch.nn.Linear(2, 10)
+
+        def forward(self, images):
+            return self.head(self.conv(images).mean((2, 3)) @ self.hidden)
+
+    clean = (torch.rand(20, 1, 8, 8), torch.arange(20) % 10)
+    result = repair(InfectedModel.from_module(Partly(), clean=clean), "clp")
+    assert result.coverage == 6 / 8
+    result.save(tmp_path)
+    assert json.loads((tmp_path / "pruned.json").read_text())["coverage"] == 0.75
+
+
 def test_the_default_of_clp_is_the_published_rule(infected):
     result = repair(infected, "clp")
     from backdoor_gym.baselines import clp

@@ -125,6 +125,11 @@ class RepairResult:
         """Python that takes weight norm and the like off another ``network`` of the class, which then loads these weights."""
         return taking_norms_off(self.infected.module)
 
+    @property
+    def coverage(self) -> float:
+        """Share of the channels of all layers with weights but the output that belong to a neuron."""
+        return self.neurons.coverage
+
     def compact(self) -> nn.Module:
         """A smaller network with the same outputs, from which the pruned channels are cut out where shapes allow.
 
@@ -148,7 +153,7 @@ class RepairResult:
             "policy": self.policy,
             "settings": self.settings,
             "neurons": len(self.neurons),
-            "coverage": round(self.neurons.coverage, 4),
+            "coverage": round(self.coverage, 4),
             "left_out": [asdict(account) for account in self.neurons.left_out],
             "notes": list(self.neurons.notes),
             "pruned": self.pruned,
