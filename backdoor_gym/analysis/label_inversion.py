@@ -1,85 +1,64 @@
-"""Trigger inversion by the label alone, for networks without batch normalisation.
+"""Trigger inversion by the label alone, for every network.
 
-Without running statistics nothing is left of training but what the network answers. So a small addition to the image is
-sought for each label in turn, with which clean images of all others get it (Neural Cleanse, Wang et al., IEEE S&P 2019),
-by the least cross-entropy plus ``PRICE`` times the mean absolute change of a pixel: the attacker's label is the one that is
-had at the least cost, since training has made a short way to it. Every network has such additions for every label, though;
-how far the label stands out is all that speaks for a backdoor, and ``evidence`` is that: the gap between the least cost and
-the second, over the median cost of the labels.
+For each label a mask and a pattern are sought with which the clean images of all other labels get it (Neural Cleanse, Wang et
+al., IEEE S&P 2019, section IV): images * (1 - mask) + pattern * mask, by the least cross-entropy plus a weight times the
+size of the mask. The weight of each label grows while ``SUCCESS`` of its images get the label and falls while they do
+not, so that all masks end where they just do it. Training on triggered images made a short way to the attacker's label:
+its mask is far smaller than those of the others. Every network has some mask for every label; ``ratio``, the smallest
+over the median, is what speaks for a backdoor.
+
+All labels are sought at once, in one batch. Of many labels those are sought that images get most under one perturbation
+that shall only change their own label, and a few others as the measure. Labels that no clean image has are left out: what
+the defender has no images of cannot be told from what is missing.
 """
 
-import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..metrics import danger, require_finite
 from ..neurons.layers import Neurons
-from .trigger_families import Addition
-from .trigger_inversion import IMAGES, InvertedTrigger, TriggerSearch
+from .trigger_inversion import IMAGES, InvertedTrigger
 
-#: Cost of a mean absolute change of 1 in units of cross-entropy.
-PRICE = 30.0
-#: Steps for each label; and those after which of many labels the cheapest are gone on with, and how many these are.
-STEPS, FIRST_STEPS, MOST_LABELS = 30, 8, 20
-
-
-class _Search(TriggerSearch):
-    """The search for the addition of one label, and what the addition costs."""
-
-    def __init__(self, images: Tensor, label: int) -> None:
-        super().__init__(Addition(images))
-        self.label, self.cost = label, math.inf
-
-    def go_on(self, neurons: Neurons, foreign: Tensor, steps: int) -> None:
-        """Go on for so many steps, and take the cost over all images of other labels."""
-
-        def loss(triggered: Tensor) -> Tensor:
-            targets = torch.full((len(triggered),), self.label, device=triggered.device)
-            logits = neurons.graph(triggered.contiguous(memory_format=torch.channels_last))
-            return F.cross_entropy(logits, targets) + PRICE * self.trigger.price()
-
-        self.go(steps, foreign, loss)
-        with torch.no_grad():
-            self.cost = loss(self.trigger(foreign)).item()
+#: Images of each label in one step of the search, steps, and step size of Adam in units of the logits of mask and pattern.
+BATCH, STEPS, RATE = 16, 40, 0.5
+#: Logit of the mask at the beginning.
+BEGIN = -2.0
+#: Weight of a mask that covers the whole image at the beginning, its bounds, and how it changes in a step.
+WEIGHT, LEAST_WEIGHT, MOST_WEIGHT, GROWTH = 20.0, 0.1, 1000.0, 1.3
+#: Share of the images that a mask shall give its label.
+SUCCESS = 0.9
+#: Last steps over which sizes and successes are a mean, and least success that a size is divided by.
+LAST, LEAST_SUCCESS = 8, 0.2
+#: Labels that are sought of many, and how many of these are the measure.
+MOST_LABELS, MEASURE = 12, 6
+#: Steps of the perturbation that chooses them.
+SCREEN_STEPS = 10
 
 
-def invert_by_label(neurons: Neurons, images: Tensor, labels: Tensor, num_classes: int) -> InvertedTrigger | None:
-    """The addition of the label that is had at the least cost; None where all images are of one label.
+@dataclass(frozen=True)
+class LabelEvidence:
+    """How little of an image must change to give each label.
 
-    Of the result, ``error`` is log10 of that cost over the median one.
-
-    Args:
-        neurons: of the network.
-        images: the defender's clean images, float32 (n, C, H, W) in [0, 1]; the first ``IMAGES`` are used.
-        labels: int64 (n,).
-        num_classes: number of logits.
+    Attributes:
+        labels: those that were sought, int64 (k,).
+        sizes: of their masks, a share of the image, over their success, float32 (k,).
+        ratio: the smallest size over the median.
+        second: the second smallest size over the median.
+        success: share of the images of other labels that the smallest mask gives its label.
+        inverted: the trigger of the smallest mask.
     """
-    device = next(neurons.graph.parameters()).device
-    images = images[:IMAGES].to(device, memory_format=torch.channels_last)
-    labels = labels[:IMAGES].to(device)
-    searches = [_Search(images, label) for label in range(num_classes) if (labels != label).any()]
-    if len(searches) < 2 or len(labels.unique()) < 2:
-        return None
-    done = 0
-    if len(searches) > MOST_LABELS:
-        for search in searches:
-            search.go_on(neurons, images[labels != search.label], FIRST_STEPS)
-        searches = sorted(searches, key=lambda search: search.cost)[:MOST_LABELS]
-        done = FIRST_STEPS
-    for search in searches:
-        search.go_on(neurons, images[labels != search.label], STEPS - done)
-    best, second, *_ = sorted(searches, key=lambda search: search.cost)
-    median = float(torch.tensor([search.cost for search in searches]).median())
-    foreign = images[labels != best.label]
-    with torch.no_grad():
-        triggered = best.trigger(foreign).contiguous(memory_format=torch.channels_last)
-    return InvertedTrigger(
-        best.label,
-        (best.trigger.name,),
-        foreign,
-        triggered,
-        size=(triggered - foreign).abs().mean().item(),
-        error=math.log10(max(best.cost, 1e-12) / max(median, 1e-12)),
-        evidence=(second.cost - best.cost) / max(median, 1e-12),
-    )
+
+    labels: Tensor
+    sizes: Tensor
+    ratio: float
+    second: float
+    success: float
+    inverted: InvertedTrigger
+
+    @property
+    def target(self) -> int:
+        """The label of the smallest mask."""
+        return self.inverted.target
