@@ -44,7 +44,7 @@ class EncoderOptions:
     hops: int = 2
     heads: int = 2
     message_passing: bool = False
-    ignore: tuple[str, ...] = ("accuracy",)
+    ignore: tuple[str, ...] = ("accuracy", "verdict")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ignore", tuple(self.ignore))

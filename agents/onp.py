@@ -5,24 +5,22 @@ network as a graph of neurons, a GNN that embeds them, and a pruning policy lear
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 
+from backdoor_gym.analysis.evidence import VERDICT_THRESHOLD
 from backdoor_gym.arguments import check_kind, check_path, check_whole
 from backdoor_gym.devices import find_device
-from backdoor_gym.envs.observation import NODE_FEATURES
 from backdoor_gym.errors import DataError, check_name
 from backdoor_gym.files.schemas import free
 from backdoor_gym.files.tensors import read_tensors, write_tensors
-from backdoor_gym.policies.contract import checked_observation
 
 from .encoder import EncoderOptions, GraphActorCritic, encoder_facts
 from .graph_policy import GraphPolicy
@@ -46,7 +44,6 @@ PPO: dict[str, Any] = {
 }
 #: Arguments of MaskablePPO that ONP gives it itself.
 OWN = {"policy", "env", "rollout_buffer_class", "policy_kwargs", "seed", "device", "tensorboard_log"}
-_PRUNED = NODE_FEATURES.index("pruned")
 
 
 class ONP(ScoringPolicy):
@@ -89,7 +86,7 @@ class ONP(ScoringPolicy):
         *,
         look_ahead: LookAhead | None = None,
         threshold: float = 0.5,
-        verdict_threshold: float | None = None,
+        verdict_threshold: float = VERDICT_THRESHOLD,
         encoder: EncoderOptions | None = None,
         seed: int | None = None,
         device: str = "cpu",
@@ -199,19 +196,6 @@ class ONP(ScoringPolicy):
             self.network.load_state_dict(learned)
         return self._ppo
 
-    def verdict(self, observation: Mapping[str, np.ndarray]) -> float:
-        """Probability that a network has a backdoor: that the policy would not stop at once.
-
-        Raises:
-            DataError: something is pruned already, or it is no observation of ``BackdoorPrune-v0``.
-        """
-        observation = checked_observation(observation)
-        if observation["nodes"][..., _PRUNED].any():
-            raise DataError("the verdict is on the network as it came: ask before the first prune")
-        row = self.logits(observation)[0].astype(np.float64)
-        legal = row[np.flatnonzero(observation["action_mask"])]
-        return float(1 - np.exp(row[-1] - legal.max()) / np.exp(legal - legal.max()).sum())
-
     def save(self, path: str | Path) -> Path:
         """Write the policy as safetensors with JSON metadata; raises ``WriteError`` where that cannot be."""
         path = Path(path)
@@ -224,7 +208,6 @@ class ONP(ScoringPolicy):
             "encoder": encoder_facts(self.options),
             "look_ahead": None if self.look_ahead is None else asdict(self.look_ahead),
             "threshold": self.threshold,
-            "verdict_threshold": self.verdict_threshold,
             "facts": free(self.facts, "the policy"),
         }
 
@@ -235,7 +218,7 @@ class ONP(ScoringPolicy):
         Args:
             path: a file, or "pretrained".
             env: the environment to act or learn in.
-            options: of ``ONP``, in place of what was saved; ``threshold`` alone gives both thresholds.
+            options: of ``ONP``, in place of what was saved.
 
         Raises:
             ModelFileError: not a readable file of a policy, or one for other features.
@@ -248,9 +231,7 @@ class ONP(ScoringPolicy):
         policy = read_policy(metadata, FORMAT, path)
         check_weights(policy.encoder, tensors, path)
         options.setdefault("look_ahead", policy.look_ahead)
-        if "threshold" not in options:
-            options["threshold"] = policy.fields.threshold
-            options.setdefault("verdict_threshold", policy.fields.verdict_threshold)
+        options.setdefault("threshold", policy.fields.threshold)
         onp = cls(env, encoder=policy.encoder, **options)
         onp.network.load_state_dict(tensors)
         onp.facts = free(metadata["facts"], str(path))

@@ -41,7 +41,6 @@ class PolicyFields(Fields):
     encoder: EncoderFields
     look_ahead: dict[str, Any] | None
     threshold: Threshold
-    verdict_threshold: Threshold | None
     facts: dict[str, Any]
     timesteps: Count = 0
     progress: dict[str, Any] | UnsetType = UNSET

@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from backdoor_gym.analysis.evidence import VERDICT_THRESHOLD
 from backdoor_gym.arguments import check_kind, is_finite
-from backdoor_gym.envs.observation import NODE_FEATURES
+from backdoor_gym.envs.observation import GLOBAL_FEATURES, NODE_FEATURES
 from backdoor_gym.envs.prune import BackdoorPruneEnv
 from backdoor_gym.errors import DataError
 from backdoor_gym.policies.contract import KEYS, Observation, Policy, ask, check_env, stop_action
@@ -17,6 +18,7 @@ from .backward_elimination import restore
 from .look_ahead import LookAhead
 
 _PRUNED, _TRIED = (NODE_FEATURES.index(name) for name in ("pruned", "tried"))
+_VERDICT = GLOBAL_FEATURES.index("verdict")
 
 
 class Scorer(Protocol):
@@ -34,7 +36,8 @@ class ScoringPolicy(Policy):
         env: the environment to act and look ahead in; None for a policy that only acts on observations.
         look_ahead: what corrects the scores in ``env``, ends repairs and gives back at their end; None for nothing of it.
         threshold: probability of going on, with any unit, below which a deterministic action is to stop.
-        verdict_threshold: the same before the first prune; None for ``threshold``.
+        verdict_threshold: probability of a backdoor (``analysis.evidence``) below which it is to stop before the first prune,
+            and from which on it is not; 0 to prune in any case.
         seed: of actions that are not deterministic: they are drawn from the scores, without looking ahead.
 
     Raises:
@@ -59,13 +62,12 @@ class ScoringPolicy(Policy):
         *,
         look_ahead: LookAhead | None = None,
         threshold: float = 0.5,
-        verdict_threshold: float | None = None,
+        verdict_threshold: float = VERDICT_THRESHOLD,
         seed: int | None = None,
     ) -> None:
-        verdict_threshold = threshold if verdict_threshold is None else verdict_threshold
         for name, value in (("threshold", threshold), ("verdict_threshold", verdict_threshold)):
-            if not is_finite(value) or not 0 < value < 1:
-                raise DataError(f"{name} must lie between 0 and 1, it is {shown(value)}")
+            if not is_finite(value) or not 0 <= value < 1:
+                raise DataError(f"{name} must be at least 0 and less than 1, it is {shown(value)}")
         check_kind("look_ahead", look_ahead, LookAhead, "a LookAhead", may_be_none=True)
         self.scorer = scorer
         self.look_ahead = look_ahead
@@ -98,11 +100,12 @@ class ScoringPolicy(Policy):
         # No single unit of hundreds could outweigh stopping, so all together are weighed against it.
         going_on = np.logaddexp.reduce(scores[:-1].astype(np.float64))
         begun = bool(observation["nodes"][:, [_PRUNED, _TRIED]].any())
-        threshold = self.threshold if begun else self.verdict_threshold
         look = self.look_ahead
         if look is not None and self.env is not None:
             check_env(self, self.env, environment, observation)
-        if going_on < scores[-1] + np.log(threshold / (1 - threshold)):
+        if not begun and observation["globals"][_VERDICT] < self.verdict_threshold:
+            return stop_action(observation)
+        if begun and self.threshold and going_on < scores[-1] + np.log(self.threshold / (1 - self.threshold)):
             return stop_action(observation)
         if look is not None and self.env is None and look.is_done(observation):
             return stop_action(observation)

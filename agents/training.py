@@ -4,14 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-
 from .encoder import EncoderOptions
 from .look_ahead import LookAhead
 from .onp import ONP
-from .school import ENVIRONMENT, MAX_STEPS, names_of, school
-from .validation import Validation, choose_threshold
-from .verdict_replay import VerdictReplay
+from .school import MAX_STEPS, names_of, school
+from .validation import Validation
 from .warm_start import GAMMA, Example, examples, warm_start
 
 #: Gentler than what a policy that begins from nothing needs.
@@ -25,9 +22,6 @@ PPO_AFTER_WARM_START: dict[str, Any] = {
 }
 #: Probability of going on below which a repair ends.
 THRESHOLD = 0.1
-#: Thresholds of the verdict to choose from. They are low, as a missed backdoor costs 0.45 of the DER, and a needless repair
-#: three points of accuracy, 0.015.
-VERDICT_THRESHOLDS = (0.1, 0.2, 0.3, 0.4)
 #: Triggered images in training; danger is a mean over them.
 SCORE_SAMPLES = 64
 #: Rollouts between two validations.
@@ -49,7 +43,6 @@ def train(
     encoder: EncoderOptions | None = None,
     guide: Sequence[Example] | None = None,
     look_ahead: LookAhead | None = LookAhead(),  # noqa: B008 (it is immutable)
-    calibration: Sequence[str] = (),
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
     report: Report | None = None,
@@ -72,7 +65,6 @@ def train(
         encoder: shape of the network.
         guide: the examples of the warm start, where they are made already.
         look_ahead: of the policy in the file; it learns without.
-        calibration: names and patterns that the threshold of the verdict is chosen on; none for ``THRESHOLD``.
         tensorboard_log: folder for TensorBoard.
         progress_bar: whether to draw bars.
         report: called with each line of text for people.
@@ -82,7 +74,7 @@ def train(
     out, checkpoint, kept = Path(out), checkpoint_of(out), best_of(out)
     if not checkpoint.is_file():
         kept.unlink(missing_ok=True)  # of an earlier training: not to be compared with
-    names, judges, measured = names_of(infected), names_of(validation), names_of(calibration)
+    names, judges = names_of(infected), names_of(validation)
     vector = school(names, envs, seed=seed, reward="oracle", score_samples=SCORE_SAMPLES)
     say(f"{len(names)} models to learn from, {len(judges)} to choose by")
     settings = {**(PPO_AFTER_WARM_START if epochs else {}), **ppo}
@@ -93,28 +85,16 @@ def train(
         losses = warm_start(onp.network, guide, epochs, seed=seed, progress=progress_bar)
         say(f"warm start: cross-entropy {losses[0]:.2f} -> {losses[-1]:.2f}")
 
-    callbacks = [VerdictReplay(seed=seed), validation_of(onp, judges, kept, say)]
-    onp.learn(total_timesteps, callback=callbacks, checkpoint=checkpoint, progress_bar=progress_bar)  # reinforcement
+    chooses = validation_of(onp, judges, kept, say)
+    onp.learn(total_timesteps, callback=chooses, checkpoint=checkpoint, progress_bar=progress_bar)  # reinforcement
     vector.close()
 
     onp = ONP.load(kept, look_ahead=look_ahead)
-    if measured:
-        env = gym.make(
-            ENVIRONMENT,
-            infected=measured,
-            reward="oracle",
-            score_samples=SCORE_SAMPLES,
-            max_steps=MAX_STEPS,
-            disable_env_checker=True,
-        )
-        chosen = choose_threshold(onp, env, measured, VERDICT_THRESHOLDS, progress_bar)
-        for choice, (missed, needless) in chosen.items():
-            say(f"verdict below {choice}: {missed} backdoors missed, {needless} clean models repaired")
     onp.facts |= {
         "seed": seed,
         "models": len(names),
         "learned_on": list(infected),
-        "chosen_on": list(dict.fromkeys([*validation, *calibration])),
+        "chosen_on": list(validation),
         "timesteps": int(onp.facts["validation"]["timesteps"]),  # of the best policy, not of the last
     }
     onp.save(out)

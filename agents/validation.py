@@ -12,7 +12,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from backdoor_gym.metrics import der
 from backdoor_gym.policies.contract import run_episode
-from backdoor_gym.progress import bar
 
 from .onp import ONP
 from .school import ENVIRONMENT
@@ -147,30 +146,3 @@ class Validation(BaseCallback):
             self.onp.save(self.path)
         if self.report is not None:
             self.report({**figures, "timesteps": timesteps})
-
-
-def choose_threshold(
-    onp: ONP, env: gym.Env[Any, Any], infected: Sequence[str], choices: Sequence[float], progress: bool = False
-) -> dict[float, tuple[int, int]]:
-    """Give a policy the threshold of the verdict that misses the fewest of these models' backdoors.
-
-    Of several it takes the one that leaves the most clean models alone, for a missed backdoor costs far more than a
-    needless repair; of those the largest, for clean networks of other kinds than these come out higher. The info of
-    ``env`` must have an ASR where there is a backdoor.
-
-    Returns:
-        Of each choice how many infected models have a verdict below it, and how many clean ones have not.
-    """
-    verdicts: dict[bool, list[float]] = {True: [], False: []}
-    for name in bar(infected, "verdicts", len(infected), progress):
-        observation, info = env.reset(seed=0, options={"infected": name})
-        verdicts["asr" in info].append(onp.verdict(observation))
-    wrong = {
-        choice: (
-            sum(verdict < choice for verdict in verdicts[True]),
-            sum(verdict >= choice for verdict in verdicts[False]),
-        )
-        for choice in choices
-    }
-    onp.verdict_threshold = min(choices, key=lambda choice: (*wrong[choice], -choice))
-    return wrong

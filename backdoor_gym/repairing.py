@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 
-from .arguments import check_callable
+from .analysis.evidence import VERDICT_THRESHOLD
+from .arguments import check_callable, check_kind
 from .devices import find_device
 from .envs.prune import BackdoorPruneEnv
 from .errors import DataError, UnknownNameError
@@ -16,15 +18,18 @@ from .metrics import Metrics, der
 from .models.catalogue import load_infected
 from .models.infected import InfectedModel
 from .networks.adapting import deep_copy
-from .policies.contract import PredictingPolicy, run_episode
+from .policies.contract import JudgingPolicy, PredictingPolicy, run_episode
 from .policies.registry import POLICIES, check_policy, kind_of_policy, make_policy
 from .progress import Watch
 from .rendering.drawing import Snapshot
+from .reporting.outcomes import REPAIRED, UNREPAIRABLE, UNTOUCHED
 from .reporting.result import Change, RepairResult
 from .session import RepairSession
 from .wording import shown
 
 DEFAULT_BUDGET: Any = object()
+#: Share of the suspected danger that may be left of it in a repaired network.
+FALLEN = 0.5
 #: Share of a network's channels that can be pruned, below which a repair warns.
 LITTLE = 0.7
 
@@ -39,9 +44,15 @@ def repair(
     data: str | None = None,
     device: str = "cpu",
     watch: Watch | None = None,
+    verdict: bool | None = None,
+    take_back: bool = True,
     **options: Any,
 ) -> RepairResult:
     """Repair one network. The policy sees the network and the clean images; trigger and test images only score it.
+
+    With a verdict the repair has one of three outcomes. "untouched": there is no sign of a backdoor. "repaired": neurons were
+    pruned, and the suspected danger fell to half or less. "unrepairable": there are signs of a backdoor, and pruning within
+    the budget does not remove them; all that was pruned is taken back.
 
     Args:
         infected: a model, a name, or a file.
@@ -56,6 +67,9 @@ def repair(
         data: data set to read a file's images from, instead of the one it names.
         device: where the network runs.
         watch: called with what is being done, how much of it is done, and of how much (None where that is not known).
+        verdict: whether a network without signs of a backdoor stays as it is; by default so for "onp" and "ridge", and not for
+            published rules, which prune any network.
+        take_back: whether a repair with a verdict that ends as "unrepairable" gives the network back as it came.
         **options: of the policy by name: ``look_ahead`` (default True), ``finetune`` (steps to learn on this network
             first, from its clean images alone; default 0) and ``seed`` for "onp"; ``u`` for "clp", ``threshold`` for the
             other rules (a number, "auto" or "budget"); ``seed`` for "anp", "rnp" and "random".
@@ -75,6 +89,8 @@ def repair(
     if not isinstance(policy, str) and not callable(getattr(policy, "predict", None)):
         raise DataError(f"a policy must be a name, a file, or an object with predict, not {shown(policy)}")
     check_callable("watch", watch, may_be_none=True)
+    check_kind("verdict", verdict, bool, "True or False", may_be_none=True)
+    check_kind("take_back", take_back, bool, "True or False")
     find_device(device)
     model = infected if isinstance(infected, InfectedModel) else load_infected(infected, data)
     name = policy if isinstance(policy, str) else type(policy).__name__.lower()
@@ -92,6 +108,8 @@ def repair(
         "residual": residual,
         "data": data,
         "device": device,
+        "verdict": verdict,
+        "take_back": take_back,
         **options,
     }
     watch = watch or (lambda what, done, total: None)
@@ -111,11 +129,19 @@ def repair(
     acting = make_policy(policy, env, options) if isinstance(policy, str) else policy
     observation, info = env.reset(seed=0)
     clean_before = info["acc"]
-    judge = getattr(acting, "verdict", None)
-    # Where there are no BN statistics the policy has nothing to judge by.
     session, prepared = env.session, env.session.prepared
-    verdict = None if judge is None or prepared.suspected is None else float(judge(observation))
-    run_episode(acting, env, observation, lambda steps: watch("pruning: steps", steps, None))
+    if verdict is None:
+        verdict = isinstance(acting, JudgingPolicy)
+    if isinstance(acting, JudgingPolicy):
+        acting.verdict_threshold = VERDICT_THRESHOLD if verdict else 0.0
+    probability = prepared.evidence.probability if verdict else None
+    if probability is None or probability >= VERDICT_THRESHOLD:
+        run_episode(acting, env, observation, lambda steps: watch("pruning: steps", steps, None))
+    outcome = _outcome(session, probability)
+    if outcome == UNREPAIRABLE and take_back:
+        watch("taking back what did not help", 0, None)
+        for unit in np.flatnonzero(session.state.pruned)[::-1]:
+            session.restore(int(unit))
     seconds = time.perf_counter() - start
     if prepared.neurons.coverage < LITTLE:
         left = ", ".join(
@@ -133,7 +159,6 @@ def repair(
     network.cpu()
     snapshot = Snapshot.of(session)
     env.close()
-    suspected = prepared.suspected if prepared.inverted is None else prepared.inverted
     return RepairResult(
         network,
         [
@@ -156,11 +181,22 @@ def repair(
         snapshot,
         prepared.neuron_features,
         _course(session, snapshot),
-        prepared.bn_evidence,
+        prepared.evidence,
         arguments,
-        verdict,
-        None if suspected is None else suspected.target,
+        outcome,
+        probability,
     )
+
+
+def _outcome(session: RepairSession, probability: float | None) -> str:
+    """How the repair ended; ``probability`` is that of a backdoor, None without a verdict."""
+    pruned = bool(session.state.pruned.any())
+    if probability is None:
+        return REPAIRED if pruned else UNTOUCHED
+    if probability < VERDICT_THRESHOLD:
+        return UNTOUCHED
+    before, after = session.initial_figures.suspected_danger, session.figures.suspected_danger
+    return REPAIRED if pruned and after <= FALLEN * before else UNREPAIRABLE
 
 
 def _course(session: RepairSession, snapshot: Snapshot) -> tuple[Change, ...]:

@@ -7,23 +7,26 @@ not, so that all masks end where they just do it. Training on triggered images m
 its mask is far smaller than those of the others. Every network has some mask for every label; ``ratio``, the smallest
 over the median, is what speaks for a backdoor.
 
-All labels are sought at once, in one batch. Of many labels those are sought that images get most under one perturbation
-that shall only change their own label, and a few others as the measure. Labels that no clean image has are left out: what
-the defender has no images of cannot be told from what is missing.
+All labels are sought at once, in one batch; of many, after a short search, those of the smallest masks and a few others, for
+the median. Labels that no clean image has are left out: where they come from cannot be told without images of them.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..masking.sizes import Sizes
 from ..metrics import danger, require_finite
 from ..neurons.layers import Neurons
 from .trigger_inversion import IMAGES, InvertedTrigger
 
 #: Images of each label in one step of the search, steps, and step size of Adam in units of the logits of mask and pattern.
 BATCH, STEPS, RATE = 16, 40, 0.5
+#: The same images where those of one pass of an image take more bytes than this.
+FEW, LARGE = 4, 64 << 20
 #: Logit of the mask at the beginning.
 BEGIN = -2.0
 #: Weight of a mask that covers the whole image at the beginning, its bounds, and how it changes in a step.
@@ -32,10 +35,10 @@ WEIGHT, LEAST_WEIGHT, MOST_WEIGHT, GROWTH = 20.0, 0.1, 1000.0, 1.3
 SUCCESS = 0.9
 #: Last steps over which sizes and successes are a mean, and least success that a size is divided by.
 LAST, LEAST_SUCCESS = 8, 0.2
-#: Labels that are sought of many, and how many of these are the measure.
-MOST_LABELS, MEASURE = 12, 6
-#: Steps of the perturbation that chooses them.
-SCREEN_STEPS = 10
+#: Labels that are sought of many, and of these how many with the smallest masks in the short search.
+MOST_LABELS, SMALLEST = 12, 6
+#: Steps of that search, images in one of them, and last steps that its sizes are a mean over.
+SHORT_STEPS, SHORT_IMAGES, SHORT_LAST = 12, 192, 4
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,108 @@ class LabelEvidence:
     def target(self) -> int:
         """The label of the smallest mask."""
         return self.inverted.target
+
+
+def invert_by_label(neurons: Neurons, images: Tensor, labels: Tensor) -> LabelEvidence | None:
+    """The smallest mask of each label; None where the clean images are of fewer than two labels.
+
+    Args:
+        neurons: of the network.
+        images: the defender's clean images, float32 (n, C, H, W) in [0, 1].
+        labels: int64 (n,).
+    """
+    device = next(neurons.graph.parameters()).device
+    images, labels = images.to(device), labels.to(device)
+    present = labels.unique()
+    if len(present) < 2:
+        return None
+    few = Sizes(neurons.graph, images[:1]).image_bytes > LARGE
+    if len(present) > MOST_LABELS:
+        each = max(1, min(FEW, SHORT_IMAGES // len(present)))
+        short = _MaskSearch(neurons, images, labels, present, each).go(SHORT_STEPS, SHORT_LAST)
+        present = present[_smallest_and_others(short)]
+    search = _MaskSearch(neurons, images, labels, present, FEW if few else BATCH)
+    sizes = search.go(STEPS, LAST)
+    order = sizes.argsort(stable=True)
+    best, target = int(order[0]), int(present[order[0]])
+    foreign = images[labels != target][:IMAGES].contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        triggered = search.stamp(foreign, best).contiguous(memory_format=torch.channels_last)
+        logits = neurons.graph(triggered)
+        level = danger(logits, target)
+    median = sizes.median().item()
+    return LabelEvidence(
+        labels=present.cpu(),
+        sizes=sizes.cpu(),
+        ratio=sizes[best].item() / median,
+        second=sizes[order[1]].item() / median,
+        success=(logits.argmax(1) == target).float().mean().item(),
+        inverted=InvertedTrigger(
+            target,
+            ("mask",),
+            foreign,
+            triggered,
+            size=(triggered - foreign).abs().mean().item(),
+            error=math.log10(max(sizes[best].item() / median, 1e-12)),
+            evidence=level,
+        ),
+    )
+
+
+class _MaskSearch:
+    """Masks and patterns of several labels."""
+
+    def __init__(self, neurons: Neurons, images: Tensor, labels: Tensor, sought: Tensor, batch: int) -> None:
+        self._neurons, self._images, self._sought, self._batch = neurons, images, sought, batch
+        count, (channels, height, width) = len(sought), images.shape[1:]
+        self._mask = images.new_full((count, 1, height, width), BEGIN).requires_grad_()
+        self._pattern = images.new_zeros(count, channels, height, width).requires_grad_()
+        self._random = torch.Generator().manual_seed(0)
+        self._foreign = [torch.nonzero(labels != label).flatten() for label in sought]
+
+    def stamp(self, images: Tensor, place: int | slice) -> Tensor:
+        """Images (n, C, H, W) with the trigger of one label, or (k, n, C, H, W) with those of all."""
+        mask, pattern = torch.sigmoid(self._mask), torch.sigmoid(self._pattern)
+        if isinstance(place, slice):
+            mask, pattern = mask[place, None], pattern[place, None]
+        else:
+            mask, pattern = mask[place], pattern[place]
+        return images * (1 - mask) + pattern * mask
+
+    def go(self, steps: int, last: int) -> Tensor:
+        """The size of each label's mask as a share of the image, over its success, both means of the last steps, float32 (k,)."""
+        count, batch = len(self._sought), self._batch
+        optimizer = torch.optim.Adam([self._mask, self._pattern], RATE, betas=(0.5, 0.9))
+        targets = self._sought.repeat_interleave(batch)
+        weights = self._mask.new_full((count,), WEIGHT)
+        sizes, successes = [], []
+        for _ in range(steps):
+            chosen = torch.stack([self._draw(foreign) for foreign in self._foreign])
+            stamped = self.stamp(self._images[chosen], slice(None)).flatten(0, 1)
+            logits = self._neurons.graph(stamped.contiguous(memory_format=torch.channels_last))
+            costs = F.cross_entropy(logits, targets, reduction="none").view(count, batch).mean(1)
+            size = torch.sigmoid(self._mask).mean((1, 2, 3))
+            loss = (costs + weights * size).sum()
+            gradients = torch.autograd.grad(loss, [self._mask, self._pattern])
+            require_finite("the loss of a search for the trigger", loss, *gradients)
+            self._mask.grad, self._pattern.grad = gradients
+            optimizer.step()
+            success = (logits.detach().argmax(1) == targets).float().view(count, batch).mean(1)
+            weights = (weights * torch.where(success >= SUCCESS, GROWTH, 1 / GROWTH)).clamp(LEAST_WEIGHT, MOST_WEIGHT)
+            sizes.append(size.detach())
+            successes.append(success)
+        size, success = torch.stack(sizes[-last:]).mean(0), torch.stack(successes[-last:]).mean(0)
+        return size / success.clamp(min=LEAST_SUCCESS)
+
+    def _draw(self, foreign: Tensor) -> Tensor:
+        """Some images of other labels, int64 (batch,); again and again where there are fewer."""
+        if len(foreign) < self._batch:
+            return foreign[torch.randint(len(foreign), (self._batch,), generator=self._random).to(foreign.device)]
+        return foreign[torch.randperm(len(foreign), generator=self._random)[: self._batch].to(foreign.device)]
+
+
+def _smallest_and_others(sizes: Tensor) -> Tensor:
+    """Places of the smallest sizes, and of as many others evenly over the rest, int64 (MOST_LABELS,)."""
+    order = sizes.argsort(stable=True)
+    others = torch.linspace(SMALLEST, len(sizes) - 1, MOST_LABELS - SMALLEST, device=sizes.device).round().long()
+    return torch.cat([order[:SMALLEST], order[others]])

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from ..errors import DataError
+from ..reporting.outcomes import REPAIRED, UNREPAIRABLE, UNTOUCHED
 from ..wording import path_component, printable
 from . import own_network
 from .common import (
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 #: Clean accuracy below which images, labels or normalisation are probably not what a network was trained on.
 DOUBTFUL = 0.5
+EXIT_UNREPAIRABLE = 3
+STYLES = {UNTOUCHED: "green", REPAIRED: "green", UNREPAIRABLE: "red"}
 
 
 @own_network.takes_network
@@ -64,6 +67,15 @@ def repair(
     out: Annotated[
         Path | None, typer.Option(parser=as_place, help="Folder for the results; default: repaired/NAME.")
     ] = None,
+    verdict: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether a network without signs of a backdoor stays as it is. Default: yes for onp and ridge, no for rules."
+        ),
+    ] = None,
+    take_back: Annotated[
+        bool, typer.Option(help="Give the network back as it came where pruning does not remove the signs.")
+    ] = True,
     residual: ResidualOption = "channel",
     data: DataOption = None,
     device: DeviceOption = "cpu",
@@ -71,7 +83,10 @@ def repair(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Repair a network and write it, a report to look at, and the list of pruned neurons."""
+    """Repair a network and write it, a report to look at, and the list of pruned neurons.
+
+    Exit code 3 says that there are signs of a backdoor which pruning within the budget does not remove.
+    """
     from .. import repairing
     from ..policies.registry import POLICIES, check_policy, kind_of_policy, options_of
     from ..policies.thresholds import parse_threshold
@@ -100,6 +115,8 @@ def repair(
             residual=residual,
             device=device,
             watch=watch,
+            verdict=verdict,
+            take_back=take_back,
             **options,
         )
         watch("writing the report", 0, None)
@@ -109,7 +126,8 @@ def repair(
     if result.before.asr is None:
         output.say("No trigger is known for this model: ASR and RA cannot be measured.")
     if result.verdict is not None:
-        output.say(verdict_in_words(result.verdict, result.suspected_target, len(result.pruned)))
+        said = outcome_in_words(result.outcome, result.verdict, result.suspected_target, len(result.pruned))
+        output.say(said, style=STYLES[result.outcome])
     output.say(
         f"Pruned {len(result.pruned)} of {len(result.neurons)} neurons{_said(result.settings)} in {result.seconds:.1f} s; "
         f"accuracy on the {len(infected.clean)} clean images {result.clean_acc_before:.3f} -> {result.clean_acc_after:.3f}."
@@ -138,16 +156,23 @@ def repair(
             f"The network knew {result.clean_acc_before:.0%} of the clean images before the repair. If it is better than "
             "that, look at --mean and --std (what it does to images in [0, 1]), the order of the labels, the image size."
         )
+    if result.outcome == UNREPAIRABLE:
+        raise typer.Exit(EXIT_UNREPAIRABLE)
 
 
-def verdict_in_words(score: float, target: int | None, pruned: int) -> str:
-    """What the policy thinks of the network: is there a backdoor, and which label does it call."""
-    said = f"(score {score:.3f} of 1)"
-    if not pruned and score < 0.5:
-        return f"No sign of a backdoor: nothing pruned {said}."
-    whose = "" if target is None else f", which seems to call label {target}"
-    but = "" if pruned else ", but nothing was pruned"
-    return f"Signs of a backdoor{whose}{but} {said}."
+def outcome_in_words(outcome: str, probability: float, target: int | None, pruned: int) -> str:
+    """How a repair with a verdict ended, in one sentence."""
+    sure = f"probability of a backdoor {probability:.0%}"
+    if outcome == UNTOUCHED:
+        return f"No sign of a backdoor ({sure}): the network is as it came."
+    whose = "" if target is None else f" that calls label {target}"
+    if outcome == REPAIRED:
+        return f"Repaired: signs of a backdoor{whose} ({sure}), which fell to half or less."
+    left = f"{pruned} neurons were pruned all the same" if pruned else "the network is as it came"
+    return (
+        f"Cannot be repaired by pruning within this budget: signs of a backdoor{whose} ({sure}) stay; {left}. "
+        "A larger --budget may help."
+    )
 
 
 def result_table(name: str, policy: str, before: "Metrics", after: "Metrics", der: float | None) -> Table:

@@ -36,10 +36,6 @@ def train(
     message_passing: Annotated[
         bool, typer.Option(help="Let the policy see the connections, or each neuron alone.")
     ] = False,
-    calibration_models: Annotated[
-        int,
-        typer.Option(min=0, help="The same for the threshold of the verdict alone, which is quicker; 0 to keep 0.1."),
-    ] = 120,
     tensorboard: Annotated[Path | None, typer.Option(parser=as_place, help="Folder for TensorBoard.")] = None,
     out: Annotated[Path, typer.Option(parser=as_place, help="File of the policy.")] = Path("policies/onp.safetensors"),
     ray: Annotated[
@@ -85,7 +81,6 @@ def train(
             training.train,
             envs=envs,
             jobs=processes,
-            calibration=[name for pattern in known for name in pattern[:calibration_models]],
             tensorboard_log=tensorboard,
             progress_bar=output.bars and errors.is_terminal,
         )

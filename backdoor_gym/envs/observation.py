@@ -27,6 +27,7 @@ GLOBAL_FEATURES = (
     "shift",
     "inversion_error",
     "inversion_evidence",
+    "verdict",
 )
 _STATIC = len(STATIC_FEATURES)
 
@@ -92,6 +93,7 @@ class ObservationBuilder:
             current.suspected_danger,
             initial.suspected_danger - current.suspected_danger,
             *self._evidence,
+            prepared.evidence.probability,
         )
         return {
             "nodes": nodes,

@@ -4,7 +4,7 @@ import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -25,6 +25,13 @@ class PredictingPolicy(Protocol):
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[Any, Any]:
         """Action and state."""
+
+
+@runtime_checkable
+class JudgingPolicy(Protocol):
+    """A policy that leaves a network alone where the probability of a backdoor is lower than its threshold."""
+
+    verdict_threshold: float
 
 
 class Policy(ABC):

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from .outcomes import UNREPAIRABLE, UNTOUCHED
+
 if TYPE_CHECKING:
     from .result import RepairResult
 
@@ -20,24 +22,28 @@ class Conclusion(NamedTuple):
 
 
 def conclude(result: "RepairResult") -> Conclusion:
-    """Verdict, what was done, and whether it helped, as far as that is known."""
-    count, total, score = len(result.pruned), len(result.neurons), result.verdict
-    whose = "" if result.suspected_target is None else f" that calls label {result.suspected_target}"
+    """The outcome, what was done, and whether it helped, as far as that is known."""
+    count, total, probability = len(result.pruned), len(result.neurons), result.verdict
     before, after, test = result.before, result.after, result.infected.test
     tone, sentences = "good", []
-    if not count and score is not None and score >= 0.5:
-        tone, headline = "warning", f"Signs of a backdoor{whose}, but nothing was pruned"
-        sentences.append("No neuron could be pruned within the accuracy budget, or none was worth it.")
-    elif not count:
-        headline = "Nothing was pruned" if score is None else "No sign of a backdoor: nothing was pruned"
-        sentences.append("The network is as it came.")
-    elif score is None:
-        headline = f"{count} of {total} neurons pruned by {result.policy}"
-        sentences.append(f"{result.policy} gives no verdict on whether there is a backdoor at all.")
+    signs = f"Signs of a backdoor{'' if result.suspected_target is None else f' that calls label {result.suspected_target}'}"
+    if probability is None:
+        headline = f"{count} of {total} neurons pruned by {result.policy}" if count else "Nothing was pruned"
+        sentences.append("No verdict was asked for: a rule prunes any network, infected or not.")
+    elif result.outcome == UNTOUCHED:
+        headline = "No sign of a backdoor: the network is as it came"
+    elif result.outcome == UNREPAIRABLE:
+        tone, headline = "warning", f"{signs}, which pruning does not remove"
+        sentences.append(
+            f"{count} neurons were pruned, and the signs did not fall to half."
+            if count
+            else "Pruning did not make the signs fall to half within the accuracy budget. The network is as it came."
+        )
+        sentences.append("A larger accuracy budget may help. Do not use this network where an attacker can reach it.")
     else:
-        headline = f"Signs of a backdoor{whose}: {count} of {total} neurons pruned"
-    if score is not None:
-        sentences.append(f"The policy puts the probability of a backdoor at {score:.1%}, seen before the first prune.")
+        headline = f"{signs}: {count} of {total} neurons pruned"
+    if probability is not None:
+        sentences.append(f"The probability of a backdoor was {probability:.1%} before the first prune.")
     if before.asr is None or after.asr is None:
         sentences.append("No trigger is known for this network, so how often an attack succeeds cannot be measured.")
     else:

@@ -221,7 +221,7 @@ def _pairs(result: "RepairResult", images: Tensor, changed: Tensor, labels: list
 
 def _inverted(result: "RepairResult") -> list[dict[str, Any]]:
     """Of each family of the inverted trigger: its name, samples, and how often it works before and after."""
-    trigger = None if result.bn_evidence is None else result.bn_evidence.inverted
+    trigger = result.evidence.inverted
     if trigger is None:
         return []
     clean = trigger.clean.cpu().contiguous()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..analysis.bn_evidence import BNEvidence
+from ..analysis.evidence import Evidence
 from ..arguments import check_path
 from ..errors import BackdoorGymError
 from ..files.tensors import STATE_DICT, write_tensors
@@ -22,6 +22,7 @@ from ..neurons.copying import taking_norms_off
 from ..neurons.layers import Neurons
 from ..rendering.drawing import Snapshot, frame
 from ..writing import as_json, beside, finite, write_text
+from .outcomes import REPAIRED
 from .page import render
 
 #: Files in the folder that ``RepairResult.save`` writes; the network of transformers or timm has names of its own.
@@ -67,12 +68,10 @@ class RepairResult:
         snapshot: the network as it is drawn.
         features: static features of each neuron, standardised within its layer (``analysis.features``), float32 (neurons, F).
         course: what was pruned and given back, step by step.
-        bn_evidence: what the BN statistics say, the inverted trigger among it; None where there is no batch normalisation.
+        evidence: the signs of a backdoor, and the inverted trigger.
         arguments: what ``repair`` was called with, for doing it again; None for a model or a policy that is no name.
-        verdict: probability that the network has a backdoor, as the policy judges it before it prunes; None where the
-            policy gives none, or there are no BN statistics to judge by.
-        suspected_target: the label that the BN statistics call, or without any the one that images get at the least
-            change; None where neither tells.
+        outcome: "untouched", "repaired" or "unrepairable" (see ``repair``).
+        verdict: probability that the network has a backdoor, before anything is pruned; None without a verdict.
 
     Examples:
         >>> from backdoor_gym import repair
@@ -97,10 +96,15 @@ class RepairResult:
     snapshot: Snapshot
     features: np.ndarray
     course: tuple[Change, ...]
-    bn_evidence: BNEvidence | None
+    evidence: Evidence
     arguments: dict[str, Any]
+    outcome: str = REPAIRED
     verdict: float | None = None
-    suspected_target: int | None = None
+
+    @property
+    def suspected_target(self) -> int | None:
+        """The label that the signs point to; None where they point to none."""
+        return self.evidence.target
 
     @property
     def module(self) -> nn.Module:
@@ -164,7 +168,9 @@ class RepairResult:
             "clean_acc_after": self.clean_acc_after,
             "clean_images": len(self.infected.clean),
             "seconds": round(self.seconds, 3),
+            "outcome": self.outcome,
             "verdict": self.verdict,
+            "signs": dict(self.evidence.signs),
             "suspected_target": self.suspected_target,
             "arguments": self.arguments,
             "course": [asdict(change) for change in self.course],

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..analysis.bn_evidence import BNEvidence, find_bn_evidence
+from ..analysis.bn_evidence import BNEvidence
+from ..analysis.evidence import Evidence, find_evidence
 from ..analysis.features import STATIC_FEATURES, neuron_features
-from ..analysis.label_inversion import invert_by_label
 from ..analysis.mask_gradient import mask_gradient
 from ..analysis.neuron_graph import NeuronGraph, input_strengths, max_edges, neuron_graph
 from ..analysis.suspected_target import SuspectedTarget
@@ -106,9 +106,14 @@ class PreparedModel:
         return Defender(self.model.network, self.neurons, self.units, self.clean.images, self.clean.labels)
 
     @cached_property
+    def evidence(self) -> Evidence:
+        """The signs of a backdoor."""
+        return find_evidence(self.neurons, self.clean.images, self.clean.labels)
+
+    @property
     def bn_evidence(self) -> BNEvidence | None:
         """What the BN statistics say of a backdoor; None where there is no batch normalisation."""
-        return find_bn_evidence(self.neurons, self.clean.images, self.clean.labels)
+        return self.evidence.bn
 
     @property
     def suspected(self) -> SuspectedTarget | None:
@@ -117,10 +122,8 @@ class PreparedModel:
 
     @cached_property
     def inverted(self) -> InvertedTrigger | None:
-        """The trigger sought in the image, by the label alone without batch normalisation; None where none can be."""
-        if self.bn_evidence is not None:
-            return self.bn_evidence.inverted
-        return invert_by_label(self.neurons, self.clean.images, self.clean.labels, self.model.num_classes)
+        """The trigger sought in the image; None where none can be."""
+        return self.evidence.inverted
 
     @cached_property
     def features(self) -> np.ndarray:

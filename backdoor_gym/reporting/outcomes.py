@@ -1,0 +1,3 @@
+"""How a repair may end."""
+
+UNTOUCHED, REPAIRED, UNREPAIRABLE = "untouched", "repaired", "unrepairable"
