@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from ..analysis.bn_evidence import BNEvidence
 from ..arguments import check_path
@@ -51,7 +51,7 @@ class RepairResult:
 
     Attributes:
         network: the repaired network, from images in [0, 1] to logits: the class of the original, zeros written where neurons
-            were pruned. Where ``preprocess`` stands in front of it, ``module`` is the network behind.
+            were pruned, or the constants of ``fill``. Where ``preprocess`` stands in front of it, ``module`` is the network behind.
         pruned: names of the neurons that stayed pruned, in the order in which they went.
         before: ACC, ASR and RA on test images before; None where test images or trigger are not known.
         after: the same afterwards.
@@ -73,6 +73,7 @@ class RepairResult:
             policy gives none, or there are no BN statistics to judge by.
         suspected_target: the label that the BN statistics call, or without any the one that images get at the least
             change; None where neither tells.
+        fill: what each neuron gives where it is pruned, float32 (neurons,); None for zeros.
 
     Examples:
         >>> from backdoor_gym import repair
@@ -101,6 +102,7 @@ class RepairResult:
     arguments: dict[str, Any]
     verdict: float | None = None
     suspected_target: int | None = None
+    fill: Tensor | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -138,7 +140,7 @@ class RepairResult:
         Raises:
             CompactionError: the network cannot take the clean images.
         """
-        cut = cut_channels(self.infected.network, self.neurons, self.mask, self.infected.clean.images)
+        cut = cut_channels(self.infected.network, self.neurons, self.mask, self.infected.clean.images, self.fill)
         for stop in cut.stops:
             warnings.warn(stop, stacklevel=2)
         if isinstance(cut.network, Preprocessed):
