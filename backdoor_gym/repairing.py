@@ -12,6 +12,7 @@ from .devices import find_device
 from .envs.prune import BackdoorPruneEnv
 from .errors import DataError, UnknownNameError
 from .masking.export import write_mask
+from .masking.fill import check_fill
 from .metrics import Metrics, der
 from .models.catalogue import load_infected
 from .models.infected import InfectedModel
@@ -36,6 +37,7 @@ def repair(
     *,
     max_steps: int | None = None,
     residual: str = "channel",
+    fill: str = "zero",
     data: str | None = None,
     device: str = "cpu",
     watch: Watch | None = None,
@@ -53,6 +55,8 @@ def repair(
             0.01 for "onp", None for rules with a published threshold and 0.02 for others.
         max_steps: most steps of the policy, None for as many as there are neurons.
         residual: "channel", or "group" to prune neurons that share a residual sum together.
+        fill: what a pruned neuron gives: "zero", or "mean" for its mean over the clean images, which disturbs the network less
+            (Evci et al., 2018); zero where the network cannot hold a constant.
         data: data set to read a file's images from, instead of the one it names.
         device: where the network runs.
         watch: called with what is being done, how much of it is done, and of how much (None where that is not known).
@@ -75,6 +79,7 @@ def repair(
     if not isinstance(policy, str) and not callable(getattr(policy, "predict", None)):
         raise DataError(f"a policy must be a name, a file, or an object with predict, not {shown(policy)}")
     check_callable("watch", watch, may_be_none=True)
+    check_fill(fill)
     find_device(device)
     model = infected if isinstance(infected, InfectedModel) else load_infected(infected, data)
     name = policy if isinstance(policy, str) else type(policy).__name__.lower()
@@ -90,6 +95,7 @@ def repair(
         "accuracy_budget": accuracy_budget,
         "max_steps": max_steps,
         "residual": residual,
+        "fill": fill,
         "data": data,
         "device": device,
         **options,
@@ -103,6 +109,7 @@ def repair(
         accuracy_budget=accuracy_budget,
         max_steps=max_steps,
         residual=residual,
+        fill=fill,
         score_samples=0,
         device=device,
         disable_env_checker=True,
@@ -127,7 +134,7 @@ def repair(
             stacklevel=2,
         )
     mask = prepared.neuron_mask(session.state.pruned)
-    network = write_mask(model.network, prepared.neurons, mask)
+    network = write_mask(model.network, prepared.neurons, mask, fill=prepared.fill)
     before = model.evaluate(deep_copy(model.network).to(device), lambda *count: watch("scoring before", *count))
     after = model.evaluate(network.to(device), lambda *count: watch("scoring after", *count))
     network.cpu()
@@ -160,6 +167,7 @@ def repair(
         arguments,
         verdict,
         None if suspected is None else suspected.target,
+        prepared.fill,
     )
 
 

@@ -65,6 +65,12 @@ def repair(
         Path | None, typer.Option(parser=as_place, help="Folder for the results; default: repaired/NAME.")
     ] = None,
     residual: ResidualOption = "channel",
+    fill: Annotated[
+        str,
+        typer.Option(
+            help='What pruned neurons give: "zero", or "mean" for their mean over the clean images, which disturbs less.'
+        ),
+    ] = "zero",
     data: DataOption = None,
     device: DeviceOption = "cpu",
     network: own_network.OwnNetwork = own_network.NOTHING_SAID,
@@ -98,6 +104,7 @@ def repair(
             policy,
             repairing.DEFAULT_BUDGET if budget is None else budget,
             residual=residual,
+            fill=fill,
             device=device,
             watch=watch,
             **options,
