@@ -257,9 +257,9 @@ def test_derivatives_are_the_first_order_effect_of_the_constant(name):
         masked = MaskedNetwork(neurons, IMAGES, fill=fill)
         torch.testing.assert_close(masked.mask_gradient(mask, QUANTITY), expected, rtol=1e-3, atol=bound)
         rows = torch.tensor([3, 11, 5])
-        some = masked.mask_gradient(mask, QUANTITY, rows)
+        of_rows = masked.mask_gradient(mask, QUANTITY, rows)
         torch.testing.assert_close(
-            some, mask_gradient(neurons, IMAGES[rows], QUANTITY, mask, fill), rtol=1e-3, atol=1e-5
+            of_rows, mask_gradient(neurons, IMAGES[rows], QUANTITY, mask, fill), rtol=1e-3, atol=1e-5
         )
 
 
