@@ -128,7 +128,9 @@ def test_pruned_neurons_can_give_their_clean_mean(infected, tmp_path):
         torch.testing.assert_close(compact(images), logits, rtol=1e-4, atol=1e-4)
         weights, *_, page = mean.save(tmp_path)
         torch.testing.assert_close(load_infected(weights).network(images), logits)
-    assert "fill='mean'" in unescape(page.read_text())
+    text = unescape(page.read_text())
+    assert "fill='mean'" in text
+    assert "with their clean means where neurons were pruned" in text
 
 
 def test_a_network_of_ones_own_with_constants_is_cut(tmp_path):
