@@ -14,6 +14,7 @@ from .devices import find_device
 from .envs.prune import BackdoorPruneEnv
 from .errors import DataError, UnknownNameError
 from .masking.export import write_mask
+from .masking.fill import check_fill
 from .metrics import Metrics, der
 from .models.catalogue import load_infected
 from .models.infected import InfectedModel
@@ -41,6 +42,7 @@ def repair(
     *,
     max_steps: int | None = None,
     residual: str = "channel",
+    fill: str = "zero",
     data: str | None = None,
     device: str = "cpu",
     watch: Watch | None = None,
@@ -64,6 +66,8 @@ def repair(
             0.01 for "onp", None for rules with a published threshold and 0.02 for others.
         max_steps: most steps of the policy, None for as many as there are neurons.
         residual: "channel", or "group" to prune neurons that share a residual sum together.
+        fill: what a pruned neuron gives: "zero", or "mean" for its mean over the clean images, which disturbs the network less
+            (Evci et al., 2018); zero where the network cannot hold a constant.
         data: data set to read a file's images from, instead of the one it names.
         device: where the network runs.
         watch: called with what is being done, how much of it is done, and of how much (None where that is not known).
@@ -91,6 +95,7 @@ def repair(
     check_callable("watch", watch, may_be_none=True)
     check_kind("verdict", verdict, bool, "True or False", may_be_none=True)
     check_kind("take_back", take_back, bool, "True or False")
+    check_fill(fill)
     find_device(device)
     model = infected if isinstance(infected, InfectedModel) else load_infected(infected, data)
     name = policy if isinstance(policy, str) else type(policy).__name__.lower()
@@ -106,6 +111,7 @@ def repair(
         "accuracy_budget": accuracy_budget,
         "max_steps": max_steps,
         "residual": residual,
+        "fill": fill,
         "data": data,
         "device": device,
         "verdict": verdict,
@@ -121,6 +127,7 @@ def repair(
         accuracy_budget=accuracy_budget,
         max_steps=max_steps,
         residual=residual,
+        fill=fill,
         score_samples=0,
         device=device,
         disable_env_checker=True,
@@ -153,7 +160,7 @@ def repair(
             stacklevel=2,
         )
     mask = prepared.neuron_mask(session.state.pruned)
-    network = write_mask(model.network, prepared.neurons, mask)
+    network = write_mask(model.network, prepared.neurons, mask, fill=prepared.fill)
     before = model.evaluate(deep_copy(model.network).to(device), lambda *count: watch("scoring before", *count))
     after = model.evaluate(network.to(device), lambda *count: watch("scoring after", *count))
     network.cpu()
@@ -185,6 +192,7 @@ def repair(
         arguments,
         outcome,
         probability,
+        prepared.fill,
     )
 
 

@@ -45,6 +45,16 @@ def test_repair_without_arguments_repairs_the_embedded_model(run, tmp_path):
     assert (tmp_path / "repaired" / "digits-badnets" / "repaired.safetensors").exists()
 
 
+def test_pruned_neurons_give_their_clean_mean_where_that_is_asked_for(run, infected_file, tmp_path):
+    asked = ("--policy", "clp", "--u", "1.5", "--fill", "mean", "--out", "mean", "--quiet")
+    assert run("repair", infected_file, *asked)[0] == 0
+    expected = repair(infected_file, "clp", u=1.5, fill="mean")
+    assert json.loads((tmp_path / "mean" / "pruned.json").read_text())["after"] == expected.after.as_dict()
+    code, _, err = run("repair", infected_file, "--fill", "median")
+    assert code != 0
+    assert 'fill must be "zero" or "mean"' in err
+
+
 @pytest.mark.slow
 def test_neurons_of_a_residual_sum_are_pruned_together_where_that_is_asked_for(run, infected_file, tmp_path):
     for residual in ("channel", "group"):

@@ -43,8 +43,8 @@ def test_patterns_are_texts():
     ("name", "value"),
     [
         ("accuracy_budget", "x"), ("max_steps", -1), ("residual", []), ("device", 5), ("watch", 5), ("seed", "x"),
-        ("look_ahead", 3), ("finetune", "a"), ("nothing_like_it", 1), ("policy", object()), ("policy", None),
-        ("policy", Path("none.safetensors")), ("infected", None), ("infected", nn.Identity()),
+        ("fill", "avg"), ("fill", None), ("look_ahead", 3), ("finetune", "a"), ("nothing_like_it", 1), ("policy", object()),
+        ("policy", None), ("policy", Path("none.safetensors")), ("infected", None), ("infected", nn.Identity()),
     ],
 )  # fmt: skip
 def test_repair(infected, name, value):

@@ -1,4 +1,6 @@
 import json
+import warnings
+from html import unescape
 
 import gymnasium as gym
 import pytest
@@ -6,7 +8,7 @@ import torch
 from sb3_contrib import MaskablePPO
 from torch import nn
 
-from backdoor_gym import InfectedModel, repair
+from backdoor_gym import InfectedModel, load_infected, repair
 from backdoor_gym.agents import ONP
 from backdoor_gym.baselines import CLP, RandomPolicy
 from backdoor_gym.errors import BackdoorGymError, ModelFileError, UnknownNameError
@@ -107,6 +109,47 @@ def test_every_rule_repairs_by_name_as_far_as_a_budget_goes(infected, name, tmp_
 def test_groups_can_be_pruned(infected):
     result = repair(infected, "clp", u=1.5, residual="group")
     assert len(result.pruned) > len(repair(infected, "clp", u=1.5).pruned)
+
+
+def test_pruned_neurons_can_give_their_clean_mean(infected, tmp_path):
+    zero, mean = (repair(infected, "clp", u=1.5, fill=fill) for fill in ("zero", "mean"))
+    assert repair(infected, "clp", u=1.5).clean_acc_after == zero.clean_acc_after
+    assert zero.fill is None
+    assert (mean.arguments["fill"], mean.pruned) == ("mean", zero.pruned)
+    assert mean.fill.any()
+    images, labels = infected.clean.images, infected.clean.labels
+    with torch.no_grad():
+        logits = mean.network(images)
+        assert not torch.allclose(logits, zero.network(images), rtol=1e-2, atol=1e-2)
+        assert (logits.argmax(1) == labels).float().mean().item() == pytest.approx(mean.clean_acc_after)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what pads with zeros keeps its constants
+            compact = mean.compact()
+        torch.testing.assert_close(compact(images), logits, rtol=1e-4, atol=1e-4)
+        weights, *_, page = mean.save(tmp_path)
+        torch.testing.assert_close(load_infected(weights).network(images), logits)
+    text = unescape(page.read_text())
+    assert "fill='mean'" in text
+    assert "with their clean means where neurons were pruned" in text
+
+
+def test_a_network_of_ones_own_with_constants_is_cut(tmp_path):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 20, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(720, 3))
+    with torch.no_grad():
+        module[0].weight[4] *= 50
+        module[0].bias += 1
+    images = torch.rand(30, 1, 8, 8)
+    model = InfectedModel.from_module(module, clean=(images, torch.randint(0, 3, (30,))))
+    result = repair(model, "clp", fill="mean")
+    assert result.pruned == ["0[4]"]
+    assert result.compact()[0].out_channels == 19
+    own = result.module
+    assert not own[0].weight[4].any()
+    torch.testing.assert_close(own[0].bias[4], module[:2](images)[:, 4].mean())
+    torch.testing.assert_close(result.compact()(images), own(images), rtol=1e-4, atol=1e-4)
+    result.save(tmp_path)
+    assert json.loads((tmp_path / "pruned.json").read_text())["arguments"]["fill"] == "mean"
 
 
 def test_a_module_that_is_not_ours(tmp_path):

@@ -283,7 +283,9 @@ def run_cell(blank: Result, maker: Maker, ready: Ready, conditions: Conditions) 
     run_episode(policy, env, observation)
     seconds = time.perf_counter() - start + memory.spared - spared
     mask = env.session.prepared.neuron_mask(env.session.state.pruned)
-    after = model.evaluate(write_mask(model.network, env.session.prepared.neurons, mask).to(conditions.device))
+    prepared = env.session.prepared
+    repaired = write_mask(model.network, prepared.neurons, mask, fill=prepared.fill)
+    after = model.evaluate(repaired.to(conditions.device))
     shares: dict[str, Any] = {f"{name}_before": value for name, value in before.as_dict().items()} | after.as_dict()
     return replace(
         blank,

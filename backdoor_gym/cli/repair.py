@@ -77,6 +77,12 @@ def repair(
         bool, typer.Option(help="Give the network back as it came where pruning does not remove the signs.")
     ] = True,
     residual: ResidualOption = "channel",
+    fill: Annotated[
+        str,
+        typer.Option(
+            help='What pruned neurons give: "zero", or "mean" for their mean over the clean images, which disturbs less.'
+        ),
+    ] = "zero",
     data: DataOption = None,
     device: DeviceOption = "cpu",
     network: own_network.OwnNetwork = own_network.NOTHING_SAID,
@@ -113,6 +119,7 @@ def repair(
             policy,
             repairing.DEFAULT_BUDGET if budget is None else budget,
             residual=residual,
+            fill=fill,
             device=device,
             watch=watch,
             verdict=verdict,

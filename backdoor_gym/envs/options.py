@@ -6,6 +6,7 @@ from typing import Any
 from ..arguments import check_path, check_real, check_whole
 from ..devices import find_device
 from ..errors import DataError, UnknownNameError, check_name
+from ..masking.fill import check_fill
 from ..neurons.layers import RESIDUAL_MODES
 from ..wording import shown
 
@@ -60,6 +61,7 @@ def check_arguments(options: Mapping[str, Any]) -> None:
     if links * (options["max_units"] or 0) > MOST_EDGES:
         raise DataError(f"max_units times connections and similar may be {MOST_EDGES} edges at most")
     check_name("residual mode", options["residual"], RESIDUAL_MODES)
+    check_fill(options["fill"])
     check_path("data", options["data"], may_be_none=True)
     find_device(options["device"])
     if options["render_mode"] is not None:

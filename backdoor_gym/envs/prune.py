@@ -131,6 +131,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         data: data set to read the images of model files from, instead of the one they name.
         device: where the network runs.
         render_mode: "human", "rgb_array", "ansi" or None.
+        fill: what a pruned neuron gives: "zero", or "mean" for its mean over the clean images (``backdoor_gym.masking.fill``).
 
     ## Version history
 
@@ -158,6 +159,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         data: str | None = None,
         device: str = "cpu",
         render_mode: str | None = None,
+        fill: str = "zero",
     ) -> None:
         options = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         EzPickle.__init__(self, **options)
@@ -170,7 +172,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self.render_mode = render_mode
         self._reward = make_reward(reward)
         self.generator = InfectedGenerator(
-            infected, Preparation(residual, connections, similar, clean_samples, device), data
+            infected, Preparation(residual, connections, similar, clean_samples, device, fill), data
         )
         self._observer = ObservationBuilder(max_units or self.generator.max_units(), connections, similar)
         self.observation_space = self._observer.space  # type: ignore[assignment]

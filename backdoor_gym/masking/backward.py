@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..neurons.channels import mask_channels
+from ..neurons.channels import Filled, Mask, along_channels, mask_channels
 from .memory_format import in_order_of
 from .operations import Operations
 
@@ -27,7 +27,7 @@ class Kept(Protocol):
 def mask_derivatives(
     operations: Operations,
     kept: Kept,
-    masks: dict[fx.Node, Tensor | None],
+    masks: dict[fx.Node, Mask],
     gradient: Tensor,
 ) -> dict[fx.Node, Tensor]:
     """Derivative of a quantity of the logits by the mask of each layer, float32 (channels,); none where it has no part.
@@ -52,7 +52,7 @@ def by_logits(quantity: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
 def by_autograd(
     graph: fx.GraphModule,
     images: Tensor,
-    masks: Sequence[Tensor | None],
+    masks: Sequence[Mask],
     sizes: Sequence[int],
     quantity: Callable[[Tensor], Tensor],
 ) -> Tensor:
@@ -65,19 +65,23 @@ def by_autograd(
         sizes: of the layers.
         quantity: from logits (n, classes) to a scalar.
     """
+    plain = [mask.mask if isinstance(mask, Filled) else mask for mask in masks]
     leaves = [
         (images.new_ones(size) if mask is None else mask.clone()).requires_grad_()
-        for mask, size in zip(masks, sizes, strict=True)
+        for mask, size in zip(plain, sizes, strict=True)
+    ]
+    read = [
+        Filled(leaf, mask.fill) if isinstance(mask, Filled) else leaf for leaf, mask in zip(leaves, masks, strict=True)
     ]
     with torch.enable_grad():
-        value = quantity(graph(images, *leaves))
+        value = quantity(graph(images, *read))
         # An answer that only looks at which value is the largest has no derivative.
         by_mask = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
     return torch.cat([torch.zeros_like(leaf) if by is None else by for leaf, by in zip(leaves, by_mask, strict=True)])
 
 
 class _Backward:
-    def __init__(self, operations: Operations, kept: Kept, masks: dict[fx.Node, Tensor | None]) -> None:
+    def __init__(self, operations: Operations, kept: Kept, masks: dict[fx.Node, Mask]) -> None:
         self.operations, self.kept, self.masks = operations, kept, masks
         self.values: dict[fx.Node, Any] = {**masks}
         self.gradients: dict[fx.Node, Tensor] = {}
@@ -128,8 +132,12 @@ class _Backward:
         values = self.value(source)
         axis: Any = node.args[2] if len(node.args) > 2 else 1
         units = self.value(rest[0]) if rest else None
+        kept = self.masks[mask]
+        if isinstance(kept, Filled):  # what a mask takes away is the difference from the constant
+            values = values - along_channels(kept.fill, values.ndim, axis)
+            kept = kept.mask
         if source in self.behind_masks:
-            self._add(source, mask_channels(gradient, self.masks[mask], axis, units))
+            self._add(source, mask_channels(gradient, kept, axis, units))
         others = [other for other in range(values.ndim) if other != axis % values.ndim]
         derivative = (gradient * values).sum(others, dtype=torch.float32)
         if units is not None:

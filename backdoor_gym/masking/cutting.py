@@ -1,5 +1,6 @@
 """Channels cut out of a network: a smaller one of the same class that gives the same outputs."""
 
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from ..neurons.operations import MOVES, operation
 from ..neurons.recording import in_words, watching
 from ..neurons.tracing import same_logits
 from ..wording import first_line
+from .constants import Move, Reading, move, readings
 from .export import write_mask
 
 #: Largest difference of logits, over the largest of them, that rounding may make.
@@ -54,7 +56,13 @@ class _Piece(NamedTuple):
     channels: int
 
 
-def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images: Tensor) -> Cut:
+#: Where the constants of what is cut out go, by the weight, axis and groups of the layer that reads them.
+_Moves = Mapping[tuple[str, int, int], Move]
+
+
+def cut_channels(
+    network: nn.Module, neurons: Neurons, mask: np.ndarray, images: Tensor, fill: Tensor | None = None
+) -> Cut:
     """A smaller network without the channels that the mask makes useless, with the same outputs.
 
     A channel can be cut where everything that reads it reads zeros: in a residual network, where all neurons that share
@@ -62,16 +70,20 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
     loses as many, those of the group with the fewest useless ones. Where the network's own code
     counts on a number of channels (``view(-1, 64)``) they stay as well, and ``stops`` names the layer.
 
+    Where pruned neurons give constants, these go into the bias of the layer that reads them, or the mean of the BN behind it.
+    Where they cannot go there exactly, as before a convolution that pads with zeros, the channel stays, as a constant.
+
     Args:
         network: the network that the neurons were found in.
         neurons: its neurons.
         mask: bool (neurons,), True where kept.
         images: float32 (n, C, H, W), to check that its outputs stay the same.
+        fill: what each neuron gives where it is pruned, float32 (neurons,); None for zeros.
 
     Raises:
         CompactionError: the network cannot take the images.
     """
-    masked = write_mask(network, neurons, mask).cpu().eval()
+    masked = write_mask(network, neurons, mask, fill=fill).cpu().eval()
     images = images[:64].cpu()
     try:
         with torch.no_grad():
@@ -80,11 +92,12 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
         raise CompactionError(
             f"{type(own_module(network)).__name__} cannot take these images, to check a cut with: {error}"
         ) from error
-    plan = _Plan(masked, neurons, mask)
+    plan = _Plan(masked, neurons, mask, images, fill)
     groups, stops = plan.groups(), plan.stops()
     if not groups and not mask.all() and not stops:
         return Cut(masked, (_none_alone(neurons, mask),))
-    compact, _ = _attempt(masked, [piece for group in groups for part in group for piece in part], images, expected)
+    everything = [piece for group in groups for part in group for piece in part]
+    compact, _ = _attempt(masked, everything, plan.moves, images, expected)
     if compact is not None:
         return Cut(compact, tuple(stops))
     accepted: list[_Piece] = []
@@ -92,7 +105,7 @@ def cut_channels(network: nn.Module, neurons: Neurons, mask: np.ndarray, images:
     def without(pieces: list[_Piece]) -> str | None:
         """Cut these, too, or tell why not."""
         nonlocal compact
-        smaller, reason = _attempt(masked, [*accepted, *pieces], images[:3], expected[:3])
+        smaller, reason = _attempt(masked, [*accepted, *pieces], plan.moves, images[:3], expected[:3])
         if smaller is None:
             return reason or plan.difference(pieces[0])
         compact = smaller
@@ -133,7 +146,7 @@ def _none_alone(neurons: Neurons, mask: np.ndarray) -> str:
     few = f"{', '.join(names[:4])}{', ...' if names[4:] else ''}"
     return (
         f"no pruned channel could be cut out: those of {few} are added to channels that were kept, or multiply them as gates, so "
-        'that they are needed there, as zeros; residual="group" prunes what is added together'
+        'that they are needed there, as zeros or constants; residual="group" prunes what is added together'
     )
 
 
@@ -142,7 +155,7 @@ def _stop(count: int, layer: str, reason: str) -> str:
 
 
 def _attempt(
-    network: nn.Module, pieces: list[_Piece], images: Tensor, expected: Tensor
+    network: nn.Module, pieces: list[_Piece], moves: _Moves, images: Tensor, expected: Tensor
 ) -> tuple[nn.Module | None, str]:
     """A copy without these pieces, or None and why it cannot run; no reason where it would answer differently."""
     smaller = deep_copy(network)
@@ -153,7 +166,7 @@ def _attempt(
 
     try:
         with watching(smaller, lambda name, _: path.append(name), leave), torch.no_grad():
-            _remove(smaller, pieces)
+            _remove(smaller, pieces, moves)
             logits = smaller(images.clone())
     except Exception as error:  # the user's code, made for other numbers of channels
         return None, f"{in_words(path[-1] if path else '')} counts on their number ({first_line(error)})"
@@ -162,10 +175,13 @@ def _attempt(
     return smaller, ""
 
 
-def _remove(network: nn.Module, pieces: list[_Piece]) -> None:
+def _remove(network: nn.Module, pieces: list[_Piece], moves: _Moves) -> None:
     places: dict[tuple[str, int, int], set[int]] = {}
     for piece in pieces:
         places.setdefault(piece[:3], set()).update(piece.places)
+    for where, gone in places.items():  # all of them while weights and biases are whole
+        if where in moves:
+            moves[where].do(network, gone)
     for (name, axis, groups), gone in places.items():
         owner_name, _, attribute = name.rpartition(".")
         owner = network.get_submodule(owner_name)
@@ -190,20 +206,28 @@ class _Plan:
     """Which channels nothing needs, and where they are in the tensors of the network.
 
     Channels of one class (those that a sum joins) can only go together. A class is *needed* where something reads it that is
-    not zero, or where something works on all of its channels together.
+    neither zero nor a constant that can go into its bias, or where something works on all of its channels together.
 
     Attributes:
         needed: for each class, whether it has to stay, bool (classes,).
         along: axes of tensors of the network that channels lie along: name, axis, in how many groups, and the label of each place.
         grouped: what each group of a convolution reads or gives: its name, and labels, int64 (groups, channels of a group).
+        moves: where constants go.
     """
 
-    def __init__(self, network: nn.Module, neurons: Neurons, mask: np.ndarray) -> None:
+    def __init__(
+        self, network: nn.Module, neurons: Neurons, mask: np.ndarray, images: Tensor, fill: Tensor | None = None
+    ) -> None:
         self.network, self.neurons, self.mask = network, neurons, mask
+        self.fill = np.zeros(len(neurons), dtype=np.float32) if fill is None else fill.numpy()
         self.channels = Channels(neurons.graph)
         #: Labels that a mask takes away, and those of the same layers that it leaves.
         self.gone, self.left = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        self.zero = self._zeros()
+        self.zero, self.constant = self._zeros_and_constants()
+        self.readings: dict[fx.Node, Reading] = {}
+        if fill is not None and (self.constant & ~self.zero).any():
+            self.readings = readings(self.channels, neurons, mask, fill, images)
+        self.moves: dict[tuple[str, int, int], Move] = {}
         self.classes = classes(self.channels, depthwise=True)
         self.needed = np.zeros(self.classes.max() + 1, dtype=bool)
         #: What needs a class of channels whatever they hold, and the first layer that reads what is not zero in it.
@@ -331,7 +355,8 @@ class _Plan:
         elif isinstance(module, WEIGHTED):
             if groups > 1:
                 self.grouped += [(layer.name, labels.reshape(groups, -1)) for labels in (made, read)]
-            self._need(read[~self.zero[np.maximum(read, 0)]], self.read, layer.name)
+            self._need(read[~self.constant[np.maximum(read, 0)]], self.read, layer.name)
+            self._move_constants(node, read, groups)
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and (read == UNKNOWN).any():
             self._need(made, self.held, f"what {layer.name} reads could not be followed")
         if calls > 1:
@@ -342,6 +367,21 @@ class _Plan:
                 self.along.append((name, 0, 1, made))
             if len(shape) > 1 and isinstance(module, WEIGHTED) and shape[1] * groups == len(read):
                 self.along.append((name, 1, groups, read))
+
+    def _move_constants(self, node: fx.Node, read: np.ndarray, groups: int) -> None:
+        """Find out where the constants that a layer reads can go; need those that can go nowhere."""
+        number = np.maximum(read, 0)
+        constant = (read > 0) & self.constant[number] & ~self.zero[number]
+        if not constant.any():
+            return
+        reading, layer = self.readings[node], self.channels.lowered[str(node.target)]
+        why = f"what {layer.name} reads of them is not the same everywhere, and cannot go into its bias"
+        self._need(read[constant & ~reading.steady], self.held, why)
+        moved = move(self.channels, node, self.network, reading.values)
+        if isinstance(moved, str):
+            self._need(read[constant & reading.steady], self.held, moved)
+        else:
+            self.moves[moved.weight, 1, groups] = moved
 
     def _look_beside(self, node: fx.Node) -> None:
         """Parameters that an operation reads beside channels, one for each of them."""
@@ -367,24 +407,35 @@ class _Plan:
             else:
                 self.along.append((parameter, place, 1, along))
 
-    def _zeros(self) -> np.ndarray:
-        """Of each label, whether it is of zeros whatever the image, bool (labels,)."""
-        channels = self.channels
+    def _zeros_and_constants(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each label, whether it is of zeros, and of a constant, whatever the image; both bool (labels,).
+
+        Constants are followed where neurons are filled with them. What they are, the pass of the network tells.
+        """
+        channels, follows = self.channels, bool(self.fill.any())
         zero = np.zeros(channels.count, dtype=bool)
         zero[ZERO] = True
+        constant = zero.copy()
         for block in channels.blocks:
-            kind = channels.kinds[block.node]
-            read = [np.where(parents == UNKNOWN, False, zero[np.maximum(parents, 0)]) for parents in block.parents]
+            kind, own = channels.kinds[block.node], block.own
+            zeros, constants = (
+                [np.where(parents == UNKNOWN, False, of[np.maximum(parents, 0)]) for parents in block.parents]
+                for of in (zero, constant)
+            )
             if kind is Kind.MASK:
-                zero[block.own] = read[0] | self._pruned(block.node, block.parents[0])
+                pruned, zeroed = self._pruned(block.node, block.parents[0])
+                zero[own], constant[own] = np.where(pruned, zeroed, zeros[0]), pruned | constants[0]
             elif kind is Kind.SUM:
-                zero[block.own] = np.logical_and.reduce(read)
+                zero[own], constant[own] = np.logical_and.reduce(zeros), np.logical_and.reduce(constants)
             elif kind is Kind.PRODUCT:
-                zero[block.own] = np.logical_or.reduce(read)
-        return zero
+                zero[own] = np.logical_or.reduce(zeros)
+                constant[own] = zero[own] | np.logical_and.reduce(constants) if follows else zero[own]
+            elif kind in (Kind.CHANNELWISE, Kind.GATE) and follows:
+                constant[own] = np.logical_and.reduce(constants)
+        return zero, constant
 
-    def _pruned(self, node: fx.Node, labels: np.ndarray) -> np.ndarray:
-        """Which of the labels that a mask reads it takes away."""
+    def _pruned(self, node: fx.Node, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the labels that a mask reads it takes away, and in the place of which of these there are zeros."""
         site, placeholder = node.args[:2]
         layer = self.neurons.layers[int(str(placeholder).removeprefix("neuron_mask_"))]
         assert isinstance(site, fx.Node)
@@ -392,6 +443,7 @@ class _Plan:
         if len(node.args) > 3:
             units = attrgetter(str(node.args[3].target))(self.neurons.graph).cpu().numpy()  # type: ignore[union-attr]
         made = self.channels.made(site)
-        gone = made[(units >= 0) & ~self.mask[layer.neurons][units]]
+        pruned = (units >= 0) & ~self.mask[layer.neurons][units]
+        gone, zeroed = made[pruned], made[pruned & (self.fill[layer.neurons][units] == 0)]
         self.gone, self.left = np.union1d(self.gone, gone), np.union1d(self.left, np.setdiff1d(made, gone))
-        return np.isin(labels, gone)
+        return np.isin(labels, gone), np.isin(labels, zeroed)

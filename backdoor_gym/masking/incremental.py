@@ -57,7 +57,7 @@ class Evaluation:
         self.plan = plan
         self.neurons, self.operations, self.inputs = plan.neurons, plan.operations, plan.inputs
         self.base, self.base_mask = base, base_mask
-        self.masks = dict(zip(self.inputs[1:], plan.neurons.layer_masks(mask, plan.device), strict=True))
+        self.masks = dict(zip(self.inputs[1:], plan.masks(mask), strict=True))
         self.differing = {
             self.inputs[1 + layer]: np.flatnonzero(
                 mask[self.neurons.layers[layer].neurons] != base_mask[self.neurons.layers[layer].neurons]
@@ -135,7 +135,8 @@ class Evaluation:
         channels = self.differing.get(mask)
         if node.args[2:] not in ((), (1,)) or source in self.dirty or source not in self.base or channels is None:
             return None
-        layer = self.neurons.layers[self.inputs.index(mask) - 1]
+        number = self.inputs.index(mask) - 1
+        layer, fill = self.neurons.layers[number], self.plan.fills[number]
         if len(channels) > FEW * layer.size:
             return None
         values = self.dense(source)
@@ -144,7 +145,11 @@ class Evaluation:
         differing = select(values, 1, index)
         shape = (-1, *[1] * (differing.ndim - 2))
         kept_before = kept_before.to(values).view(shape)
-        return SomeChannels(layer.size, index, differing * kept_before, differing * (1 - kept_before))
+        before, now = differing * kept_before, differing * (1 - kept_before)
+        if fill is not None:
+            constants = fill[index].to(values).view(shape)
+            before, now = before + constants * (1 - kept_before), now + constants * kept_before
+        return SomeChannels(layer.size, index, before, now)
 
     def _on_channels(self, node: fx.Node, state: Any) -> SomeChannels | None:
         if not isinstance(state, SomeChannels):

@@ -23,6 +23,8 @@ KEPT_BYTES = 1 << 30
 class MaskedNetwork:
     """Logits of some images under any mask: up to rounding those of the network with the mask written into its weights.
 
+    A pruned neuron gives zero, or its constant of ``fill``, as ``write_mask`` writes it.
+
     The activations of one mask, the *base*, are kept: those that a mask multiplies and those that several operations
     read. ``logits(mask)`` computes only what differs from the base; ``keep()`` makes the last mask the new base. A large
     network computes some of the images after the others.
@@ -32,6 +34,7 @@ class MaskedNetwork:
         images: float32 (n, C, H, W) in [0, 1].
         device: where to compute.
         kept_bytes: bound of the kept activations.
+        fill: what each neuron gives where it is pruned (``fill.fill_values``), float32 (neurons,); None for zeros.
     """
 
     def __init__(
@@ -40,12 +43,13 @@ class MaskedNetwork:
         images: Tensor,
         device: str | torch.device = "cpu",
         kept_bytes: int = KEPT_BYTES,
+        fill: Tensor | None = None,
     ) -> None:
         _let_memory_stay()
         self.neurons = neurons
         self.device = find_device(device)
         kept = kept_bytes / (3 * max(1, len(images)))
-        self._plan = Plan(neurons, images[:1], self.device, kept)
+        self._plan = Plan(neurons, images[:1], self.device, kept, fill)
         self._parts = [_Part(self._plan, batch) for batch in images.split(self._plan.at_once)]
         self._starts = [0, *np.cumsum([len(part) for part in self._parts]).tolist()]
 
@@ -82,6 +86,7 @@ class MaskedNetwork:
     ) -> Tensor:
         """Derivative of a quantity of the logits by each neuron's mask, float32 (neurons,), where the mask is the base.
 
+        That is, to first order, what pruning the neuron takes away: (value - fill) times the derivative by the value, summed.
         What is kept saves the forward pass. The mask becomes the base.
 
         Args:
@@ -157,15 +162,11 @@ class _Part:
         """By each neuron's mask, float32 (neurons,), from that by the logits of the images, or of some of them."""
         plan = self._plan
         layers, images = plan.neurons.layers, plan.inputs[0]
-        masks = plan.neurons.layer_masks(self.base_mask, plan.device)
+        masks = plan.masks(self.base_mask)
         if plan.sizes.several:
             read = self._base[images] if rows is None else self._base[images][rows]
             sizes = [layer.size for layer in layers]
-            whole = [
-                torch.ones(size, device=plan.device) if mask is None else mask
-                for size, mask in zip(sizes, masks, strict=True)
-            ]
-            return by_autograd(plan.graph, read, whole, sizes, lambda logits: (logits * gradient).sum())
+            return by_autograd(plan.graph, read, masks, sizes, lambda logits: (logits * gradient).sum())
         kept: Kept = self._base
         if rows is not None:
             of_images = {images} | (plan.behind[images] & plan.sizes.batched)

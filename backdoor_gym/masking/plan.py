@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ..neurons.channels import mask_channels
+from ..neurons.channels import Mask, filled, mask_channels
 from ..neurons.layers import Neurons
 from .folding import fold_norms
 from .operations import Operations
@@ -21,6 +22,7 @@ class Plan:
         image: one that it takes, float32 (1, C, H, W).
         device: where it runs.
         kept_bytes: bound of the activations of an image that are kept, in bytes.
+        fill: what each neuron gives where it is pruned, float32 (neurons,); None for zeros.
 
     Attributes:
         graph: the traced network, with masks among its inputs.
@@ -33,10 +35,19 @@ class Plan:
         behind: the nodes that depend on each node, itself left out.
         kept: nodes whose values are kept: what a mask multiplies, the smallest first, then what several operations read,
             as far as there is room, and the logits.
+        fills: what the neurons of each layer give where they are pruned, (size,); None for zeros.
     """
 
-    def __init__(self, neurons: Neurons, image: Tensor, device: torch.device, kept_bytes: float) -> None:
+    def __init__(
+        self,
+        neurons: Neurons,
+        image: Tensor,
+        device: torch.device,
+        kept_bytes: float,
+        fill: Tensor | None = None,
+    ) -> None:
         self.neurons, self.device = neurons, device
+        self.fills = neurons.layer_fills(fill, device)
         self.graph = _folded(neurons).to(device)
         for parameter in self.graph.parameters():
             if parameter.ndim == 4:  # of other constants some may have five dimensions
@@ -54,6 +65,10 @@ class Plan:
     def output(self) -> fx.Node:
         """The logits."""
         return self.nodes[-1]
+
+    def masks(self, mask: np.ndarray) -> list[Mask]:
+        """A mask of all neurons, bool (neurons,), True where kept, as the masks of the layers."""
+        return filled(self.neurons.layer_masks(mask, self.device), self.fills)
 
     def _choose_kept(self, kept_bytes: float) -> set[fx.Node]:
         masked = {node.all_input_nodes[0] for node in self.nodes if node.target is mask_channels}

@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Sequence
 from enum import Enum, auto
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,16 +46,48 @@ class Kind(Enum):
 _MIXED = (Kind.MIXING, None)
 
 
-def mask_channels(values: Tensor, mask: Tensor | None, axis: int = 1, unit_of: Tensor | None = None) -> Tensor:
+class Filled(NamedTuple):
+    """A mask of a layer with what its pruned channels give instead of zero.
+
+    Attributes:
+        mask: (channels,); None leaves everything.
+        fill: a constant of each channel, (channels,).
+    """
+
+    mask: Tensor | None
+    fill: Tensor
+
+
+#: What a layer is masked with: None where nothing is pruned.
+Mask = Tensor | Filled | None
+
+
+def filled(masks: Sequence[Tensor | None], fills: Sequence[Tensor | None]) -> list[Mask]:
+    """Masks of layers with the constants of those that have any."""
+    return [mask if fill is None else Filled(mask, fill) for mask, fill in zip(masks, fills, strict=True)]
+
+
+def mask_channels(values: Tensor, mask: Mask, axis: int = 1, unit_of: Tensor | None = None) -> Tensor:
     """The values times a mask of zeros and ones along their channels' axis, 1 or -1; None leaves everything.
 
     The mask is of channels, or of units where ``unit_of``, int64 (channels,), says which one each channel is of (-1 for none).
+    With constants (``Filled``, of channels alone) it mixes the values with these: ``values * mask + fill * (1 - mask)``.
     """
+    if isinstance(mask, Filled):
+        kept = mask_channels(values, mask.mask, axis)
+        if mask.mask is None:
+            return kept
+        return kept + along_channels(mask.fill * (1 - mask.mask), values.ndim, axis)
     if mask is None:
         return values
     if unit_of is not None:
         mask = torch.where(unit_of >= 0, mask[unit_of], torch.ones((), dtype=mask.dtype, device=mask.device))
-    return values * (mask if axis == -1 else mask.view(-1, *[1] * (values.ndim - 2)))
+    return values * along_channels(mask, values.ndim, axis)
+
+
+def along_channels(numbers: Tensor, rank: int, axis: int = 1) -> Tensor:
+    """A number of each channel, (channels,), as it is multiplied with values of so many axes: along axis 1, or the last one."""
+    return numbers if axis == -1 else numbers.view(-1, *[1] * (rank - 2))
 
 
 def module_of(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -126,7 +126,8 @@ class Joiner:
             name = name.removesuffix("_weight").removesuffix(".") or name
         free = self._put(name, module)
         is_plain = arguments["weight"] == Named(f"{free}.weight")
-        self._lowered[free] = Lowered(name, weight, bias, tuple(dict.fromkeys(read)), is_plain)
+        plain_bias = isinstance(arguments["bias"], Named)
+        self._lowered[free] = Lowered(name, weight, bias, tuple(dict.fromkeys(read)), is_plain, plain_bias)
         return free
 
     def _put(self, name: str, module: nn.Module) -> str:

@@ -214,3 +214,10 @@ class Neurons:
         """A mask of all neurons, bool (neurons,), True where kept, as one mask a layer for ``graph``."""
         parts = (mask[layer.neurons] for layer in self.layers)
         return [None if part.all() else torch.from_numpy(part.astype(np.float32)).to(device) for part in parts]
+
+    def layer_fills(self, fill: Tensor | None, device: torch.device | str = "cpu") -> list[Tensor | None]:
+        """Constants of all neurons, float32 (neurons,), one tensor a layer; None for a layer that is filled with zeros alone."""
+        if fill is None:
+            return [None] * len(self.layers)
+        parts = (fill[layer.neurons] for layer in self.layers)
+        return [part.to(device) if part.any() else None for part in parts]

@@ -58,6 +58,7 @@ class Lowered:
         bias: likewise, empty where there is none.
         tensors: all parameters and buffers that its weight, bias and statistics are, or are computed from.
         is_plain: whether the network has a module of that name in the graph with that very weight.
+        plain_bias: whether its bias is a parameter as it is, so that any value written there is what the layer adds.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Lowered:
     bias: tuple[tuple[str, int], ...] | None
     tensors: tuple[str, ...] = ()
     is_plain: bool = False
+    plain_bias: bool = False
 
     @property
     def writable(self) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from ..analysis.evidence import Evidence
 from ..arguments import check_path
@@ -52,7 +52,7 @@ class RepairResult:
 
     Attributes:
         network: the repaired network, from images in [0, 1] to logits: the class of the original, zeros written where neurons
-            were pruned. Where ``preprocess`` stands in front of it, ``module`` is the network behind.
+            were pruned, or the constants of ``fill``. Where ``preprocess`` stands in front of it, ``module`` is the network behind.
         pruned: names of the neurons that stayed pruned, in the order in which they went.
         before: ACC, ASR and RA on test images before; None where test images or trigger are not known.
         after: the same afterwards.
@@ -72,6 +72,7 @@ class RepairResult:
         arguments: what ``repair`` was called with, for doing it again; None for a model or a policy that is no name.
         outcome: "untouched", "repaired" or "unrepairable" (see ``repair``).
         verdict: probability that the network has a backdoor, before anything is pruned; None without a verdict.
+        fill: what each neuron gives where it is pruned, float32 (neurons,); None for zeros.
 
     Examples:
         >>> from backdoor_gym import repair
@@ -100,6 +101,7 @@ class RepairResult:
     arguments: dict[str, Any]
     outcome: str = REPAIRED
     verdict: float | None = None
+    fill: Tensor | None = None
 
     @property
     def suspected_target(self) -> int | None:
@@ -142,7 +144,7 @@ class RepairResult:
         Raises:
             CompactionError: the network cannot take the clean images.
         """
-        cut = cut_channels(self.infected.network, self.neurons, self.mask, self.infected.clean.images)
+        cut = cut_channels(self.infected.network, self.neurons, self.mask, self.infected.clean.images, self.fill)
         for stop in cut.stops:
             warnings.warn(stop, stacklevel=2)
         if isinstance(cut.network, Preprocessed):

@@ -64,7 +64,7 @@ class MaskedModel:
         self.score_samples = score_samples
         self._origin: MaskedModel | None = None  # keeps alive what is shared
         inverted = prepared.inverted
-        network = partial(MaskedNetwork, prepared.neurons, device=prepared.options.device)
+        network = partial(MaskedNetwork, prepared.neurons, device=prepared.options.device, fill=prepared.fill)
         fragile, clean = torch.from_numpy(prepared.fragile), prepared.clean
         first, foreign = torch.arange(len(clean)) < GRADIENT_IMAGES, _foreign(prepared)
         #: The fragile clean images, then the others, of both those that derivatives are taken on apart; all together keep

@@ -19,6 +19,7 @@ from ..analysis.suspected_target import SuspectedTarget
 from ..analysis.trigger_inversion import InvertedTrigger
 from ..devices import find_device
 from ..errors import UntraceableError
+from ..masking.fill import fill_values
 from ..metrics import predict_logits, target_margin
 from ..models.infected import InfectedModel
 from ..neurons.finding import find_neurons
@@ -38,6 +39,7 @@ class Preparation:
         similar: similarity links that each neuron keeps.
         clean_samples: how many of the defender's clean images to use, None for all.
         device: where networks run.
+        fill: what pruned neurons give: "zero", or "mean" for their clean mean (``masking.fill``).
     """
 
     residual: str = "channel"
@@ -45,6 +47,7 @@ class Preparation:
     similar: int = 4
     clean_samples: int | None = None
     device: str = "cpu"
+    fill: str = "zero"
 
 
 #: Clean images that ``PreparedModel.gradients`` are taken on.
@@ -90,7 +93,7 @@ class PreparedModel:
     def prepare(self) -> None:
         """Do now all that takes long, in one thread: environments of several threads may share the model."""
         with self.preparing:
-            _ = self.logits, self.fragile, self.features, self.graph, self.first_gradients
+            _ = self.logits, self.fragile, self.features, self.graph, self.fill, self.first_gradients
 
     @property
     def name(self) -> str:
@@ -229,6 +232,12 @@ class PreparedModel:
         return mask
 
     @cached_property
+    def fill(self) -> Tensor | None:
+        """What each neuron gives where it is pruned, float32 (neurons,); None for zeros."""
+        kind = self.options.fill
+        return None if kind == "zero" else fill_values(self.neurons, self.clean.images, kind)
+
+    @cached_property
     def first_gradients(self) -> MaskGradients:
         """Those of the whole network."""
         return self.gradients(np.zeros(len(self), dtype=bool))
@@ -253,7 +262,7 @@ class PreparedModel:
     ) -> np.ndarray:
         """``mask_gradient`` by unit: of a group the sum over its neurons, float64 (units,)."""
         images = images.to(self.options.device, memory_format=torch.channels_last)
-        return self.by_unit(mask_gradient(neurons, images, quantity, mask))
+        return self.by_unit(mask_gradient(neurons, images, quantity, mask, self.fill))
 
     def by_unit(self, derivatives: Tensor) -> np.ndarray:
         """Derivatives by neuron, (neurons,), as those by unit: of a group the sum over its neurons, float64 (units,)."""

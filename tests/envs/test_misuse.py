@@ -162,6 +162,7 @@ def test_rewards_are_finite_numbers(infected, gives):
         ("data", (5, [])),
         ("device", (None, 5, "gpu", "A" * 10**5, [])),
         ("render_mode", (5, [], "x")),
+        ("fill", ("avg", None, 5, [], "A" * 5000)),
     ],
 )
 def test_arguments_of_wrong_types(infected, name, values):

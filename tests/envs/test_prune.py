@@ -289,6 +289,7 @@ def test_models_come_by_the_seed(infected, plain_infected):
         ({"score_samples": -1}, "score_samples"),
         ({"connections": 0, "similar": 0}, "connections"),
         ({"residual": "groups"}, "did you mean 'group'"),
+        ({"fill": "avg"}, 'fill must be "zero" or "mean", not \'avg\''),
         ({"reward": "accc"}, "did you mean 'acc'"),
         ({"render_mode": "rgb"}, "render mode"),
         ({"infected": "digits-badnet"}, "digits-badnets"),
