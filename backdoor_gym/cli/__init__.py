@@ -1,4 +1,4 @@
-"""The command line: ``backdoor-gym repair | benchmark | train | infect | list | inspect | zoo build``.
+"""The command line: ``backdoor-gym detect | repair | benchmark | train | infect | list | inspect | zoo build``.
 
 Every command takes ``--json``, which prints JSON and nothing else on standard output, and ``--quiet``, which prints nothing but
 errors (and the JSON, where both are given). Progress and warnings go to standard error.
@@ -11,6 +11,7 @@ Exit codes:
   shows a traceback.
 - 2: unusable input: an unknown name or option, a file that cannot be read or written, data that do not fit. One line on standard
   error says what was wrong and what is allowed. Where a disk is full, the files that were there are there still.
+- 3: ``repair`` found signs of a backdoor that pruning within the budget does not remove.
 - 130: interrupted from the keyboard. ``benchmark``, ``train`` and ``infect`` go on from there when called again.
 """
 
@@ -25,11 +26,11 @@ import typer
 
 from ..errors import BackdoorGymError, TrainingError
 from ..wording import one_line
-from . import benchmark, infect, inspect, listing, repair, train, zoo
+from . import benchmark, detect, infect, inspect, listing, repair, train, zoo
 
 # What is heavy (torch) is imported by the commands that need it, so that --help is quick.
 
-EXIT_CODES = "Exit codes: 0 done; 1 tried and failed; 2 unusable input, told in one line; 130 interrupted."
+EXIT_CODES = "Exit codes: 0 done; 1 tried and failed; 2 unusable input, told in one line; 3 a backdoor that pruning does not remove; 130 interrupted."
 
 app = typer.Typer(
     help="Find and prune the backdoor of an infected neural network.",
@@ -39,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
+    "detect": detect.detect,
     "repair": repair.repair,
     "benchmark": benchmark.benchmark,
     "train": train.train,

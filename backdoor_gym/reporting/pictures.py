@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from types import MappingProxyType
 from xml.etree import ElementTree
 
@@ -15,9 +16,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..analysis.trigger_inversion import InvertedTrigger
 from ..rendering.drawing import SIZES, Snapshot, blank, draw_course, draw_key, draw_network, frame, place, size_levels
 from ..wording import printable
+from ..writing import replacing
 
+#: Images that a picture of a trigger shows.
+SHOWN = 8
 #: Images of the data are shown at most as large as this, in pixels.
 LARGEST = 96
 #: Width of drawings, and the least and greatest height of that of the network.
@@ -30,21 +35,45 @@ XLINK = "http://www.w3.org/1999/xlink"
 
 def image_uri(image: Tensor) -> Markup:
     """A data URI of one image, float32 (C, H, W) in [0, 1]; neither 1 nor 3 channels are shown as their mean."""
-    if image.shape[0] not in (1, 3):
-        image = image.mean(0, keepdim=True)
     if max(image.shape[1:]) > LARGEST:
         scale = LARGEST / max(image.shape[1:])
         size = [max(1, round(side * scale)) for side in image.shape[1:]]
         image = F.interpolate(image[None], size=size, mode="area")[0]
+    return _png_uri(_picture(image))
+
+
+def _picture(image: Tensor) -> Image.Image:
+    """Of one image, float32 (C, H, W) in [0, 1]; neither 1 nor 3 channels are shown as their mean."""
+    if image.shape[0] not in (1, 3):
+        image = image.mean(0, keepdim=True)
     pixels = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    picture = Image.fromarray(pixels[0], "L") if len(pixels) == 1 else Image.fromarray(pixels.transpose(1, 2, 0), "RGB")
-    return _png_uri(picture)
+    return Image.fromarray(pixels[0], "L") if len(pixels) == 1 else Image.fromarray(pixels.transpose(1, 2, 0), "RGB")
 
 
 def difference(image: Tensor, changed: Tensor) -> Tensor:
     """What was added to an image, float32 (C, H, W) in [0, 1]: grey where nothing was, the largest change at full contrast."""
     change = changed - image
     return 0.5 + 0.5 * change / change.abs().max().clamp(min=1e-6)
+
+
+def write_trigger(trigger: InvertedTrigger, file: Path) -> Path:
+    """Write a picture (PNG) of the first images without and with a trigger, and what it added, a column each.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    clean = trigger.clean[:SHOWN].cpu()
+    triggered = trigger.images[: len(clean)].cpu()
+    rows = [
+        torch.cat([clean[index], triggered[index], difference(clean[index], triggered[index])], 1)
+        for index in range(len(clean))
+    ]
+    picture = _picture(torch.cat(rows, 2))
+    scale = max(1, -(-LARGEST // clean.shape[3]))
+    larger = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    with replacing(file) as place:
+        larger.save(place, "PNG")
+    return file
 
 
 def course(snapshot: Snapshot) -> Markup:
