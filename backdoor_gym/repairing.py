@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 
-from .analysis.evidence import VERDICT_THRESHOLD
 from .arguments import check_callable, check_kind
 from .devices import find_device
 from .envs.prune import BackdoorPruneEnv
@@ -19,18 +17,17 @@ from .metrics import Metrics, der
 from .models.catalogue import load_infected
 from .models.infected import InfectedModel
 from .networks.adapting import deep_copy
-from .policies.contract import JudgingPolicy, PredictingPolicy, run_episode
+from .policies.contract import PredictingPolicy
 from .policies.registry import POLICIES, check_policy, kind_of_policy, make_policy
 from .progress import Watch
 from .rendering.drawing import Snapshot
-from .reporting.outcomes import REPAIRED, UNREPAIRABLE, UNTOUCHED
 from .reporting.result import Change, RepairResult
+from .rounds import run_repair
 from .session import RepairSession
+from .session.session import EXPECTED
 from .wording import shown
 
 DEFAULT_BUDGET: Any = object()
-#: Share of the suspected danger that may be left of it in a repaired network.
-FALLEN = 0.5
 #: Share of a network's channels that can be pruned, below which a repair warns.
 LITTLE = 0.7
 
@@ -128,6 +125,7 @@ def repair(
         max_steps=max_steps,
         residual=residual,
         fill=fill,
+        guard=EXPECTED,
         score_samples=0,
         device=device,
         disable_env_checker=True,
@@ -136,19 +134,15 @@ def repair(
     acting = make_policy(policy, env, options) if isinstance(policy, str) else policy
     observation, info = env.reset(seed=0)
     clean_before = info["acc"]
+    outcome, probability = run_repair(
+        acting,
+        env,
+        observation,
+        verdict=verdict,
+        take_back=take_back,
+        on_step=lambda steps: watch("pruning: steps", steps, None),
+    )
     session, prepared = env.session, env.session.prepared
-    if verdict is None:
-        verdict = isinstance(acting, JudgingPolicy)
-    if isinstance(acting, JudgingPolicy):
-        acting.verdict_threshold = VERDICT_THRESHOLD if verdict else 0.0
-    probability = prepared.evidence.probability if verdict else None
-    if probability is None or probability >= VERDICT_THRESHOLD:
-        run_episode(acting, env, observation, lambda steps: watch("pruning: steps", steps, None))
-    outcome = _outcome(session, probability)
-    if outcome == UNREPAIRABLE and take_back:
-        watch("taking back what did not help", 0, None)
-        for unit in np.flatnonzero(session.state.pruned)[::-1]:
-            session.restore(int(unit))
     seconds = time.perf_counter() - start
     if prepared.neurons.coverage < LITTLE:
         left = ", ".join(
@@ -194,17 +188,6 @@ def repair(
         probability,
         prepared.fill,
     )
-
-
-def _outcome(session: RepairSession, probability: float | None) -> str:
-    """How the repair ended; ``probability`` is that of a backdoor, None without a verdict."""
-    pruned = bool(session.state.pruned.any())
-    if probability is None:
-        return REPAIRED if pruned else UNTOUCHED
-    if probability < VERDICT_THRESHOLD:
-        return UNTOUCHED
-    before, after = session.initial_figures.suspected_danger, session.figures.suspected_danger
-    return REPAIRED if pruned and after <= FALLEN * before else UNREPAIRABLE
 
 
 def _course(session: RepairSession, snapshot: Snapshot) -> tuple[Change, ...]:

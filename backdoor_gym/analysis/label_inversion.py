@@ -11,7 +11,7 @@ All labels are sought at once, in one batch; of many, after a short search, thos
 the median. Labels that no clean image has are left out: where they come from cannot be told without images of them.
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..masking.sizes import Sizes
 from ..metrics import danger, require_finite
 from ..neurons.layers import Neurons
-from .trigger_inversion import IMAGES, InvertedTrigger
+from .trigger_inversion import InvertedTrigger
 
 #: Images of each label in one step of the search, steps, and step size of Adam in units of the logits of mask and pattern.
 BATCH, STEPS, RATE = 16, 40, 0.5
@@ -35,10 +35,17 @@ WEIGHT, LEAST_WEIGHT, MOST_WEIGHT, GROWTH = 20.0, 0.1, 1000.0, 1.3
 SUCCESS = 0.9
 #: Last steps over which sizes and successes are a mean, and least success that a size is divided by.
 LAST, LEAST_SUCCESS = 8, 0.2
+#: Masks that are sought for one label alone, and deviation of the logits that they and their patterns begin with.
+SEVERAL, APART = 4, 1.0
+#: Clean images that these are shown on.
+SHOWN_ON = 40
 #: Labels that are sought of many, and of these how many with the smallest masks in the short search.
 MOST_LABELS, SMALLEST = 12, 6
 #: Steps of that search, images in one of them, and last steps that its sizes are a mean over.
 SHORT_STEPS, SHORT_IMAGES, SHORT_LAST = 12, 192, 4
+
+
+Network = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,26 +55,33 @@ class LabelEvidence:
     Attributes:
         labels: those that were sought, int64 (k,).
         sizes: of their masks, a share of the image, over their success, float32 (k,).
-        ratio: the smallest size over the median.
-        second: the second smallest size over the median.
-        success: share of the images of other labels that the smallest mask gives its label.
-        inverted: the trigger of the smallest mask.
     """
 
     labels: Tensor
     sizes: Tensor
-    ratio: float
-    second: float
-    success: float
-    inverted: InvertedTrigger
 
     @property
     def target(self) -> int:
         """The label of the smallest mask."""
-        return self.inverted.target
+        return int(self.labels[self.sizes.argmin()])
+
+    @property
+    def median(self) -> float:
+        """The median size."""
+        return self.sizes.median().item()
+
+    @property
+    def ratio(self) -> float:
+        """The smallest size over the median."""
+        return self.sizes.min().item() / self.median
+
+    @property
+    def second(self) -> float:
+        """The second smallest size over the median."""
+        return self.sizes.sort().values[1].item() / self.median
 
 
-def invert_by_label(neurons: Neurons, images: Tensor, labels: Tensor) -> LabelEvidence | None:
+def compare_labels(neurons: Neurons, images: Tensor, labels: Tensor) -> LabelEvidence | None:
     """The smallest mask of each label; None where the clean images are of fewer than two labels.
 
     Args:
@@ -80,48 +94,75 @@ def invert_by_label(neurons: Neurons, images: Tensor, labels: Tensor) -> LabelEv
     present = labels.unique()
     if len(present) < 2:
         return None
-    few = Sizes(neurons.graph, images[:1]).image_bytes > LARGE
     if len(present) > MOST_LABELS:
         each = max(1, min(FEW, SHORT_IMAGES // len(present)))
-        short = _MaskSearch(neurons, images, labels, present, each).go(SHORT_STEPS, SHORT_LAST)
+        short = _MaskSearch(neurons.graph, images, labels, present, each).go(SHORT_STEPS, SHORT_LAST)
         present = present[_smallest_and_others(short)]
-    search = _MaskSearch(neurons, images, labels, present, FEW if few else BATCH)
+    sizes = _MaskSearch(neurons.graph, images, labels, present, _batch(neurons, images)).go(STEPS, LAST)
+    return LabelEvidence(present.cpu(), sizes.cpu())
+
+
+def invert_label(
+    neurons: Neurons, images: Tensor, labels: Tensor, target: int, network: Network | None = None, seed: int = 0
+) -> tuple[InvertedTrigger, Tensor]:
+    """Several masks and patterns that give one label, each from another beginning, and their sizes, float32 (``SEVERAL``,).
+
+    What is pruned away for a single mask may leave the true trigger, which differs from it.
+
+    Args:
+        neurons: of the network.
+        images: the defender's clean images, float32 (n, C, H, W) in [0, 1].
+        labels: int64 (n,).
+        target: the label; some images must be of another one.
+        network: where the masks are sought, if not in the network itself: in one that was pruned.
+        seed: of the beginnings.
+    """
+    network = network or neurons.graph
+    device = next(neurons.graph.parameters()).device
+    images, labels = images.to(device), labels.to(device)
+    sought = torch.full((SEVERAL,), target, device=device)
+    search = _MaskSearch(network, images, labels, sought, _batch(neurons, images), seed, APART)
     sizes = search.go(STEPS, LAST)
-    order = sizes.argsort(stable=True)
-    best, target = int(order[0]), int(present[order[0]])
-    foreign = images[labels != target][:IMAGES].contiguous(memory_format=torch.channels_last)
+    foreign = images[labels != target][:SHOWN_ON].contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        triggered = search.stamp(foreign, best).contiguous(memory_format=torch.channels_last)
-        logits = neurons.graph(triggered)
-        level = danger(logits, target)
-    median = sizes.median().item()
-    return LabelEvidence(
-        labels=present.cpu(),
-        sizes=sizes.cpu(),
-        ratio=sizes[best].item() / median,
-        second=sizes[order[1]].item() / median,
-        success=(logits.argmax(1) == target).float().mean().item(),
-        inverted=InvertedTrigger(
-            target,
-            ("mask",),
-            foreign,
-            triggered,
-            size=(triggered - foreign).abs().mean().item(),
-            error=math.log10(max(sizes[best].item() / median, 1e-12)),
-            evidence=level,
-        ),
+        triggered = search.stamp(foreign, slice(None)).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        level = danger(network(triggered), target)
+    trigger = InvertedTrigger(
+        target,
+        ("mask",) * SEVERAL,
+        foreign,
+        triggered,
+        size=(triggered - foreign.repeat(SEVERAL, 1, 1, 1)).abs().mean().item(),
+        error=0.0,
+        evidence=level,
     )
+    return trigger, sizes.cpu()
+
+
+def _batch(neurons: Neurons, images: Tensor) -> int:
+    """Images of each label in one step."""
+    return FEW if Sizes(neurons.graph, images[:1]).image_bytes > LARGE else BATCH
 
 
 class _MaskSearch:
     """Masks and patterns of several labels."""
 
-    def __init__(self, neurons: Neurons, images: Tensor, labels: Tensor, sought: Tensor, batch: int) -> None:
-        self._neurons, self._images, self._sought, self._batch = neurons, images, sought, batch
-        count, (channels, height, width) = len(sought), images.shape[1:]
-        self._mask = images.new_full((count, 1, height, width), BEGIN).requires_grad_()
-        self._pattern = images.new_zeros(count, channels, height, width).requires_grad_()
-        self._random = torch.Generator().manual_seed(0)
+    def __init__(
+        self,
+        network: Network,
+        images: Tensor,
+        labels: Tensor,
+        sought: Tensor,
+        batch: int,
+        seed: int = 0,
+        apart: float = 0.0,
+    ) -> None:
+        self._network, self._images, self._sought, self._batch = network, images, sought, batch
+        self._random = torch.Generator().manual_seed(seed)
+        shape = (len(sought), *images.shape[1:])
+        beginnings = apart * torch.randn(2, *shape, generator=self._random).to(images.device)
+        self._mask = (BEGIN + beginnings[0, :, :1]).requires_grad_()
+        self._pattern = beginnings[1].clone().requires_grad_()
         self._foreign = [torch.nonzero(labels != label).flatten() for label in sought]
 
     def stamp(self, images: Tensor, place: int | slice) -> Tensor:
@@ -143,7 +184,7 @@ class _MaskSearch:
         for _ in range(steps):
             chosen = torch.stack([self._draw(foreign) for foreign in self._foreign])
             stamped = self.stamp(self._images[chosen], slice(None)).flatten(0, 1)
-            logits = self._neurons.graph(stamped.contiguous(memory_format=torch.channels_last))
+            logits = self._network(stamped.contiguous(memory_format=torch.channels_last))
             costs = F.cross_entropy(logits, targets, reduction="none").view(count, batch).mean(1)
             size = torch.sigmoid(self._mask).mean((1, 2, 3))
             loss = (costs + weights * size).sum()

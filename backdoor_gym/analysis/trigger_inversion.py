@@ -14,7 +14,7 @@ whose BN inputs are merely moved, and a network that lost its backdoor answers i
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -60,6 +60,15 @@ class InvertedTrigger:
     size: float
     error: float
     evidence: float
+
+    def with_others(self, others: "InvertedTrigger") -> "InvertedTrigger":
+        """These triggers and others of the same target, on the clean images of the others; the figures stay."""
+        count = min(len(self.clean), len(others.clean))
+        clean = others.clean[:count]
+        if not torch.equal(self.clean[:count], clean):  # these were sought in corrected images
+            clean = self.clean[:count]
+        images = [part[:count] for trigger in (self, others) for part in trigger.images.split(len(trigger.clean))]
+        return replace(self, families=self.families + others.families, clean=clean, images=torch.cat(images))
 
 
 def invert_trigger(

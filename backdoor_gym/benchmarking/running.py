@@ -24,10 +24,11 @@ from ..models.infected import InfectedModel
 from ..networks.adapting import deep_copy
 from ..neurons.layers import RESIDUAL_MODES
 from ..on_ray.cluster import Kept
-from ..policies.contract import run_episode
 from ..processes import counter, end_of_process
 from ..repairing import rating
+from ..rounds import run_repair
 from ..session.generator import MODEL, check_model
+from ..session.session import EXPECTED
 from ..wording import one_line, shown
 from ..writing import beside, check_place, write_text
 from . import figures, tables
@@ -280,7 +281,7 @@ def run_cell(blank: Result, maker: Maker, ready: Ready, conditions: Conditions) 
     env.reset(seed=0)
     policy = make(maker, env, blank.budget, blank.seed)  # which may learn in the environment
     observation, _ = env.reset(seed=0)
-    run_episode(policy, env, observation)
+    run_repair(policy, env, observation)
     seconds = time.perf_counter() - start + memory.spared - spared
     mask = env.session.prepared.neuron_mask(env.session.state.pruned)
     prepared = env.session.prepared
@@ -312,6 +313,7 @@ def make_ready(given: str | InfectedModel, conditions: Conditions) -> Ready:
         clean_samples=conditions.clean_samples,
         max_failures=conditions.max_failures,
         score_samples=0,
+        guard=EXPECTED,
         device=conditions.device,
         disable_env_checker=True,
     ).unwrapped

@@ -30,7 +30,10 @@ from . import benchmark, detect, infect, inspect, listing, repair, train, zoo
 
 # What is heavy (torch) is imported by the commands that need it, so that --help is quick.
 
-EXIT_CODES = "Exit codes: 0 done; 1 tried and failed; 2 unusable input, told in one line; 3 a backdoor that pruning does not remove; 130 interrupted."
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 tried and failed; 2 unusable input, told in one line; 3 a backdoor that pruning does not remove; "
+    "130 interrupted."
+)
 
 app = typer.Typer(
     help="Find and prune the backdoor of an infected neural network.",

@@ -8,6 +8,7 @@ from ..devices import find_device
 from ..errors import DataError, UnknownNameError, check_name
 from ..masking.fill import check_fill
 from ..neurons.layers import RESIDUAL_MODES
+from ..session.session import GUARDS
 from ..wording import shown
 
 #: Units, strongest inputs (or similar neurons) of each, and edges that the observation may have room for: it is always full size.
@@ -62,6 +63,7 @@ def check_arguments(options: Mapping[str, Any]) -> None:
         raise DataError(f"max_units times connections and similar may be {MOST_EDGES} edges at most")
     check_name("residual mode", options["residual"], RESIDUAL_MODES)
     check_fill(options["fill"])
+    check_name("guard", options["guard"], GUARDS)
     check_path("data", options["data"], may_be_none=True)
     find_device(options["device"])
     if options["render_mode"] is not None:

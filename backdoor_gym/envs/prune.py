@@ -9,6 +9,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import EzPickle
 
+from ..analysis.trigger_inversion import InvertedTrigger
 from ..arguments import check_callable
 from ..rendering.drawing import Snapshot
 from ..rendering.viewer import Viewer
@@ -16,7 +17,7 @@ from ..session import RepairSession
 from ..session.generator import Infected, InfectedGenerator
 from ..session.masked_model import SCORE_SAMPLES
 from ..session.prepared_model import Preparation, PreparedModel
-from ..session.session import Transition
+from ..session.session import COUNT, Transition
 from ..wording import shown
 from .observation import ObservationBuilder
 from .options import RENDER_MODES, check_arguments, infected_option
@@ -132,6 +133,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         device: where the network runs.
         render_mode: "human", "rgb_array", "ansi" or None.
         fill: what a pruned neuron gives: "zero", or "mean" for its mean over the clean images (``backdoor_gym.masking.fill``).
+        guard: what the budget is of: "count", the accuracy on the clean images; or "expected", besides that what is expected
+            to be lost on other images like them (``RepairSession``).
 
     ## Version history
 
@@ -160,11 +163,13 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         device: str = "cpu",
         render_mode: str | None = None,
         fill: str = "zero",
+        guard: str = COUNT,
     ) -> None:
         options = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         EzPickle.__init__(self, **options)
         check_arguments(options)
         self._options = {key: options[key] for key in options.keys() - {"reward", "score_samples", "render_mode"}}
+        self.guard = guard
         self._accuracy_budget = accuracy_budget
         self.max_steps, self.max_failures = max_steps, max_failures
         self.step_cost, self.failure_cost = step_cost, failure_cost
@@ -181,6 +186,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         self._viewer: Viewer | None = None
         self._session: RepairSession | None = None
         self._given: dict[str, np.ndarray] | None = None
+        self._trigger: InvertedTrigger | None = None
         self._steps, self._over = 0, False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,7 +200,10 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         EzPickle.__setstate__(self, state)
         self.__dict__.update({key: value for key, value in state.items() if key != "repair"})
         if repair is not None:
-            self._session = self._new_session(self._model_of_episode(), repair[0])
+            prepared = self._model_of_episode()
+            if self._trigger is not None:
+                prepared = prepared.under(self._trigger)
+            self._session = self._new_session(prepared, repair[0])
             if repair[1]:
                 self._session.reopen()
 
@@ -222,7 +231,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
             if random is not None:
                 random.bit_generator.state = random_state
             raise
-        self._asked_for, self._drawn_from = asked_for, drawn_from
+        self._asked_for, self._drawn_from, self._trigger = asked_for, drawn_from, None
         self._steps, self._over = 0, False
         if self.render_mode == "human":
             self.render()
@@ -370,8 +379,21 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
 
     def _new_session(self, prepared: PreparedModel, state: Any = None) -> RepairSession:
         return RepairSession(
-            prepared, self.accuracy_budget, self.max_failures, self.score_samples, self.gradients_every, state
+            prepared,
+            self.accuracy_budget,
+            self.max_failures,
+            self.score_samples,
+            self.gradients_every,
+            state,
+            self.guard,
         )
+
+    def look_again(self, inverted: InvertedTrigger) -> dict[str, np.ndarray]:
+        """Go on with the repair under another inverted trigger, also where the episode was over; the observation."""
+        self._trigger = inverted
+        self._session = self.session.under(inverted)
+        self._over = False
+        return self.observe()
 
     def _model_of_episode(self) -> PreparedModel:
         if self._asked_for is not None:

@@ -20,6 +20,8 @@ from ..masking.masked import KEPT_BYTES, MaskedNetwork
 from ..metrics import accuracy, attack_success, danger, target_margin
 from .prepared_model import GRADIENT_IMAGES, MaskGradients, PreparedModel
 
+#: Standard errors by which a loss may be larger than its mean on the clean images, to be within the budget all the same.
+STANDARD_ERRORS = 1.0
 #: Triggered test images that ASR and RA are measured on where nothing else is said.
 SCORE_SAMPLES = 256
 
@@ -46,6 +48,34 @@ class Figures:
     ra: float | None = None
     danger: float | None = None
     test_acc: float | None = None
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Accuracy that is expected to be lost on images like the clean ones: the mean fall of the true label's probability.
+
+    It moves with every prune, where a count of answers stays as it is until an image changes sides; and a search that looks at
+    the same images counts too few of those.
+
+    Attributes:
+        mean: of the fall, a share.
+        error: standard error of the mean.
+    """
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, falls: Tensor) -> Self:
+        """Of the fall on each image, float32 (n,)."""
+        falls = falls.double()
+        error = falls.std().item() / len(falls) ** 0.5 if len(falls) > 1 else 0.0
+        return cls(falls.mean().item(), error)
+
+    @property
+    def at_most(self) -> float:
+        """``STANDARD_ERRORS`` above the mean."""
+        return self.mean + STANDARD_ERRORS * self.error
 
 
 class MaskedModel:
@@ -79,7 +109,9 @@ class MaskedModel:
             if part.any():
                 masked = network(clean.images[part], kept_bytes=KEPT_BYTES * int(part.sum()) // len(clean))
                 rows = None if foreign is None or not for_gradients else torch.nonzero(foreign[part]).flatten()
-                self._clean.append(_Part(masked, clean.labels[part].to(masked.device), for_gradients, rows))
+                labels = clean.labels[part].to(masked.device)
+                whole = masked.logits(np.ones(len(prepared.neurons), dtype=bool))
+                self._clean.append(_Part(masked, labels, for_gradients, rows, _chances(whole, labels)))
         #: The images that ``MaskGradients.clean_pull`` is taken on, where they are none of the clean ones.
         self._corrected = None
         if inverted is not None and foreign is None:
@@ -141,21 +173,32 @@ class MaskedModel:
             figures = replace(figures, test_acc=accuracy(self._test.logits(mask), self._test_labels))
         return figures
 
-    def clean(self, pruned: np.ndarray, least_acc: float = 0.0) -> tuple[float, float] | None:
+    def clean(
+        self, pruned: np.ndarray, least_acc: float = 0.0, most_lost: float | None = None
+    ) -> tuple[float, float] | None:
         """Accuracy and mean cross-entropy on the clean images alone, without the pruned units, bool (units,).
 
-        None where the accuracy is below ``least_acc`` (most prunes that cost so much are found out by the fragile images), or
-        where the cross-entropy is not finite.
+        None where the accuracy is below ``least_acc`` (most prunes that cost so much are found out by the fragile images),
+        where ``Lost.at_most`` is above ``most_lost``, or where the cross-entropy is not finite.
         """
         mask = self.prepared.neuron_mask(pruned)
         count, wrong, loss = self._clean_count, 0, 0.0
+        falls = []
         for part in self._clean:
             logits = part.network.logits(mask)
             wrong += int((logits.argmax(1) != part.labels).sum())
             if 1 - wrong / count < least_acc:
                 return None
             loss += part.loss(logits).item()
-        return (1 - wrong / count, loss / count) if isfinite(loss) else None
+            falls.append(part.chances - part.chances_of(logits))
+        if not isfinite(loss) or (most_lost is not None and Lost.of(torch.cat(falls)).at_most > most_lost):
+            return None
+        return 1 - wrong / count, loss / count
+
+    def lost(self, pruned: np.ndarray) -> "Lost":
+        """What the clean images say of the accuracy lost without the pruned units, bool (units,)."""
+        mask = self.prepared.neuron_mask(pruned)
+        return Lost.of(torch.cat([part.chances - part.chances_of(part.network.logits(mask)) for part in self._clean]))
 
     def gradients(self, pruned: np.ndarray) -> MaskGradients:
         """``PreparedModel.gradients``, up to rounding, from the activations that are kept; best after ``keep`` of that mask."""
@@ -232,16 +275,27 @@ class _Part:
         labels: int64 (n,), where the network is.
         for_gradients: whether they are among those that the derivatives are taken on.
         foreign: which of them ``MaskGradients.clean_pull`` is taken on, int64; None where on others.
+        chances: probability of the true label in the whole network, float32 (n,).
     """
 
     network: MaskedNetwork
     labels: Tensor
     for_gradients: bool
     foreign: Tensor | None
+    chances: Tensor
+
+    def chances_of(self, logits: Tensor) -> Tensor:
+        """The same under these logits."""
+        return _chances(logits, self.labels)
 
     def loss(self, logits: Tensor) -> Tensor:
         """Sum of the cross-entropy."""
         return F.cross_entropy(logits, self.labels, reduction="sum")
+
+
+def _chances(logits: Tensor, labels: Tensor) -> Tensor:
+    """Probability of the true labels, float32 (n,)."""
+    return logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
 
 
 def _foreign(prepared: PreparedModel) -> Tensor | None:

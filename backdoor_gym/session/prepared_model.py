@@ -1,6 +1,7 @@
 """An infected model made ready for episodes: its neurons, and what the defender's clean images show of them."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from threading import RLock
@@ -127,6 +128,14 @@ class PreparedModel:
     def inverted(self) -> InvertedTrigger | None:
         """The trigger sought in the image; None where none can be."""
         return self.evidence.inverted
+
+    def under(self, inverted: InvertedTrigger) -> "PreparedModel":
+        """This model as if that trigger had been inverted; static features stay as they are."""
+        _ = self.features, self.graph, self.fragile
+        twin = copy(self)
+        twin.__dict__.pop("first_gradients", None)
+        twin.__dict__["inverted"] = inverted
+        return twin
 
     @cached_property
     def features(self) -> np.ndarray:

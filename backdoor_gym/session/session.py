@@ -6,6 +6,7 @@ from numbers import Integral
 
 import numpy as np
 
+from ..analysis.trigger_inversion import InvertedTrigger
 from ..arguments import check_kind, check_whole
 from ..errors import DataError
 from ..wording import shown
@@ -15,6 +16,10 @@ from .prepared_model import MaskGradients, PreparedModel
 
 #: Slack in comparing accuracies, which are shares of a few hundred images.
 TOLERANCE = 1e-9
+
+#: Guards of the accuracy.
+COUNT, EXPECTED = "count", "expected"
+GUARDS = (COUNT, EXPECTED)
 
 Units = Sequence[int] | np.ndarray
 
@@ -97,6 +102,8 @@ class RepairSession:
             on test images; 0 for none.
         gradients_every: prunes after which ``derivatives`` are taken anew.
         state: that of another session of the same model, to go on from after ``reopen``.
+        guard: what a prune must not bring above the budget: "count", the accuracy lost on the clean images; or "expected",
+            besides that what is expected to be lost on others (``Lost.at_most``).
     """
 
     def __init__(
@@ -107,8 +114,10 @@ class RepairSession:
         score_samples: int = SCORE_SAMPLES,
         gradients_every: int = 4,
         state: RepairState | None = None,
+        guard: str = COUNT,
     ) -> None:
         self.prepared = prepared
+        self.guard = guard
         self.accuracy_budget = accuracy_budget
         self.max_failures = max_failures
         self.score_samples = score_samples
@@ -133,6 +142,37 @@ class RepairSession:
             pruned[unit] = not restored
             masked.figures(pruned)
             masked.keep()
+
+    def under(self, inverted: InvertedTrigger) -> "RepairSession":
+        """This repair as it would be had that trigger been inverted: all figures are taken anew, and prunes may fail again.
+
+        This session is closed.
+        """
+        self.close()
+        twin = RepairSession(
+            self.prepared.under(inverted),
+            self.accuracy_budget,
+            self.max_failures,
+            self.score_samples,
+            self.gradients_every,
+            guard=self.guard,
+        )
+        pruned, history = np.zeros(len(self.prepared), dtype=bool), [twin.figures]
+        for unit, restored in self.state.changes:
+            pruned[unit] = not restored
+            history.append(twin.masked.figures(pruned))
+            twin.masked.keep()
+        gradients = twin.masked.gradients(pruned) if pruned.any() else twin.state.gradients
+        twin._change(
+            history=tuple(history),
+            gradients=gradients,
+            gradients_taken=int(pruned.sum()),
+            pruned=_frozen(pruned),
+            tried=self.state.tried,
+            over_budget=self.state.over_budget,
+            changes=self.state.changes,
+        )
+        return twin
 
     def restart(self) -> None:
         """Begin again with the whole network."""
@@ -243,7 +283,8 @@ class RepairSession:
         Cheaper than ``peek``, by far where the budget is broken. Of a single unit that is remembered
         (``RepairState.over_budget``).
         """
-        clean = self.masked.clean(self._as_if(units, restored), self.least_acc)
+        most_lost = None if self.accuracy_budget is None or self.guard == COUNT else self.accuracy_budget + TOLERANCE
+        clean = self.masked.clean(self._as_if(units, restored), self.least_acc, most_lost)
         if clean is None and len(units) == 1 and not len(restored):
             self._change(over_budget=_with(self.state.over_budget, units))
         return clean

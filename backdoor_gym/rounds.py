@@ -1,0 +1,103 @@
+"""A whole repair in one environment: the verdict, rounds of pruning, and how it ends.
+
+A policy prunes what a trigger needs that was inverted, and the true trigger may go other ways. So after a round the trigger
+is inverted anew in the pruned network. Where a mask still gives the label that is far smaller than those of other labels were,
+the next round begins with it; where none does, the signs are gone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from gymnasium import Env
+
+from .analysis.evidence import VERDICT_THRESHOLD
+from .analysis.label_inversion import invert_label
+from .envs.prune import BackdoorPruneEnv
+from .masking.export import write_mask
+from .policies.contract import JudgingPolicy, Observation, run_episode
+from .reporting.outcomes import REPAIRED, UNREPAIRABLE, UNTOUCHED
+from .session import RepairSession
+
+#: Most rounds of a repair.
+ROUNDS = 4
+#: Share of the suspected danger that may be left of it in a repaired network.
+FALLEN = 0.5
+#: Size of the smallest mask for the suspected label, over the median of all labels in the whole network, from which on it is
+#: like that of any label.
+ORDINARY = 0.6
+
+
+def run_repair(
+    policy: Any,
+    env: Env[Any, Any],
+    observation: Observation,
+    *,
+    verdict: bool | None = None,
+    take_back: bool = True,
+    on_step: Callable[[int], None] | None = None,
+) -> tuple[str, float | None]:
+    """Repair the network of an episode that has just begun.
+
+    Args:
+        policy: anything with ``predict``.
+        env: a ``BackdoorPrune-v0``.
+        observation: the first one of the episode.
+        verdict: whether a network without signs of a backdoor stays as it is; None for what the policy does by itself.
+        take_back: whether the prunes of a repair that ends as "unrepairable" are undone.
+        on_step: called with the number of steps after each.
+
+    Returns:
+        The outcome (see ``repairing.repair``), and the probability of a backdoor, None without a verdict.
+    """
+    core = env.unwrapped
+    assert isinstance(core, BackdoorPruneEnv)
+    judges = isinstance(policy, JudgingPolicy)
+    if judges and verdict is not None:
+        policy.verdict_threshold = VERDICT_THRESHOLD if verdict else 0.0
+    if not (judges if verdict is None else verdict):
+        run_episode(policy, env, observation, on_step)
+        return (REPAIRED if core.session.state.pruned.any() else UNTOUCHED), None
+    probability = core.session.prepared.evidence.probability
+    threshold = policy.verdict_threshold if judges else VERDICT_THRESHOLD
+    if probability < threshold:
+        return UNTOUCHED, probability
+    gone = False
+    for seed in range(1, ROUNDS + 1):
+        run_episode(policy, env, observation, on_step)
+        if not _fell(core.session):
+            break
+        gone = _look_again(core, seed)
+        if gone or seed == ROUNDS or core.session.open_units.sum() == 0:
+            break
+        observation = core.observe()
+    if gone:
+        return REPAIRED, probability
+    if take_back:
+        for unit in np.flatnonzero(core.session.state.pruned)[::-1]:
+            core.session.restore(int(unit))
+    return UNREPAIRABLE, probability
+
+
+def _fell(session: RepairSession) -> bool:
+    """Whether enough of the suspected danger is gone, by a prune that stayed."""
+    before, after = session.initial_figures.suspected_danger, session.figures.suspected_danger
+    return bool(session.state.pruned.any()) and after <= FALLEN * before
+
+
+def _look_again(env: BackdoorPruneEnv, seed: int) -> bool:
+    """Invert the trigger in the pruned network; True where its label is like any other, else the episode goes on under it."""
+    prepared, state = env.session.prepared, env.session.state
+    evidence = prepared.evidence
+    if evidence.label is None or evidence.target is None:
+        return True
+    mask = prepared.neuron_mask(state.pruned)
+    network = write_mask(prepared.model.network, prepared.neurons, mask, fill=prepared.fill).to(prepared.options.device)
+    clean = prepared.clean
+    trigger, sizes = invert_label(
+        prepared.neurons, clean.images, clean.labels, evidence.target, lambda images: network(images.contiguous()), seed
+    )
+    if sizes.min().item() >= ORDINARY * evidence.label.median:
+        return True
+    env.look_again(trigger)
+    return False
