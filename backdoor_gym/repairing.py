@@ -2,6 +2,8 @@
 
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +141,10 @@ def repair(
     session, prepared = env.session, env.session.prepared
     if verdict is None:
         verdict = isinstance(acting, JudgingPolicy)
-    if isinstance(acting, JudgingPolicy):
-        acting.verdict_threshold = VERDICT_THRESHOLD if verdict else 0.0
     probability = prepared.evidence.probability if verdict else None
     if probability is None or probability >= VERDICT_THRESHOLD:
-        run_episode(acting, env, observation, lambda steps: watch("pruning: steps", steps, None))
+        with _judged_here(acting):
+            run_episode(acting, env, observation, lambda steps: watch("pruning: steps", steps, None))
     outcome = _outcome(session, probability)
     if outcome == UNREPAIRABLE and take_back:
         watch("taking back what did not help", 0, None)
@@ -194,6 +195,19 @@ def repair(
         probability,
         prepared.fill,
     )
+
+
+@contextmanager
+def _judged_here(acting: PredictingPolicy) -> Iterator[None]:
+    """A policy that judges networks itself does not meanwhile: whether to prune is decided already."""
+    if not isinstance(acting, JudgingPolicy):
+        yield
+        return
+    own, acting.verdict_threshold = acting.verdict_threshold, 0.0
+    try:
+        yield
+    finally:
+        acting.verdict_threshold = own
 
 
 def _outcome(session: RepairSession, probability: float | None) -> str:
