@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 import backdoor_gym
-from backdoor_gym.agents import ONP, EncoderOptions, LookAhead
+from backdoor_gym.agents import EncoderOptions, LookAhead
 from backdoor_gym.agents.training import SCORE_SAMPLES, checkpoint_of, train
 from backdoor_gym.agents.warm_start import Example, examples
 from backdoor_gym.baselines import RandomPolicy, Ridge
