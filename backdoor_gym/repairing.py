@@ -21,11 +21,11 @@ from .metrics import Metrics, der
 from .models.catalogue import load_infected
 from .models.infected import InfectedModel
 from .networks.adapting import deep_copy
+from .outcomes import REPAIRED, UNREPAIRABLE, UNTOUCHED
 from .policies.contract import JudgingPolicy, PredictingPolicy, run_episode
 from .policies.registry import POLICIES, check_policy, kind_of_policy, make_policy
 from .progress import Watch
 from .rendering.drawing import Snapshot
-from .reporting.outcomes import REPAIRED, UNREPAIRABLE, UNTOUCHED
 from .reporting.result import Change, RepairResult
 from .session import RepairSession
 from .wording import shown
