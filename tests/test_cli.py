@@ -210,7 +210,7 @@ def test_infect_makes_a_model_that_repair_reads(run, tmp_path):
     model = InfectedModel.load(tmp_path / "m.safetensors")
     assert model.trigger.frequency == 2
     assert model.facts["acc"] == made["acc"]
-    assert run("repair", "m.safetensors")[0] == 0
+    assert run("repair", "m.safetensors", "--policy", "clp")[0] == 0
     code, _, err = run("infect", *arguments)
     assert code == 2
     assert "exists already" in err

@@ -115,7 +115,7 @@ def killed(monkeypatch, at, *arguments, **options):
         patch.setattr(
             ONP,
             "learn",
-            lambda self, *given, callback, **more: learn(self, *given, callback=[*callback, Kill(at)], **more),
+            lambda self, *given, callback, **more: learn(self, *given, callback=[callback, Kill(at)], **more),
         )
         with pytest.raises(KilledError):
             train(*arguments, **options)
