@@ -32,12 +32,12 @@ class EncoderOptions:
         heads: attention heads.
         message_passing: whether a round sees the edges; False treats each neuron alone.
         ignore: node or global features that are hidden. The accuracy says which data set it is, not whether there is a
-            backdoor.
+            backdoor; the verdict decides by itself before the first prune.
 
     Examples:
         >>> from backdoor_gym.agents import EncoderOptions
         >>> EncoderOptions(message_passing=True)
-        EncoderOptions(hidden=32, hops=2, heads=2, message_passing=True, ignore=('accuracy',))
+        EncoderOptions(hidden=32, hops=2, heads=2, message_passing=True, ignore=('accuracy', 'verdict'))
     """
 
     hidden: int = 32

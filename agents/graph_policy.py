@@ -41,7 +41,7 @@ class GraphPolicy(MaskableActorCriticPolicy):
         >>> from backdoor_gym.agents import GraphPolicy
         >>> model = MaskablePPO(GraphPolicy, gym.make("backdoor_gym:BackdoorPrune-v0"))
         >>> sum(parameter.numel() for parameter in model.policy.parameters())
-        17859
+        17955
     """
 
     def __init__(

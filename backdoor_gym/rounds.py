@@ -5,7 +5,8 @@ is inverted anew in the pruned network. Where a mask still gives the label that 
 the next round begins with it; where none does, the signs are gone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from .analysis.evidence import VERDICT_THRESHOLD
 from .analysis.label_inversion import invert_label
 from .envs.prune import BackdoorPruneEnv
 from .masking.export import write_mask
+from .outcomes import REPAIRED, UNREPAIRABLE, UNTOUCHED
 from .policies.contract import JudgingPolicy, Observation, run_episode
-from .reporting.outcomes import REPAIRED, UNREPAIRABLE, UNTOUCHED
 from .session import RepairSession
 
 #: Most rounds of a repair.
@@ -53,30 +54,47 @@ def run_repair(
     core = env.unwrapped
     assert isinstance(core, BackdoorPruneEnv)
     judges = isinstance(policy, JudgingPolicy)
-    if judges and verdict is not None:
-        policy.verdict_threshold = VERDICT_THRESHOLD if verdict else 0.0
-    if not (judges if verdict is None else verdict):
-        run_episode(policy, env, observation, on_step)
-        return (REPAIRED if core.session.state.pruned.any() else UNTOUCHED), None
-    probability = core.session.prepared.evidence.probability
-    threshold = policy.verdict_threshold if judges else VERDICT_THRESHOLD
-    if probability < threshold:
-        return UNTOUCHED, probability
-    gone = False
-    for seed in range(1, ROUNDS + 1):
-        run_episode(policy, env, observation, on_step)
-        if not _fell(core.session):
-            break
-        gone = _look_again(core, seed)
-        if gone or seed == ROUNDS or core.session.open_units.sum() == 0:
-            break
-        observation = core.observe()
+    probability = None
+    if judges if verdict is None else verdict:
+        probability = core.session.prepared.evidence.probability
+        if probability < (policy.verdict_threshold if judges else VERDICT_THRESHOLD):
+            return UNTOUCHED, probability
+    with _judged(policy):
+        if probability is None:
+            run_episode(policy, env, observation, on_step)
+            return (REPAIRED if core.session.state.pruned.any() else UNTOUCHED), None
+        gone = _prune(policy, core, observation, on_step)
     if gone:
         return REPAIRED, probability
     if take_back:
         for unit in np.flatnonzero(core.session.state.pruned)[::-1]:
             core.session.restore(int(unit))
     return UNREPAIRABLE, probability
+
+
+@contextmanager
+def _judged(policy: Any) -> Iterator[None]:
+    """A policy that judges networks itself does not meanwhile: whether to prune is decided already."""
+    if not isinstance(policy, JudgingPolicy):
+        yield
+        return
+    own, policy.verdict_threshold = policy.verdict_threshold, 0.0
+    try:
+        yield
+    finally:
+        policy.verdict_threshold = own
+
+
+def _prune(policy: Any, env: BackdoorPruneEnv, observation: Observation, on_step: Callable[[int], None] | None) -> bool:
+    """Rounds of pruning until the signs are gone, which is returned, or do not fall."""
+    for number in range(1, ROUNDS + 1):
+        run_episode(policy, env, observation, on_step)
+        if not _fell(env.session):
+            return False
+        if _look_again(env, number):
+            return True
+        observation = env.observe()
+    return False
 
 
 def _fell(session: RepairSession) -> bool:

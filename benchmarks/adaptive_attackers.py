@@ -92,10 +92,9 @@ def describe(name: str, attacker: str, file: RowFile) -> None:
     """What the defender's evidence says of a model, before any repair."""
     model = InfectedModel.load(MODELS / f"{name}.safetensors")
     prepared = PreparedModel(model, Preparation())
-    named = prepared.suspected is not None and prepared.suspected.target == model.target
     evidence = {
         "largest_uclc_z": float(prepared.features[:, STATIC_FEATURES.index("uclc")].max()),
-        "label_named": named,
+        "label_named": prepared.evidence.target == model.target,
     }
     file.add(model=name, attacker=attacker, **model.facts, neurons=len(prepared), **evidence)
 

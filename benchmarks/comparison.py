@@ -150,7 +150,7 @@ def repair_model(table: str, model: str, few: int | None, cells: list[Cell], fil
         row |= {"policy": policy, "budget": budget, "clean_images": few, "seed": seed, "return": sum(paid)}
         row |= {"acc_drop": result.acc_lost, "asr": result.asr, "der": result.der, "pruned": result.pruned}
         if type(acting[0]) is ONP:
-            row["verdict"] = acting[0].verdict(env.reset(seed=0)[0])
+            row["verdict"] = env.session.prepared.evidence.probability
         if policy in SIGNS:
             row["verdict"] = SIGNS[policy][1](env.session.prepared)
         file.add(**row)

@@ -305,6 +305,7 @@ def _few_steps() -> Iterator[None]:
     steps = (
         (trigger_inversion, "MEANS_STEPS"),
         (trigger_inversion, "TARGET_STEPS"),
+        (label_inversion, "SHORT_STEPS"),
         (label_inversion, "STEPS"),
         (bn_evidence, "MOST_STEPS"),
     )

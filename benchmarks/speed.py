@@ -129,7 +129,7 @@ def measure_preparation(network: str) -> Row:
     if network == WIDE:
         read(prepared)
     else:
-        figures["reading_s"] = seconds(lambda: prepared.bn_evidence)
+        figures["reading_s"] = seconds(lambda: prepared.evidence)
     module, neurons, clean = prepared.model.network, prepared.neurons, prepared.clean
 
     def know() -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import backdoor_gym
 from backdoor_gym.analysis.bn_evidence import BNEvidence, Correction
+from backdoor_gym.analysis.evidence import Evidence
 from backdoor_gym.analysis.suspected_target import SuspectedTarget
 from backdoor_gym.analysis.trigger_inversion import InvertedTrigger
 from backdoor_gym.benchmarking.resuming import Row
@@ -101,12 +102,13 @@ def read(prepared: PreparedModel) -> None:
     others = images[:100][prepared.clean.labels[:100] != 0].contiguous(memory_format=torch.channels_last)
     pattern = 0.1 * torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(0))
     triggered = (others + pattern).clamp(0, 1).contiguous(memory_format=torch.channels_last)
-    prepared.__dict__["bn_evidence"] = BNEvidence(
+    bn = BNEvidence(
         Correction(),
         images,
         SuspectedTarget(0, 0.5, 0.0, 0.1, {}, {}),
         InvertedTrigger(0, ("addition",), others, triggered, 0.05, -0.5, 0.5),
     )
+    prepared.__dict__["evidence"] = Evidence(bn, None)
 
 
 def ratio(ours: list[float], rivals: list[float]) -> Row:

@@ -1,10 +1,9 @@
 """Trains what comes with the package and what the tables are about.
 
     backdoor-gym zoo build 'digits-train/*' --most 300
-    backdoor-gym zoo build 'digits-val/*' --most 120
+    backdoor-gym zoo build 'digits-val/*' --most 30
     python benchmarks/training.py policies                       # into policies/, logs into results/train_<policy>.log
     python benchmarks/training.py policies --only mlp-0 mlp-1 mlp-2
-    python benchmarks/training.py thresholds                     # of trained policies, after what they observe has changed
     python benchmarks/training.py maskable-ppo --steps 6000 --seeds 3
     python benchmarks/training.py embedded                       # the infected models that come with the package
 
@@ -29,9 +28,8 @@ import numpy as np
 import torch
 
 import backdoor_gym
-from backdoor_gym.agents import ONP, EncoderOptions, LookAhead
-from backdoor_gym.agents.training import SCORE_SAMPLES, VERDICT_THRESHOLDS, checkpoint_of, train
-from backdoor_gym.agents.validation import choose_threshold
+from backdoor_gym.agents import EncoderOptions, LookAhead
+from backdoor_gym.agents.training import SCORE_SAMPLES, checkpoint_of, train
 from backdoor_gym.agents.warm_start import Example, examples
 from backdoor_gym.baselines import RandomPolicy, Ridge
 from backdoor_gym.models.training import Schedule
@@ -47,14 +45,12 @@ LOOK = LookAhead()
 LOSS_ALONE = LookAhead(danger_weight=0.0, done=0.0, patience=0, restore=0.0)
 TRAINING = [f"digits-train/{seed}" for seed in range(300)]
 VALIDATION = [f"digits-val/{seed}" for seed in range(30)]
-#: The threshold is chosen on more: only their verdicts are asked for.
-CALIBRATION = [f"digits-val/{seed}" for seed in range(120)]
 #: All that compares the running statistics of batch normalisation with those of clean images.
 BN_STATISTICS = (
     "kl", "log_variance_ratio", "mean_shift", "pull", "pull_now", "clean_pull_now",
     "suspected_danger", "suspected_drop", "shift", "inversion_error", "inversion_evidence",
 )  # fmt: skip
-#: The ridge regression that comes with the package; it has no threshold to choose.
+#: The ridge regression that comes with the package.
 RIDGE = "ridge"
 MLP = EncoderOptions()
 #: Name -> shape of the network, seed, attack that is left out.
@@ -112,7 +108,7 @@ def train_policies(names: list[str]) -> None:
     missing = [name for name in shaped if not (POLICIES / f"{name}.safetensors").is_file() or _begun(name)]
     if not missing:
         return
-    school, attack_of = guide(), attacks_of(TRAINING + CALIBRATION)
+    school, attack_of = guide(), attacks_of(TRAINING + VALIDATION)
     for policy in missing:
         encoder, seed, left_out = SHAPES[policy]
         if not _begun(policy):
@@ -126,25 +122,9 @@ def train_policies(names: list[str]) -> None:
             seed=seed,
             encoder=encoder,
             look_ahead=LOSS_ALONE if blind else LOOK,
-            calibration=[name for name in CALIBRATION if attack_of[name] != left_out],
             guide=[example for name, example in zip(TRAINING, school, strict=True) if attack_of[name] != left_out],
             report=partial(_report, policy),
         )
-
-
-def choose_thresholds(names: list[str]) -> None:
-    """Choose the thresholds of trained policies anew, as training does."""
-    attack_of = attacks_of(CALIBRATION)
-    options = {"infected": CALIBRATION, "reward": "oracle", "score_samples": 1, "disable_env_checker": True}
-    env = gym.make("backdoor_gym:BackdoorPrune-v0", **options)
-    for policy in names:
-        out, left_out = POLICIES / f"{policy}.safetensors", SHAPES[policy][2]
-        onp = ONP.load(out)
-        models = [name for name in CALIBRATION if attack_of[name] != left_out]
-        _report(policy, "thresholds chosen anew:")
-        for choice, (missed, needless) in choose_threshold(onp, env, models, VERDICT_THRESHOLDS).items():
-            _report(policy, f"verdict below {choice}: {missed} backdoors missed, {needless} clean models repaired")
-        onp.save(out)
 
 
 def _begun(policy: str) -> bool:
@@ -230,7 +210,7 @@ def train_maskable_ppo(steps: int, seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("policies", "thresholds", "maskable-ppo", "embedded"))
+    parser.add_argument("what", choices=("policies", "maskable-ppo", "embedded"))
     parser.add_argument("--only", nargs="*", choices=[*SHAPES, RIDGE], default=list(SHAPES), help="policies")
     parser.add_argument("--steps", type=int, default=6_000, help="of MaskablePPO")
     parser.add_argument("--seeds", type=int, default=3, help="of MaskablePPO")
@@ -238,8 +218,6 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.what == "policies":
         train_policies(arguments.only)
-    elif arguments.what == "thresholds":
-        choose_thresholds(arguments.only)
     elif arguments.what == "embedded":
         train_embedded()
     else:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from backdoor_gym import cli
-from backdoor_gym.analysis.bn_evidence import BNEvidence, find_bn_evidence
+from backdoor_gym.analysis.evidence import Evidence, find_evidence
 from backdoor_gym.cli import common
 from backdoor_gym.models.infected import InfectedModel
 from backdoor_gym.models.infecting import infect
@@ -100,7 +100,7 @@ def plain_infected_file(plain_infected: InfectedModel, tmp_path_factory: pytest.
 @pytest.fixture(scope="session", autouse=True)
 def sought_once():
     """The trigger of the same network in the same images is sought once: most of what making a model ready takes."""
-    remembered: dict[tuple[str, str, int], BNEvidence | None] = {}
+    remembered: dict[tuple[str, str, int], Evidence] = {}
 
     def find(neurons, images, labels):
         digest = sha256()
@@ -108,11 +108,11 @@ def sought_once():
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         key = neurons.graph.code, digest.hexdigest(), torch.get_num_threads()  # which sums hang on, in the last bit
         if key not in remembered:
-            remembered[key] = find_bn_evidence(neurons, images, labels)
+            remembered[key] = find_evidence(neurons, images, labels)
         return remembered[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared_model, "find_bn_evidence", find)
+        patch.setattr(prepared_model, "find_evidence", find)
         yield
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from backdoor_gym import repair
 from backdoor_gym.cli import common
-from backdoor_gym.cli.repair import verdict_in_words
+from backdoor_gym.cli.repair import outcome_in_words
 from backdoor_gym.errors import DataError, TrainingError
 from backdoor_gym.files.tensors import read_tensors, write_tensors
 from backdoor_gym.models import catalogue
@@ -41,7 +41,7 @@ def test_repair_without_arguments_repairs_the_embedded_model(run, tmp_path):
     code, out, _ = run("repair")
     assert code == 0
     assert "digits-badnets" in out
-    assert "Signs of a backdoor, which seems to call label 3" in out
+    assert "Repaired: signs of a backdoor that calls label 3" in out
     assert (tmp_path / "repaired" / "digits-badnets" / "repaired.safetensors").exists()
 
 
@@ -84,22 +84,70 @@ def test_neurons_of_a_residual_sum_are_pruned_together_where_that_is_asked_for(r
 
 
 @pytest.mark.parametrize(
-    ("score", "target", "pruned", "said"),
+    ("outcome", "target", "pruned", "said"),
     [
-        (0.01, 3, 0, "No sign of a backdoor: nothing pruned (score 0.010 of 1)."),
-        (0.1, None, 4, "Signs of a backdoor (score 0.100 of 1)."),
-        (0.9, 3, 0, "Signs of a backdoor, which seems to call label 3, but nothing was pruned (score 0.900 of 1)."),
+        ("untouched", 3, 0, "No sign of a backdoor (probability of a backdoor 75%): the network is as it came."),
+        (
+            "repaired", 3, 4,
+            "Repaired: signs of a backdoor that calls label 3 (probability of a backdoor 75%), which fell to half or less.",
+        ),
+        (
+            "repaired", None, 4,
+            "Repaired: signs of a backdoor (probability of a backdoor 75%), which fell to half or less.",
+        ),
+        (
+            "unrepairable", 3, 0,
+            "Cannot be repaired by pruning within this budget: signs of a backdoor that calls label 3 (probability of a backdoor "
+            "75%) stay; the network is as it came. A larger --budget may help.",
+        ),
+        (
+            "unrepairable", None, 4,
+            "Cannot be repaired by pruning within this budget: signs of a backdoor (probability of a backdoor 75%) stay; 4 neurons "
+            "were pruned all the same. A larger --budget may help.",
+        ),
+    ],
+)  # fmt: skip
+def test_the_outcome_in_words(outcome, target, pruned, said):
+    assert outcome_in_words(outcome, 0.75, target, pruned) == said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "code", "outcome", "said"),
+    [
+        (("digits-clean", "--policy", "clp", "--u", 1), 0, "untouched", "No sign of a backdoor"),
+        (("tiny", "--policy", "clp", "--u", 0.5), 0, "repaired", "Repaired: signs of a backdoor that calls label 3"),
+        (
+            ("tiny", "--policy", "clp", "--u", 1.5),
+            3,
+            "unrepairable",
+            "Cannot be repaired by pruning within this budget",
+        ),
     ],
 )
-def test_the_verdict_in_words(score, target, pruned, said):
-    assert verdict_in_words(score, target, pruned) == said
+def test_the_outcome_is_in_words_in_json_and_in_the_exit_code(run, infected_file, options, code, outcome, said):
+    asked = ("repair", *(infected_file if word == "tiny" else word for word in options), "--verdict")
+    told, out, _ = run(*asked)
+    assert (told, said in out) == (code, True)
+    told, out, _ = run(*asked, "--json")
+    report = json.loads(out)
+    assert (told, report["outcome"]) == (code, outcome)
+    assert bool(report["pruned"]) == (outcome == "repaired")
+
+
+def test_what_did_not_help_stays_pruned_and_the_code_is_the_same(run, infected_file, infected, tmp_path):
+    asked = ("repair", infected_file, "--policy", "clp", "--u", 1.5, "--verdict", "--no-take-back", "--json")
+    code, out, _ = run(*asked)
+    assert code == 3
+    assert json.loads(out)["pruned"] == repair(infected, "clp", u=1.5).pruned
+    assert (tmp_path / "repaired" / "tiny" / "repaired.safetensors").exists()
 
 
 @pytest.mark.slow
 def test_a_clean_network_is_left_alone(run):
     code, out, _ = run("repair", "digits-clean")
     assert code == 0
-    assert "No sign of a backdoor: nothing pruned" in out
+    assert "No sign of a backdoor (probability of a backdoor " in out
     assert "Pruned 0 of" in out
 
 
@@ -116,7 +164,6 @@ def test_train_makes_a_policy_that_repair_takes(run, infected_file, plain_infect
     assert "mine.safetensors" in out
     assert "warm start" in err
     assert "return" in err
-    assert "1 clean models repaired" in err or "0 clean models repaired" in err
     assert list((tmp_path / "log").rglob("events.*"))
     assert not list(tmp_path.glob("*.checkpoint"))
     assert run("repair", infected_file, "--policy", "mine.safetensors")[0] == 0
@@ -163,7 +210,7 @@ def test_infect_makes_a_model_that_repair_reads(run, tmp_path):
     model = InfectedModel.load(tmp_path / "m.safetensors")
     assert model.trigger.frequency == 2
     assert model.facts["acc"] == made["acc"]
-    assert run("repair", "m.safetensors")[0] == 0
+    assert run("repair", "m.safetensors", "--policy", "clp")[0] == 0
     code, _, err = run("infect", *arguments)
     assert code == 2
     assert "exists already" in err
@@ -369,7 +416,6 @@ QUICK = {
     "benchmark": ("--infected", "digits-badnets", "--policies", "random", "--budgets", "0.02", "--jobs", "1"),
     "train": (
         "--infected", "digits-badnets", "--validate", "digits-clean", "--steps", "8", "--envs", "1", "--warm-epochs", "0",
-        "--calibration-models", "0",
     ),
     "infect": ("--epochs", "1", "--width", "8"),
     "list": (),

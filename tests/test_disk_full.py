@@ -19,7 +19,7 @@ from backdoor_gym.models.infected import InfectedModel
 
 TRAIN = (
     "train", "--infected", "digits-badnets", "--validate", "digits-clean", "--steps", 8, "--envs", 1, "--warm-epochs", 0,
-    "--calibration-models", 0, "--out", "old/p.safetensors", "--force",
+    "--out", "old/p.safetensors", "--force",
 )  # fmt: skip
 BENCHMARK = (
     "benchmark", "--infected", "digits-badnets", "--policies", "random", "--budgets", "0.02,own", "--jobs", 1, "--max-steps", 2,

@@ -10,6 +10,7 @@ from torch import nn
 
 from backdoor_gym import InfectedModel, load_infected, repair
 from backdoor_gym.agents import ONP
+from backdoor_gym.analysis.evidence import VERDICT_THRESHOLD
 from backdoor_gym.baselines import CLP, RandomPolicy
 from backdoor_gym.errors import BackdoorGymError, ModelFileError, UnknownNameError
 from backdoor_gym.files.tensors import read_tensors
@@ -213,7 +214,8 @@ def test_unknown_policies_and_options_are_named(infected):
 def test_the_default_is_the_policy_that_comes_with_the_package(infected):
     result = repair(infected)
     assert result.policy == "onp"
-    assert 0 <= result.verdict <= 1
+    assert result.outcome == "repaired"
+    assert VERDICT_THRESHOLD <= result.verdict <= 1
     assert result.suspected_target == infected.target
     assert result.clean_acc_before - result.clean_acc_after <= 0.01 + 1e-9
     assert result.report()["verdict"] == result.verdict
@@ -234,9 +236,19 @@ def test_a_policy_file_is_taken_by_its_path(infected, tmp_path):
 def test_finetuning_learns_on_the_network_without_its_trigger(infected, monkeypatch):
     """Nothing of the trigger is there to learn from, and the policy is another one afterwards."""
     blind = InfectedModel(infected.network, infected.clean)
+    learn, changed = ONP.learn, []
+
+    def watched(self, *arguments, **options):
+        before = {name: value.clone() for name, value in self.network.state_dict().items()}
+        learn(self, *arguments, **options)
+        changed.append(any(not torch.equal(value, before[name]) for name, value in self.network.state_dict().items()))
+        return self
+
+    monkeypatch.setattr(ONP, "learn", watched)
     before = repair(blind, max_steps=5)
     torch.manual_seed(0)
     after = repair(blind, finetune=256, max_steps=5)
-    assert after.verdict != before.verdict
+    assert after.verdict == before.verdict  # of the signs alone
+    assert changed == [True]
     assert after.clean_acc_before - after.clean_acc_after <= 0.01 + 1e-9
     assert repair(blind, finetune=256, max_steps=5).pruned == after.pruned

@@ -11,7 +11,7 @@ Exit codes:
   shows a traceback.
 - 2: unusable input: an unknown name or option, a file that cannot be read or written, data that do not fit. One line on standard
   error says what was wrong and what is allowed. Where a disk is full, the files that were there are there still.
-- 3: ``repair`` found signs of a backdoor that pruning within the budget does not remove.
+- 3: ``repair`` alone: there are signs of a backdoor that pruning within the budget does not remove. All results are written.
 - 130: interrupted from the keyboard. ``benchmark``, ``train`` and ``infect`` go on from there when called again.
 """
 
@@ -31,8 +31,7 @@ from . import benchmark, detect, infect, inspect, listing, repair, train, zoo
 # What is heavy (torch) is imported by the commands that need it, so that --help is quick.
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 tried and failed; 2 unusable input, told in one line; 3 a backdoor that pruning does not remove; "
-    "130 interrupted."
+    "Exit codes: 0 done; 1 tried and failed; 2 unusable input, told in one line; 3 unrepairable; 130 interrupted."
 )
 
 app = typer.Typer(

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from ..errors import DataError
-from ..reporting.outcomes import REPAIRED, UNREPAIRABLE, UNTOUCHED
+from ..outcomes import REPAIRED, UNREPAIRABLE, UNTOUCHED
 from ..wording import path_component, printable
 from . import own_network
 from .common import (

@@ -93,7 +93,6 @@ class ObservationBuilder:
             current.suspected_danger,
             initial.suspected_danger - current.suspected_danger,
             *self._evidence,
-            prepared.evidence.probability,
         )
         return {
             "nodes": nodes,
@@ -115,7 +114,7 @@ class ObservationBuilder:
         self._edges[:edges] = prepared.graph.edges
         self._edge_links = np.zeros((self.max_edges, 2), dtype=np.int64)
         self._edge_links[:edges] = prepared.graph.edge_links
-        self._evidence = evidence(prepared)
+        self._evidence = (*evidence(prepared), prepared.evidence.probability)
         self._prepared = prepared
 
 

@@ -59,7 +59,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     | ``edge_links`` | int64 | (E, 2) | from which neuron to which |
     | ``num_nodes``, ``num_edges`` | int64 | (1,) | how many of them are real |
     | ``action_mask`` | int8 | (N + 1,) | 1 where the action is legal; stop always is |
-    | ``globals`` | float32 | (12,) | accuracy, its drop, rise of the clean loss, accuracy budget (1 if none), shares of neurons pruned, steps left, failures left; suspected danger and its fall; 2 + log10 of the shift of BN means towards the suspected target (``backdoor_gym.analysis.suspected_target``); error and evidence of the inverted trigger (``backdoor_gym.analysis.trigger_inversion``); clamped to +-6 |
+    | ``globals`` | float32 | (13,) | accuracy, its drop, rise of the clean loss, accuracy budget (1 if none), shares of neurons pruned, steps left, failures left; suspected danger and its fall; 2 + log10 of the shift of BN means towards the suspected target (``backdoor_gym.analysis.suspected_target``); error and evidence of the inverted trigger (``backdoor_gym.analysis.trigger_inversion``); verdict, the probability of a backdoor before the first prune (``backdoor_gym.analysis.evidence``); clamped to +-6 |
 
     The trigger never reaches the observation. The dynamic node features are: pruned, tried (pruned and undone), share of the layer
     that is pruned, ``pull_now``, ``harm_now`` and ``clean_pull_now`` (what pruning the neuron would take from the suspected

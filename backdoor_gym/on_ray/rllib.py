@@ -103,8 +103,8 @@ def train_on_cluster(
 ) -> ONP:
     """Train a policy with RLlib's PPO on a Ray cluster, keep the best on other models, and write it to a file.
 
-    The warm start and the choices are those of ``training.train``: only the look-ahead and the threshold of the verdict are not
-    chosen here. Interrupted and called again it goes on with the weights after the last iteration.
+    The warm start and the choices are those of ``training.train``: only the look-ahead is not chosen here.
+    Interrupted and called again it goes on with the weights after the last iteration.
 
     Args:
         infected: names and patterns to learn from; their triggers must be known.

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from .outcomes import UNREPAIRABLE, UNTOUCHED
+from ..outcomes import UNREPAIRABLE, UNTOUCHED
 
 if TYPE_CHECKING:
     from .result import RepairResult

@@ -20,9 +20,9 @@ from ..networks.adapting import in_own_types
 from ..networks.preprocessing import Preprocessed, own_module
 from ..neurons.copying import taking_norms_off
 from ..neurons.layers import Neurons
+from ..outcomes import REPAIRED
 from ..rendering.drawing import Snapshot, frame
 from ..writing import as_json, beside, finite, write_text
-from .outcomes import REPAIRED
 from .page import render
 
 #: Files in the folder that ``RepairResult.save`` writes; the network of transformers or timm has names of its own.

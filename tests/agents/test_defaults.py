@@ -5,6 +5,7 @@ import inspect
 import pytest
 
 from backdoor_gym.agents import ONP, EncoderOptions, LookAhead, training
+from backdoor_gym.analysis.evidence import VERDICT_THRESHOLD
 from backdoor_gym.cli import app
 
 
@@ -33,13 +34,14 @@ def test_train_without_options_trains_the_policy_that_comes_with_the_package(ask
     facts = shipped.facts
     assert asked["infected"] == facts["learned_on"]
     assert len(asked["infected"]) == facts["models"]
-    assert list(dict.fromkeys([*asked["validation"], *asked["calibration"]])) == facts["chosen_on"]
+    assert facts["chosen_on"][: len(asked["validation"])] == asked["validation"]
+    assert all(name.startswith("digits-val/") for name in facts["chosen_on"])
     assert asked["total_timesteps"] == facts["timesteps"]
     assert asked["seed"] == facts["seed"]
     assert asked["encoder"] == EncoderOptions() == shipped.options
     assert "look_ahead" not in asked
     assert shipped.threshold == training.THRESHOLD
-    assert shipped.verdict_threshold in training.VERDICT_THRESHOLDS
+    assert shipped.verdict_threshold == VERDICT_THRESHOLD
 
 
 def test_the_look_ahead_of_the_defaults_is_the_shipped_one():

@@ -55,7 +55,7 @@ def forged(saved, tmp_path):
         {"look_ahead": {"z": 1}},
         {"threshold": "0.5"},
         {"threshold": 1.5},
-        {"verdict_threshold": 0},
+        {"verdict_threshold": 0.2},
         {"facts": [1]},
         {"facts": {"timesteps": "x"}},
         {"facts": {"validation": {"timesteps": "x"}}},

@@ -73,7 +73,6 @@ def test_validation_keeps_the_best_policy(files, tmp_path):
 def test_examples_that_are_made_already_are_not_made_again(files, tmp_path, monkeypatch):
     guide = examples(files, max_steps=6)
     monkeypatch.setattr("backdoor_gym.agents.training.examples", None)
-    monkeypatch.setattr("backdoor_gym.agents.training.VERDICT_THRESHOLDS", (0.2, 0.3))
     said = []
     train(
         files,
@@ -83,20 +82,14 @@ def test_examples_that_are_made_already_are_not_made_again(files, tmp_path, monk
         envs=2,
         guide=guide,
         look_ahead=None,
-        calibration=[files[1], "digits-clean"],
         report=said.append,
         **QUICK,
     )
     assert any("warm start" in line for line in said)
-    assert [line.split(":")[0] for line in said if "backdoors missed" in line] == [
-        "verdict below 0.2",
-        "verdict below 0.3",
-    ]
     learned = ONP.load(tmp_path / "policy.safetensors")
     assert learned.threshold == THRESHOLD
-    assert learned.verdict_threshold in (0.2, 0.3)
     facts = learned.facts
-    assert facts["chosen_on"] == [files[0], files[1], "digits-clean"]
+    assert (facts["learned_on"], facts["chosen_on"]) == (files, files[:1])
     assert facts["timesteps"] == facts["validation"]["timesteps"]
 
 
@@ -122,7 +115,7 @@ def killed(monkeypatch, at, *arguments, **options):
         patch.setattr(
             ONP,
             "learn",
-            lambda self, *given, callback, **more: learn(self, *given, callback=[*callback, Kill(at)], **more),
+            lambda self, *given, callback, **more: learn(self, *given, callback=[callback, Kill(at)], **more),
         )
         with pytest.raises(KilledError):
             train(*arguments, **options)

@@ -65,7 +65,7 @@ def test_onp_learns_a_number_of_steps(seen):
     with pytest.raises(DataError, match="total_timesteps"):
         ONP(seen[0]).learn("many")
     with pytest.raises(DataError, match="observation"):
-        ONP().verdict(5)
+        ONP().predict(5)
 
 
 def test_pruning_outside_an_environment_takes_networks_and_images(infected):

@@ -61,7 +61,7 @@ def test_it_is_fitted_to_the_preferences_of_the_warm_start(infected):
 def test_a_repair_looks_ahead_with_it(infected):
     env = gym.make("BackdoorPrune-v0", infected=infected, score_samples=0)
     observation, _ = env.reset(seed=0)
-    alone, ahead = ScoringPolicy(Ridge.load(), env), ScoringPolicy(Ridge.load(), env, look_ahead=LookAhead())
+    alone, ahead = (ScoringPolicy(Ridge.load(), env, look_ahead=look) for look in (None, LookAhead()))
     scores = Ridge.load().scores(observation)[0]
     assert alone.predict(observation, deterministic=True)[0] == scores[:-1].argmax()
     corrected = LookAhead().correct(scores, observation, env.unwrapped.session)
@@ -69,9 +69,11 @@ def test_a_repair_looks_ahead_with_it(infected):
     result = repair(infected, "ridge", 0.02, max_steps=40)
     assert result.after.asr < result.before.asr
     assert result.clean_acc_before - result.clean_acc_after <= 0.02 + 1e-9
-    assert result.verdict is None
+    assert result.verdict == env.unwrapped.session.prepared.evidence.probability
+    assert result.outcome == "repaired"
     first = env.unwrapped.session.prepared.unit_names[scores[:-1].argmax()]
-    assert repair(infected, "ridge", None, max_steps=1, look_ahead=False).pruned == [first]
+    once = {"max_steps": 1, "look_ahead": False}
+    assert repair(infected, "ridge", None, verdict=False, **once).pruned == [first]
     with pytest.raises(UnknownNameError, match="finetune"):
         repair(infected, "ridge", finetune=3)
 
@@ -84,13 +86,17 @@ def test_any_scorer_looks_ahead_and_stops(infected):
             pull = observation["nodes"][..., NODE_FEATURES.index("pull_now")].reshape(-1, 112)
             return np.hstack([pull, np.full((len(pull), 1), 1.0, dtype=np.float32)])
 
-    env = gym.make("BackdoorPrune-v0", infected=infected, score_samples=0)
+    env = gym.make("BackdoorPrune-v0", infected=infected, score_samples=0, accuracy_budget=None)
     observation, _ = env.reset(seed=0)
     policy = ScoringPolicy(Pull(), env)
-    odds = np.logaddexp.reduce(observation["nodes"][:112, NODE_FEATURES.index("pull_now")].astype(float)) - 1.0
+    unit = int(policy.predict(observation, deterministic=True)[0])
+    assert unit == observation["nodes"][:112, NODE_FEATURES.index("pull_now")].argmax()
+    observation, *_ = env.step(unit)
+    legal = observation["action_mask"][:112] == 1
+    odds = np.logaddexp.reduce(observation["nodes"][:112, NODE_FEATURES.index("pull_now")][legal].astype(float)) - 1.0
     going_on = 1 / (1 + np.exp(-odds))
     for threshold, stops in ((min(0.999, going_on + 0.001), True), (going_on - 0.01, False)):
-        policy.verdict_threshold = threshold
+        policy.threshold = threshold
         assert (policy.predict(observation, deterministic=True)[0] == 112) == stops
     policy.look_ahead = LookAhead()
     assert 0 <= policy.predict(observation, deterministic=True)[0] < 112

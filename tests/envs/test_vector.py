@@ -107,9 +107,9 @@ def test_large_networks_step_in_turn_on_all_cores(infected_file, monkeypatch):
 @pytest.mark.slow
 def test_a_model_is_made_ready_once(infected, monkeypatch):
     made = []
-    seek = backdoor_gym.session.prepared_model.find_bn_evidence
+    seek = backdoor_gym.session.prepared_model.find_evidence
     monkeypatch.setattr(
-        backdoor_gym.session.prepared_model, "find_bn_evidence", lambda *arguments: made.append(1) or seek(*arguments)
+        backdoor_gym.session.prepared_model, "find_evidence", lambda *arguments: made.append(1) or seek(*arguments)
     )
     env = BackdoorPruneVectorEnv(3, infected=infected)
     env.reset(seed=0)

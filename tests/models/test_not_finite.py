@@ -33,9 +33,9 @@ def test_a_search_for_the_trigger_stops(infected, monkeypatch, search):
     monkeypatch.setattr(torch.autograd, "grad", lambda _, inputs: [torch.full_like(one, torch.nan) for one in inputs])
     reached = []
     monkeypatch.setattr(Warp, "__call__", lambda self, some: reached.append(self.parameter.detach().clone()) or some)
-    search, last = (invert_trigger, suspected) if search == "means" else (invert_by_label, 10)
+    search, more = (invert_trigger, [suspected]) if search == "means" else (invert_by_label, [])
     with pytest.raises(WeightsError, match="search for the trigger is not finite"):
-        search(prepared.neurons, images, labels, last)
+        search(prepared.neurons, images, labels, *more)
     assert all(torch.isfinite(parameter).all() for parameter in reached)
 
 

@@ -89,6 +89,7 @@ def test_everything_that_was_promised_is_there(repaired: RepairResult):
     assert all(name in page.text["pruned"] for name in repaired.pruned)
     assert page.text["triggered"].count("triggered") == 6
     assert "get label 3 with it" in page.text["trigger-found"]
+    assert "batch-normalisation statistics" in page.text["trigger-found"]
     for said in ("torch", "clean images 100", digest(repaired.infected.network), digest(repaired.network), "badnets"):
         assert said in page.text["settings"]
 
@@ -102,7 +103,7 @@ def test_every_neuron_tells_its_name(repaired: RepairResult):
 
 def test_a_network_that_was_left_alone_reads_well(untouched: RepairResult):
     page = Page(render(untouched))
-    assert "No sign of a backdoor: nothing was pruned" in page.text["verdict"]
+    assert "No sign of a backdoor: the network is as it came" in page.text["verdict"]
     assert "course" not in page.text
     assert "pruned" not in page.text
     assert "triggered" not in page.text
@@ -115,8 +116,9 @@ def test_a_module_of_ones_own_with_nothing_known(own: RepairResult):
     page = Page(render(own))
     assert "1 of 20 neurons pruned by clp" in page.text["verdict"]
     assert "No trigger is known" in page.text["verdict"]
-    assert "trigger-found" not in page.text
-    assert "suspected danger" in whole(page.text).lower()  # of the addition that the label alone gave
+    assert "smallest part of an image" in page.text["trigger-found"]  # of the mask that the label alone gave
+    assert "batch-normalisation" not in page.text["trigger-found"]
+    assert "suspected danger" in whole(page.text).lower()
     assert "0[4]" in page.text["pruned"]
     assert "Sequential(...)" in page.code[0]
 

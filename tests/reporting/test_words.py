@@ -3,10 +3,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from backdoor_gym.analysis.evidence import Evidence
 from backdoor_gym.analysis.features import STATIC_FEATURES
 from backdoor_gym.metrics import Metrics
 from backdoor_gym.reporting.conclusion import conclude
 from backdoor_gym.reporting.reasons import MEANINGS, UNREMARKABLE, reasons
+
+UNTOUCHED = {"outcome": "untouched", "verdict": 0.1}
 
 
 def features(**scores):
@@ -42,7 +45,7 @@ def test_what_speaks_against_a_backdoor_is_no_reason():
     ("changes", "tone", "said"),
     [
         ({}, "good", "Signs of a backdoor that calls label 3: 2 of 112 neurons pruned"),
-        ({"suspected_target": None}, "good", "Signs of a backdoor: 2 of 112"),
+        ({"evidence": Evidence(None, None)}, "good", "Signs of a backdoor: 2 of 112"),
         ({"verdict": None}, "good", "2 of 112 neurons pruned by onp"),
         ({"after": Metrics(0.9, 0.7, 0.2)}, "bad", "The backdoor is still open. Signs"),
         ({"after": Metrics(0.9, 0.2, 0.7)}, "warning", "The backdoor is not quite closed. Signs"),
@@ -53,17 +56,25 @@ def test_what_speaks_against_a_backdoor_is_no_reason():
             "not quite closed. Signs of a backdoor that calls label 3: 2 of 112",
         ),
         ({"after": Metrics(0.8, 0.7, 0.1)}, "bad", "neurons pruned, at a price in accuracy"),
-        ({"pruned": []}, "warning", "Signs of a backdoor that calls label 3, but nothing was pruned"),
-        ({"pruned": [], "verdict": 0.1}, "good", "No sign of a backdoor: nothing was pruned"),
-        ({"pruned": [], "verdict": 0.1, "after": Metrics(0.9, 1.0, 0.0)}, "bad", "The backdoor is still open. No sign"),
-        ({"pruned": [], "verdict": None}, "good", "Nothing was pruned"),
+        (
+            {"pruned": [], "outcome": "unrepairable"},
+            "warning",
+            "Signs of a backdoor that calls label 3, which pruning does not remove",
+        ),
+        (
+            {"outcome": "unrepairable"},
+            "warning",
+            "Signs of a backdoor that calls label 3, which pruning does not remove",
+        ),
+        ({"pruned": [], **UNTOUCHED}, "good", "No sign of a backdoor: the network is as it came"),
+        ({"pruned": [], **UNTOUCHED, "after": Metrics(0.9, 1.0, 0.0)}, "bad", "The backdoor is still open. No sign"),
+        ({"pruned": [], "outcome": "untouched", "verdict": None}, "good", "Nothing was pruned"),
     ],
 )
 def test_the_conclusion_is_what_happened(repaired, changes, tone, said):
     known = {
         "pruned": repaired.pruned[:2],
         "verdict": 0.9,
-        "suspected_target": 3,
         "before": Metrics(0.92, 1.0, 0.0),
         "after": Metrics(0.91, 0.02, 0.9),
     }
@@ -73,3 +84,23 @@ def test_the_conclusion_is_what_happened(repaired, changes, tone, said):
     assert (found.tone, said in found.headline) == (tone, True), found
     measured = "The known trigger" in " ".join(found.sentences)
     assert measured == ({**known, **changes}["before"].asr is not None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "The probability of a backdoor was 90.0% before the first prune."),
+        ({"verdict": None}, "No verdict was asked for: a rule prunes any network, infected or not."),
+        ({"outcome": "unrepairable"}, "2 neurons were pruned, and the signs did not fall to half."),
+        ({"outcome": "unrepairable"}, "A larger accuracy budget may help."),
+        (
+            {"outcome": "unrepairable", "pruned": []},
+            "Pruning did not make the signs fall to half within the accuracy budget. The network is as it came.",
+        ),
+    ],
+)
+def test_the_sentences_say_what_the_outcome_rests_on(repaired, changes, said):
+    result = replace(repaired, **{"pruned": repaired.pruned[:2], "verdict": 0.9, **changes})
+    sentences = " ".join(conclude(result).sentences)
+    assert said in sentences
+    assert ("probability of a backdoor" in sentences) == (result.verdict is not None)
