@@ -158,7 +158,7 @@ def repair(
     before = model.evaluate(deep_copy(model.network).to(device), lambda *count: watch("scoring before", *count))
     after = model.evaluate(network.to(device), lambda *count: watch("scoring after", *count))
     network.cpu()
-    snapshot = Snapshot.of(session)
+    snapshot, lost = Snapshot.of(session), session.masked.lost(session.state.pruned)
     env.close()
     return RepairResult(
         network,
@@ -187,6 +187,7 @@ def repair(
         outcome,
         probability,
         prepared.fill,
+        lost,
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium import Env
 
 from .analysis.evidence import VERDICT_THRESHOLD
-from .analysis.label_inversion import invert_label
+from .analysis.label_inversion import ORDINARY, invert_label
 from .envs.prune import BackdoorPruneEnv
 from .masking.export import write_mask
 from .outcomes import REPAIRED, UNREPAIRABLE, UNTOUCHED
@@ -24,9 +24,6 @@ from .session import RepairSession
 ROUNDS = 4
 #: Share of the suspected danger that may be left of it in a repaired network.
 FALLEN = 0.5
-#: Size of the smallest mask for the suspected label, over the median of all labels in the whole network, from which on it is
-#: like that of any label.
-ORDINARY = 0.6
 
 
 def run_repair(
@@ -107,8 +104,8 @@ def _look_again(env: BackdoorPruneEnv, seed: int) -> bool:
     """Invert the trigger in the pruned network; True where its label is like any other, else the episode goes on under it."""
     prepared, state = env.session.prepared, env.session.state
     evidence = prepared.evidence
-    if evidence.label is None or evidence.target is None:
-        return True
+    if evidence.label is None or evidence.target is None or not evidence.label.points_to(evidence.target):
+        return True  # masks did not tell of it before
     mask = prepared.neuron_mask(state.pruned)
     network = write_mask(prepared.model.network, prepared.neurons, mask, fill=prepared.fill).to(prepared.options.device)
     clean = prepared.clean

@@ -91,7 +91,9 @@ def find_evidence(neurons: Neurons, images: Tensor, labels: Tensor) -> Evidence:
     evidence = Evidence(bn, label, None)
     if evidence.target is None or bool((labels == evidence.target).all()):
         return evidence
-    trigger, _ = invert_label(neurons, images, labels, evidence.target)
-    if bn is not None and bn.inverted is not None and bn.inverted.target == evidence.target:
-        trigger = bn.inverted.with_others(trigger)
-    return replace(evidence, inverted=trigger)
+    # What changes any network's answer is no trigger, and to prune for it costs accuracy: only kinds that tell are asked.
+    explained = bn.inverted if bn is not None and bn.suspected.target == evidence.target else None
+    if explained is not None and not (label is not None and label.points_to(evidence.target)):
+        return replace(evidence, inverted=explained)
+    masks, _ = invert_label(neurons, images, labels, evidence.target)
+    return replace(evidence, inverted=masks if explained is None else explained.with_others(masks))

@@ -37,6 +37,8 @@ SUCCESS = 0.9
 LAST, LEAST_SUCCESS = 8, 0.2
 #: Masks that are sought for one label alone, and deviation of the logits that they and their patterns begin with.
 SEVERAL, APART = 4, 1.0
+#: Size of a mask, over the median of all labels in the whole network, from which on it is like that of any label.
+ORDINARY = 0.6
 #: Clean images that these are shown on.
 SHOWN_ON = 40
 #: Labels that are sought of many, and of these how many with the smallest masks in the short search.
@@ -69,6 +71,10 @@ class LabelEvidence:
     def median(self) -> float:
         """The median size."""
         return self.sizes.median().item()
+
+    def points_to(self, label: int) -> bool:
+        """Whether the smallest mask is that of the label, and out of the ordinary."""
+        return self.target == label and self.ratio < ORDINARY
 
     @property
     def ratio(self) -> float:

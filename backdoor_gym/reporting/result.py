@@ -22,6 +22,7 @@ from ..neurons.copying import taking_norms_off
 from ..neurons.layers import Neurons
 from ..outcomes import REPAIRED
 from ..rendering.drawing import Snapshot, frame
+from ..session.masked_model import Lost
 from ..writing import as_json, beside, finite, write_text
 from .page import render
 
@@ -72,6 +73,7 @@ class RepairResult:
         arguments: what ``repair`` was called with, for doing it again; None for a model or a policy that is no name.
         outcome: "untouched", "repaired" or "unrepairable" (see ``repair``).
         verdict: probability that the network has a backdoor, before anything is pruned; None without a verdict.
+        lost: accuracy expected to be lost on other images like the clean ones.
         fill: what each neuron gives where it is pruned, float32 (neurons,); None for zeros.
 
     Examples:
@@ -102,6 +104,7 @@ class RepairResult:
     outcome: str = REPAIRED
     verdict: float | None = None
     fill: Tensor | None = None
+    lost: Lost = Lost(0.0, 0.0)
 
     @property
     def suspected_target(self) -> int | None:
@@ -169,6 +172,8 @@ class RepairResult:
             "clean_acc_before": self.clean_acc_before,
             "clean_acc_after": self.clean_acc_after,
             "clean_images": len(self.infected.clean),
+            "expected_loss": self.lost.mean,
+            "expected_loss_error": self.lost.error,
             "seconds": round(self.seconds, 3),
             "outcome": self.outcome,
             "verdict": self.verdict,

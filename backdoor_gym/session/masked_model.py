@@ -72,6 +72,9 @@ class Lost:
         error = falls.std().item() / len(falls) ** 0.5 if len(falls) > 1 else 0.0
         return cls(falls.mean().item(), error)
 
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f} ± {100 * self.error:.1f}"
+
     @property
     def at_most(self) -> float:
         """``STANDARD_ERRORS`` above the mean."""
