@@ -35,8 +35,11 @@ WEIGHT, LEAST_WEIGHT, MOST_WEIGHT, GROWTH = 20.0, 0.1, 1000.0, 1.3
 SUCCESS = 0.9
 #: Last steps over which sizes and successes are a mean, and least success that a size is divided by.
 LAST, LEAST_SUCCESS = 8, 0.2
-#: Masks that are sought for one label alone, and deviation of the logits that they and their patterns begin with.
-SEVERAL, APART = 4, 1.0
+#: Masks that are sought for one label alone, in how many steps, and deviation of the logits that all but the first begin with:
+#: in a pruned network the true trigger is found late.
+SEVERAL, LONG_STEPS, APART = 4, 80, 1.0
+#: Labels that a comparison needs: of fewer the smallest mask is smaller than the median in any network.
+LEAST_LABELS = 5
 #: Size of a mask, over the median of all labels in the whole network, from which on it is like that of any label.
 ORDINARY = 0.6
 #: Clean images that these are shown on.
@@ -88,7 +91,7 @@ class LabelEvidence:
 
 
 def compare_labels(neurons: Neurons, images: Tensor, labels: Tensor) -> LabelEvidence | None:
-    """The smallest mask of each label; None where the clean images are of fewer than two labels.
+    """The smallest mask of each label; None where the clean images are of fewer than ``LEAST_LABELS`` labels.
 
     Args:
         neurons: of the network.
@@ -98,7 +101,7 @@ def compare_labels(neurons: Neurons, images: Tensor, labels: Tensor) -> LabelEvi
     device = next(neurons.graph.parameters()).device
     images, labels = images.to(device), labels.to(device)
     present = labels.unique()
-    if len(present) < 2:
+    if len(present) < LEAST_LABELS:
         return None
     if len(present) > MOST_LABELS:
         each = max(1, min(FEW, SHORT_IMAGES // len(present)))
@@ -128,7 +131,7 @@ def invert_label(
     images, labels = images.to(device), labels.to(device)
     sought = torch.full((SEVERAL,), target, device=device)
     search = _MaskSearch(network, images, labels, sought, _batch(neurons, images), seed, APART)
-    sizes = search.go(STEPS, LAST)
+    sizes = search.go(LONG_STEPS, LAST)
     foreign = images[labels != target][:SHOWN_ON].contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         triggered = search.stamp(foreign, slice(None)).flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -167,6 +170,7 @@ class _MaskSearch:
         self._random = torch.Generator().manual_seed(seed)
         shape = (len(sought), *images.shape[1:])
         beginnings = apart * torch.randn(2, *shape, generator=self._random).to(images.device)
+        beginnings[:, 0] = 0
         self._mask = (BEGIN + beginnings[0, :, :1]).requires_grad_()
         self._pattern = beginnings[1].clone().requires_grad_()
         self._foreign = [torch.nonzero(labels != label).flatten() for label in sought]
