@@ -22,7 +22,7 @@ from ..neurons.copying import taking_norms_off
 from ..neurons.layers import Neurons
 from ..outcomes import REPAIRED
 from ..rendering.drawing import Snapshot, frame
-from ..session.masked_model import Lost
+from ..session.masked_model import NOTHING_LOST, Lost
 from ..writing import as_json, beside, finite, write_text
 from .page import render
 
@@ -104,7 +104,7 @@ class RepairResult:
     outcome: str = REPAIRED
     verdict: float | None = None
     fill: Tensor | None = None
-    lost: Lost = Lost(0.0, 0.0)
+    lost: Lost = NOTHING_LOST
 
     @property
     def suspected_target(self) -> int | None:

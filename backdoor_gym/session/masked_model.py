@@ -81,6 +81,9 @@ class Lost:
         return self.mean + STANDARD_ERRORS * self.error
 
 
+NOTHING_LOST = Lost(0.0, 0.0)
+
+
 class MaskedModel:
     """A prepared as an episode leaves it; activations of what is kept are reused.
 
