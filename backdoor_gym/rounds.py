@@ -96,8 +96,9 @@ def _prune(policy: Any, env: BackdoorPruneEnv, observation: Observation, on_step
 
 def _fell(session: RepairSession) -> bool:
     """Whether enough of the suspected danger is gone, by a prune that stayed."""
-    before, after = session.initial_figures.suspected_danger, session.figures.suspected_danger
-    return bool(session.state.pruned.any()) and after <= FALLEN * before
+    pruned = session.state.pruned
+    before, after = (session.masked.leading_danger(these) for these in (np.zeros_like(pruned), pruned))
+    return bool(pruned.any()) and after <= FALLEN * before
 
 
 def _look_again(env: BackdoorPruneEnv, seed: int) -> bool:

@@ -239,6 +239,14 @@ class MaskedModel:
             return 0.0
         return danger(self._inverted.logits(self.prepared.neuron_mask(pruned)), inverted.target)
 
+    def leading_danger(self, pruned: np.ndarray) -> float:
+        """The same of the first family alone, which explains the network best: families are alternatives."""
+        inverted = self.prepared.inverted
+        if self._inverted is None or inverted is None:
+            return 0.0
+        logits = self._inverted.logits(self.prepared.neuron_mask(pruned))
+        return danger(logits[: len(inverted.clean)], inverted.target)
+
     def keep(self) -> None:
         """Let later figures start from the activations of the last ones."""
         for network in self._networks():
