@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium import Env
 
 from .analysis.evidence import VERDICT_THRESHOLD
-from .analysis.label_inversion import ORDINARY, invert_label
+from .analysis.label_inversion import invert_label
 from .envs.prune import BackdoorPruneEnv
 from .masking.export import write_mask
 from .outcomes import REPAIRED, UNREPAIRABLE, UNTOUCHED
@@ -24,6 +24,9 @@ from .session import RepairSession
 ROUNDS = 4
 #: Share of the suspected danger that may be left of it in a repaired network.
 FALLEN = 0.5
+#: Size of the smallest mask for the suspected label in the pruned network, over the median of all labels in the whole one,
+#: from which on the signs are gone.
+GONE = 0.5
 
 
 def run_repair(
@@ -113,7 +116,7 @@ def _look_again(env: BackdoorPruneEnv, seed: int) -> bool:
     trigger, sizes = invert_label(
         prepared.neurons, clean.images, clean.labels, evidence.target, lambda images: network(images.contiguous()), seed
     )
-    if sizes.min().item() >= ORDINARY * evidence.label.median:
+    if sizes.min().item() >= GONE * evidence.label.median:
         return True
     env.look_again(trigger)
     return False

@@ -5,7 +5,7 @@ an image must change to give a label (``label_inversion.py``). The first is miss
 the statistics were computed anew or folded; the second is weak where the trigger is spread over the image.
 
 Either kind is enough, so the probability is that of a noisy or: 1 - (1 - that by the masks) * (1 - that by the BN statistics),
-each a logistic function of its signs. Both were fitted together on ``world-train`` and ``digits-val``, half of which is clean.
+each a logistic function of its sign. Both were fitted together on ``world-train`` and ``digits-val``, half of which is clean.
 """
 
 import math
@@ -19,11 +19,11 @@ from .bn_evidence import BNEvidence, find_bn_evidence
 from .label_inversion import LabelEvidence, compare_labels, invert_label
 from .trigger_inversion import InvertedTrigger
 
-#: Probability from which a network is repaired: of 35 clean networks that were left out of the fit in turn, all lie below.
+#: Probability from which a network is repaired: of 39 clean networks that were left out of the fit in turn, one lies above.
 VERDICT_THRESHOLD = 0.8
 #: Log odds of either kind of evidence alone: without any sign, and by sign.
-LABEL_ODDS, BN_ODDS = -2.3, -3.3
-MASK_WEIGHT, GAP_WEIGHT, BN_WEIGHT = 1.5, 3.3, 5.2
+MASK_ODDS, MASK_WEIGHT = -2.1, 5.9
+BN_ODDS, BN_WEIGHT = -3.9, 7.5
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,13 @@ class Evidence:
 
     @property
     def signs(self) -> Mapping[str, float]:
-        """The figures that the probability is computed from; those of a kind that is missing are not there.
+        """The figures that the probability is computed from; that of a kind that is missing is not there.
 
-        ``mask`` is log2 of the median mask over the smallest one, ``gap`` log2 of the second smallest over it, and ``bn`` the
-        evidence of the BN statistics.
+        ``mask`` is log2 of the second smallest mask over the smallest one, ``bn`` the evidence of the BN statistics.
         """
         signs = {}
         if self.label is not None:
-            signs["mask"] = -math.log2(self.label.ratio)
-            signs["gap"] = math.log2(self.label.second / self.label.ratio)
+            signs["mask"] = math.log2(self.label.lead)
         if self.bn is not None:
             signs["bn"] = self.bn.evidence
         return signs
@@ -60,7 +58,7 @@ class Evidence:
         """That the network has a backdoor; 0 where nothing can tell."""
         signs, neither = self.signs, 1.0
         if "mask" in signs:
-            neither *= _without(LABEL_ODDS + MASK_WEIGHT * signs["mask"] + GAP_WEIGHT * signs["gap"])
+            neither *= _without(MASK_ODDS + MASK_WEIGHT * signs["mask"])
         if "bn" in signs:
             neither *= _without(BN_ODDS + BN_WEIGHT * signs["bn"])
         return 1 - neither

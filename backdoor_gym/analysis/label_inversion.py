@@ -4,8 +4,8 @@ For each label a mask and a pattern are sought with which the clean images of al
 al., IEEE S&P 2019, section IV): images * (1 - mask) + pattern * mask, by the least cross-entropy plus a weight times the
 size of the mask. The weight of each label grows while ``SUCCESS`` of its images get the label and falls while they do
 not, so that all masks end where they just do it. Training on triggered images made a short way to the attacker's label:
-its mask is far smaller than those of the others. Every network has some mask for every label; ``ratio``, the smallest
-over the median, is what speaks for a backdoor.
+its mask is far smaller than those of the others. Every network has some mask for every label; ``lead``, the second smallest
+over the smallest, is what speaks for a backdoor.
 
 All labels are sought at once, in one batch; of many, after a short search, those of the smallest masks and a few others, for
 the median. Labels that no clean image has are left out: where they come from cannot be told without images of them.
@@ -24,7 +24,7 @@ from ..neurons.layers import Neurons
 from .trigger_inversion import InvertedTrigger
 
 #: Images of each label in one step of the search, steps, and step size of Adam in units of the logits of mask and pattern.
-BATCH, STEPS, RATE = 16, 40, 0.5
+BATCH, STEPS, RATE = 8, 32, 0.6
 #: The same images where those of one pass of an image take more bytes than this.
 FEW, LARGE = 4, 64 << 20
 #: Logit of the mask at the beginning.
@@ -37,7 +37,7 @@ SUCCESS = 0.9
 LAST, LEAST_SUCCESS = 8, 0.2
 #: Masks that are sought for one label alone, in how many steps, and deviation of the logits that all but the first begin with:
 #: in a pruned network the true trigger is found late.
-SEVERAL, LONG_STEPS, APART = 4, 80, 1.0
+SEVERAL, LONG_STEPS, APART = 4, 64, 1.0
 #: Labels that a comparison needs: of fewer the smallest mask is smaller than the median in any network.
 LEAST_LABELS = 5
 #: Size of a mask, over the median of all labels in the whole network, from which on it is like that of any label.
@@ -85,9 +85,10 @@ class LabelEvidence:
         return self.sizes.min().item() / self.median
 
     @property
-    def second(self) -> float:
-        """The second smallest size over the median."""
-        return self.sizes.sort().values[1].item() / self.median
+    def lead(self) -> float:
+        """The second smallest size over the smallest."""
+        first, second = self.sizes.sort().values[:2].tolist()
+        return second / first
 
 
 def compare_labels(neurons: Neurons, images: Tensor, labels: Tensor) -> LabelEvidence | None:
