@@ -33,7 +33,9 @@ NETWORKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}, or of --cases; all if none")
+    parser.add_argument(
+        "networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}, or of --cases; all if none"
+    )
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--cases", type=Path, help="Python file of published networks")
     parser.add_argument("--budget", type=float, default=0.01, help="of the published networks")
