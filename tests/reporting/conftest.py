@@ -18,7 +18,7 @@ HOSTILE = "\"'><script>alert(1)</script><img src='http://evil.example/x.png' one
 @pytest.fixture(scope="session")
 def repaired(infected) -> RepairResult:
     """By the default policy, trigger and test images known."""
-    return repair(infected, max_steps=25)
+    return repair(infected, accuracy_budget=0.05)
 
 
 @pytest.fixture(scope="session")
