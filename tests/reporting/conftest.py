@@ -53,11 +53,11 @@ def hostile_layers() -> RepairResult:
 def own() -> RepairResult:
     """Of somebody's module without batch normalisation, with colour images and nothing known."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 20, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(20 * 128 * 98, 3))
+    module = nn.Sequential(nn.Conv2d(3, 20, 3, 4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(20 * 32 * 25, 5))
     with torch.no_grad():
         module[0].weight[4] *= 50
     images = torch.rand(12, 3, 130, 100)
-    return repair(InfectedModel.from_module(module, clean=(images, torch.arange(12) % 3)), "clp")
+    return repair(InfectedModel.from_module(module, clean=(images, torch.arange(12) % 5)), "clp")
 
 
 @pytest.fixture(scope="session")
