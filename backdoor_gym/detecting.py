@@ -23,6 +23,12 @@ class Detection:
         infected: the model.
         probability: that it has a backdoor.
         evidence: the signs that this is computed from, and the inverted trigger.
+
+    Examples:
+        >>> from backdoor_gym import detect
+        >>> detection = detect("digits-badnets")
+        >>> detection.suspicious, detection.target, sorted(detection.evidence.signs)
+        (True, 3, ['bn', 'gap', 'mask'])
     """
 
     infected: InfectedModel
@@ -90,7 +96,7 @@ def detect(
     Examples:
         >>> from backdoor_gym import detect
         >>> print(detect("digits-badnets"))
-        digits-badnets: signs of a backdoor, which calls label 3 (probability 98%)
+        digits-badnets: signs of a backdoor, which calls label 3 (probability 86%)
         >>> detect("digits-clean").suspicious
         False
     """

@@ -50,8 +50,8 @@ def repair(
     """Repair one network. The policy sees the network and the clean images; trigger and test images only score it.
 
     With a verdict the repair has one of three outcomes. "untouched": there is no sign of a backdoor. "repaired": neurons were
-    pruned, and the suspected danger fell to half or less. "unrepairable": there are signs of a backdoor, and pruning within
-    the budget does not remove them; all that was pruned is taken back.
+    pruned, the suspected danger fell to half or less, and no small mask gives the label any more. "unrepairable": there are
+    signs of a backdoor, and pruning within the budget does not remove them; all that was pruned is taken back.
 
     Args:
         infected: a model, a name, or a file.

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from backdoor_gym import BackdoorGymError, InfectedModel, benchmark, infect, list_infected, load_infected, repair
+from backdoor_gym import (
+    BackdoorGymError,
+    InfectedModel,
+    benchmark,
+    detect,
+    infect,
+    list_infected,
+    load_infected,
+    repair,
+)
 from backdoor_gym.attacks.targets import check_target
 from backdoor_gym.baselines import clp
 from backdoor_gym.data.own_images import own_images
@@ -27,6 +36,7 @@ def refused(call, *arguments, **named):
 def test_names_of_any_type(name, infected):
     refused(load_infected, name)
     refused(repair, name)
+    refused(detect, name)
     refused(repair, infected, name)
     refused(infect, "digits", "small_cnn", name)
     refused(infect, "digits", name)

@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 #: Modules and packages, from the first to the last.
 ORDER = (
-    "wording", "errors", "arguments", "writing", "progress", "devices", "files", "data", "networks", "attacks", "metrics",
-    "on_ray.cluster", "processes", "models", "neurons", "masking", "analysis", "session", "rendering", "envs", "policies",
-    "reporting", "repairing", "benchmarking", "baselines", "agents", "on_ray.rllib", "cli",
+    "wording", "errors", "outcomes", "arguments", "writing", "progress", "devices", "files", "data", "networks", "attacks",
+    "metrics", "on_ray.cluster", "processes", "models", "neurons", "masking", "analysis", "session", "rendering", "envs",
+    "policies", "reporting", "rounds", "detecting", "repairing", "benchmarking", "baselines", "agents", "on_ray.rllib", "cli",
 )  # fmt: skip
 #: ``__init__`` of the package names its public functions, and resolves them when they are asked for.
 FREE = ("", "embedded")

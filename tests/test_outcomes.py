@@ -10,12 +10,12 @@ from backdoor_gym.agents import ONP
 from backdoor_gym.analysis.evidence import VERDICT_THRESHOLD
 from backdoor_gym.errors import DataError
 from backdoor_gym.policies.contract import JudgingPolicy
-from backdoor_gym.repairing import FALLEN
+from backdoor_gym.rounds import FALLEN
 
-from .analysis.test_label_inversion import TARGET, clean, planted
+from .analysis.test_label_inversion import CARRIER, TARGET, clean, planted
 
-#: The unit that carries the planted backdoor, and its name.
-CARRIER, NAME = 10, "1[10]"
+#: Name of the unit that carries the planted backdoor.
+NAME = "1[10]"
 
 
 class Prunes:
@@ -68,8 +68,7 @@ def test_where_the_signs_fall_the_network_is_repaired(backdoored):
 
 
 def test_where_the_signs_stay_all_that_was_pruned_is_taken_back(backdoored):
-    watched = []
-    result = repair(backdoored, Prunes(0, 4), None, verdict=True, watch=lambda what, *_: watched.append(what))
+    result = repair(backdoored, Prunes(0, 4), None, verdict=True)
     assert result.outcome == "unrepairable"
     assert result.pruned == []
     assert result.mask.all()
@@ -79,7 +78,6 @@ def test_where_the_signs_stay_all_that_was_pruned_is_taken_back(backdoored):
     ]  # fmt: skip
     assert result.snapshot.danger[-1] == pytest.approx(result.snapshot.danger[0])
     assert result.clean_acc_after == result.clean_acc_before
-    assert "taking back what did not help" in watched
 
 
 def test_what_did_not_help_stays_pruned_where_that_is_asked_for(backdoored):

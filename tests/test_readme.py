@@ -60,6 +60,7 @@ class Net(nn.Module):
 def make_my_net(folder):
     """A class of somebody's, its infected weights as a training script leaves them, and clean images."""
     (folder / "my_net.py").write_text(MY_NET)
+    torch.manual_seed(0)
     network = make_module("my_net:Net").train()
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
@@ -80,13 +81,13 @@ def make_my_net(folder):
 
 @pytest.mark.slow
 def test_the_example_of_somebodys_checkpoint(run, tmp_path, monkeypatch):
-    """From files on disk: the command and the Python, word by word."""
+    """From files on disk: the command and the Python, word by word, but for a verdict: whether there are signs hangs on chance."""
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     section = README.split("## Bring your own network")[1].split("\n## ")[0]
     command = next(line.strip() for line in section.splitlines() if line.startswith("    backdoor-gym repair"))
     block = next(iter(re.findall(r"```python\n(.*?)```", section, re.DOTALL)))
     network = make_my_net(tmp_path)
-    code, out, err = run(*command.split()[1:])
+    code, out, err = run(*command.split()[1:], "--no-verdict")
     assert code == 0, err
     assert "Your own class takes the repaired weights" in out
     repaired = tmp_path / "repaired" / "my"
@@ -96,7 +97,8 @@ def test_the_example_of_somebodys_checkpoint(run, tmp_path, monkeypatch):
     by_command = load_file(repaired / "repaired.safetensors")
     (repaired / "repaired.safetensors").unlink()
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
+    assert block.count("repair(infected)") == 1
+    exec(compile(block.replace("repair(infected)", "repair(infected, verdict=False)"), "README.md", "exec"), names)
     weights = load_file(repaired / "repaired.safetensors")
     assert weights.keys() == network.state_dict().keys()
     assert all(torch.equal(weights[key], by_command[key]) for key in weights)

@@ -5,7 +5,7 @@ import torch
 
 from backdoor_gym import InfectedModel, repair
 from backdoor_gym.analysis.evidence import VERDICT_THRESHOLD, Evidence
-from backdoor_gym.analysis.label_inversion import invert_by_label
+from backdoor_gym.analysis.label_inversion import compare_labels
 
 from .tiny import tiny, tiny_images
 
@@ -29,7 +29,7 @@ def test_repairs_go_through(name):
         assert module is None or not module.weight[channel].any()
         with torch.no_grad():
             assert not torch.equal(result.network(tiny_images()), network(tiny_images()))
-    sought = invert_by_label(result.neurons, model.clean.images, model.clean.labels)
+    sought = compare_labels(result.neurons, model.clean.images, model.clean.labels)
     assert result.suspected_target == sought.target
     judged = repair(model, accuracy_budget=None, max_steps=2)
     assert judged.verdict == Evidence(None, sought).probability

@@ -49,10 +49,10 @@ class InvertedTrigger:
         clean: clean images of other labels, float32 (n, C, H, W).
         images: the same with the trigger of the first family, then with those of the others, (n * families, C, H, W).
         size: mean absolute change of a pixel.
-        error: log10 of the squared error of the BN means with the first family's trigger over that without it; of a mask
-            (``label_inversion.py``) log10 of its size over the median of all labels.
-        evidence: ``metrics.danger`` of the target with the trigger that the means alone gave, the largest of a family; of a
-            mask with it.
+        error: log10 of the squared error of the BN means with the first family's trigger over that without it; 0 of masks
+            (``label_inversion.py``).
+        evidence: ``metrics.danger`` of the target with the trigger that the means alone gave, the largest of a family; of
+            masks with all of them.
     """
 
     target: int

@@ -35,9 +35,9 @@ def conclude(result: "RepairResult") -> Conclusion:
     elif result.outcome == UNREPAIRABLE:
         tone, headline = "warning", f"{signs}, which pruning does not remove"
         sentences.append(
-            f"{count} neurons were pruned, and the signs did not fall to half."
+            f"{count} neurons were pruned, and the signs stay."
             if count
-            else "Pruning did not make the signs fall to half within the accuracy budget. The network is as it came."
+            else "Pruning did not remove the signs within the accuracy budget. The network is as it came."
         )
         sentences.append("A larger accuracy budget may help. Do not use this network where an attacker can reach it.")
     else:

@@ -9,15 +9,16 @@ import torch
 from backdoor_gym.analysis import evidence as module
 from backdoor_gym.analysis.bn_evidence import BNEvidence, Correction
 from backdoor_gym.analysis.evidence import (
-    INTERCEPT,
-    PROBABILITY_IF_SURE,
-    SURE,
+    BN_ODDS,
+    BN_WEIGHT,
+    GAP_WEIGHT,
+    LABEL_ODDS,
+    MASK_WEIGHT,
     VERDICT_THRESHOLD,
-    WEIGHTS,
     Evidence,
     find_evidence,
 )
-from backdoor_gym.analysis.label_inversion import LabelEvidence
+from backdoor_gym.analysis.label_inversion import LEAST_LABELS, ORDINARY, SEVERAL, LabelEvidence
 from backdoor_gym.analysis.suspected_target import SuspectedTarget
 from backdoor_gym.analysis.trigger_inversion import InvertedTrigger
 from backdoor_gym.data.datasets import LabelledImages
@@ -27,96 +28,128 @@ from backdoor_gym.session.prepared_model import Preparation, PreparedModel
 from .test_label_inversion import TARGET, clean, planted
 
 
-def trigger(target: int, family: str, level: float = 0.5) -> InvertedTrigger:
-    images = torch.zeros(2, 1, 8, 8)
-    return InvertedTrigger(target, (family,), images, images, 0.1, -1.0, level)
+def trigger(target: int, *families: str, level: float = 0.5, count: int = 2) -> InvertedTrigger:
+    images = torch.zeros(count, 1, 8, 8)
+    return InvertedTrigger(target, families, images, images.repeat(len(families), 1, 1, 1), 0.1, -1.0, level)
 
 
 def bn(level: float, target: int = 3) -> BNEvidence:
     """Statistics that say so much of a label."""
     suspected = SuspectedTarget(target, 0.5, 0.0, 0.1, {}, {})
-    return BNEvidence(Correction(), torch.zeros(2, 1, 8, 8), suspected, trigger(target, "addition", level))
+    return BNEvidence(Correction(), torch.zeros(2, 1, 8, 8), suspected, trigger(target, "addition", level=level))
 
 
 def label(ratio: float = 0.25, second: float = 0.5, target: int = 3) -> LabelEvidence:
     """Masks of which the smallest two are so small."""
-    sizes = torch.tensor([ratio, second, 1.0])
-    return LabelEvidence(torch.arange(3), sizes, ratio, second, 0.9, trigger(target, "mask"))
+    return LabelEvidence((target + torch.arange(5)) % 10, torch.tensor([ratio, second, 1.0, 1.0, 1.0]))
+
+
+def logistic(odds: float) -> float:
+    return exp(odds) / (1 + exp(odds))
 
 
 def test_the_signs_are_logarithms_of_the_masks_and_what_the_statistics_say():
-    assert Evidence(bn(0.4), label()).signs == {"mask": 2.0, "gap": 1.0, "bn": 0.4, "agreement": 1.0}
-    assert Evidence(bn(0.4, target=4), label()).signs["agreement"] == 0
-    assert Evidence(None, label()).signs == {"mask": 2.0, "gap": 1.0, "bn": 0.0, "agreement": 0.0}
-    assert Evidence(bn(0.4), None).signs == {"mask": 0.0, "gap": 0.0, "bn": 0.4, "agreement": 0.0}
-    assert set(Evidence(None, None).signs) == set(WEIGHTS)
+    assert Evidence(bn(0.4), label()).signs == {"mask": 2.0, "gap": 1.0, "bn": 0.4}
+
+
+def test_a_kind_that_is_missing_gives_no_signs():
+    assert Evidence(None, label()).signs == {"mask": 2.0, "gap": 1.0}
+    assert Evidence(bn(0.4), None).signs == {"bn": 0.4}
+    assert Evidence(None, None).signs == {}
 
 
 @pytest.mark.parametrize(
-    ("less", "more"),
+    ("sign", "less", "more"),
     [
-        ((bn(0.4), label(0.25, 0.5)), (bn(0.4), label(0.125, 0.25))),  # mask
-        ((bn(0.4), label(0.25, 0.5)), (bn(0.4), label(0.25, 0.9))),  # gap
-        ((bn(0.1), label()), (bn(0.8), label())),  # bn
-        ((bn(0.4, target=4), label()), (bn(0.4), label())),  # agreement
+        ("mask", (bn(0.4), label(0.25, 0.5)), (bn(0.4), label(0.125, 0.25))),
+        ("gap", (bn(0.4), label(0.25, 0.5)), (bn(0.4), label(0.25, 0.9))),
+        ("bn", (bn(0.1), label()), (bn(0.8), label())),
     ],
-    ids=list(WEIGHTS),
 )
-def test_more_of_each_sign_makes_a_backdoor_likelier(less, more):
+def test_more_of_each_sign_makes_a_backdoor_likelier(sign, less, more):
     before, after = Evidence(*less), Evidence(*more)
-    changed = [name for name in WEIGHTS if before.signs[name] != pytest.approx(after.signs[name])]
-    assert len(changed) == 1
+    changed = [name for name, value in before.signs.items() if value != pytest.approx(after.signs[name])]
+    assert changed == [sign]
     assert 0 < before.probability < after.probability < 1
 
 
-def test_the_probability_is_that_of_a_logistic_regression():
-    told = Evidence(bn(0.4), label())
-    odds = INTERCEPT + sum(WEIGHTS[name] * value for name, value in told.signs.items())
-    assert told.probability == pytest.approx(exp(odds) / (1 + exp(odds)))
+def test_the_probability_is_that_of_a_noisy_or_of_both_kinds():
+    by_masks, by_bn = logistic(LABEL_ODDS + 2 * MASK_WEIGHT + GAP_WEIGHT), logistic(BN_ODDS + 0.4 * BN_WEIGHT)
+    assert Evidence(None, label()).probability == pytest.approx(by_masks)
+    assert Evidence(bn(0.4), None).probability == pytest.approx(by_bn)
+    assert Evidence(bn(0.4), label()).probability == pytest.approx(1 - (1 - by_masks) * (1 - by_bn))
     assert Evidence(None, None).probability == 0
 
 
-def test_beyond_doubt_the_masks_say_nothing_more():
-    """Nor is anything less certain for it."""
-    assert Evidence(bn(SURE), None).probability == PROBABILITY_IF_SURE >= VERDICT_THRESHOLD
-    assert Evidence(bn(SURE), label(1.0, 1.0)).probability == PROBABILITY_IF_SURE
-    assert not Evidence(bn(SURE - 0.01), None).is_sure
-    assert not Evidence(None, label()).is_sure
+def test_either_kind_is_enough_and_neither_speaks_against_the_other():
+    strong, weak = (bn(1.0), label(0.1, 0.9)), (bn(0.0), label(1.0, 1.0))
+    assert Evidence(strong[0], None).probability >= VERDICT_THRESHOLD
+    assert Evidence(None, strong[1]).probability >= VERDICT_THRESHOLD
+    assert Evidence(*weak).probability < VERDICT_THRESHOLD / 2
+    assert Evidence(strong[0], weak[1]).probability > Evidence(strong[0], None).probability
+    assert Evidence(weak[0], strong[1]).probability > Evidence(None, strong[1]).probability
 
 
-def test_the_trigger_is_that_of_what_says_more():
-    statistics, masks = bn(0.4, target=3), label(target=4)
-    for told, inverted in (
-        (Evidence(statistics, masks), masks.inverted),
-        (Evidence(None, masks), masks.inverted),
-        (Evidence(statistics, None), statistics.inverted),
-    ):
-        assert told.inverted is inverted
-        assert told.target == inverted.target
-    sure = bn(SURE, target=3)
-    assert Evidence(sure, masks).inverted is sure.inverted
-    assert (Evidence(None, None).inverted, Evidence(None, None).target) == (None, None)
+def test_the_target_is_that_of_the_clearer_kind():
+    masks = label(0.25, target=4)  # as clear as statistics of 0.75
+    assert Evidence(bn(0.74), masks).target == 4
+    assert Evidence(bn(0.76), masks).target == 3
+    assert Evidence(None, masks).target == 4
+    assert Evidence(bn(0.01), None).target == 3
+    assert Evidence(None, None).target is None
 
 
 def test_statistics_without_a_trigger_still_name_a_label():
     assert Evidence(replace(bn(0.4, target=5), inverted=None), None).target == 5
 
 
-def test_masks_are_not_sought_where_the_statistics_are_sure(monkeypatch):
-    neurons, (images, labels) = find_neurons(planted(True)), clean()
+#: What the statistics say, what the masks say, and of which families the trigger is then.
+SOUGHT = {
+    "both point to the target": (bn(0.5), label(), ("addition", *["mask"] * SEVERAL)),
+    "masks alone": (bn(0.5, target=4), label(), ("mask",) * SEVERAL),
+    "no statistics": (None, label(), ("mask",) * SEVERAL),
+    "no statistics, and masks point to nothing": (None, label(ORDINARY + 0.1, 1.0), ("mask",) * SEVERAL),
+    "statistics alone": (bn(0.9), label(0.5, 1.0, target=4), ("addition",)),
+    "masks point to nothing": (bn(0.9), label(ORDINARY + 0.1, 1.0), ("addition",)),
+    "too few labels for masks": (bn(0.1), None, ("addition",)),
+    "statistics without a trigger": (replace(bn(0.9), inverted=None), None, ("mask",) * SEVERAL),
+}
+
+
+@pytest.mark.parametrize(("statistics", "masks", "families"), SOUGHT.values(), ids=list(SOUGHT))
+def test_triggers_are_of_the_kinds_that_tell_of_the_target(monkeypatch, statistics, masks, families):
     asked = []
-    monkeypatch.setattr(module, "invert_by_label", lambda *of: asked.append(of) or label())
-    for level, times in ((SURE, 0), (SURE - 0.01, 1)):
-        monkeypatch.setattr(module, "find_bn_evidence", lambda *_, level=level: bn(level))
-        told = find_evidence(neurons, images, labels)
-        assert len(asked) == times
-        assert (told.label is None) == (not times)
-        assert told.bn.evidence == level
+
+    def invert(neurons, images, labels, target):
+        asked.append(target)
+        return trigger(target, *["mask"] * SEVERAL), torch.ones(SEVERAL)
+
+    monkeypatch.setattr(module, "find_bn_evidence", lambda *_: statistics)
+    monkeypatch.setattr(module, "compare_labels", lambda *_: masks)
+    monkeypatch.setattr(module, "invert_label", invert)
+    told = find_evidence(find_neurons(planted(True)), *clean())
+    assert (told.bn, told.label, told.target) == (statistics, masks, 3)
+    assert told.inverted.target == 3
+    assert told.inverted.families == families
+    assert len(told.inverted.images) == len(families) * len(told.inverted.clean)
+    assert asked == [3] * ("mask" in families)
+
+
+@pytest.mark.parametrize("target", [None, 2])
+def test_without_a_label_or_images_of_others_no_trigger_is_sought(monkeypatch, target):
+    monkeypatch.setattr(module, "find_bn_evidence", lambda *_: None if target is None else bn(0.5, target))
+    monkeypatch.setattr(module, "compare_labels", lambda *_: None)
+    monkeypatch.setattr(module, "invert_label", lambda *_: pytest.fail("a trigger was sought"))
+    images, labels = clean()
+    only = labels == 2
+    told = find_evidence(find_neurons(planted(True)), images[only], labels[only])
+    assert (told.target, told.inverted) == (target, None)
 
 
 def test_a_planted_backdoor_is_likely_and_a_clean_network_is_not():
     infected, harmless = (find_evidence(find_neurons(planted(backdoor)), *clean()) for backdoor in (True, False))
     assert infected.target == TARGET
+    assert infected.inverted.families == ("mask",) * SEVERAL
     assert harmless.probability < VERDICT_THRESHOLD < infected.probability
 
 
@@ -127,9 +160,19 @@ def test_trained_networks_are_told_apart(infected, plain_infected):
         assert told.target == model.target
 
 
-def test_images_of_one_class_leave_what_the_statistics_say(infected):
-    one = infected.clean.labels == 2
-    images = LabelledImages(infected.clean.images[one], infected.clean.labels[one])
+@pytest.mark.parametrize("count", [1, LEAST_LABELS - 1])
+def test_images_of_few_labels_leave_what_the_statistics_say(infected, count):
+    few = infected.clean.labels < count
+    images = LabelledImages(infected.clean.images[few], infected.clean.labels[few])
     told = PreparedModel(replace(infected, clean=images), Preparation()).evidence
     assert told.label is None
+    assert told.signs == {"bn": told.bn.evidence}
     assert told.probability < 1
+
+
+def test_few_labels_and_no_statistics_tell_nothing():
+    images, labels = clean()
+    few = labels < LEAST_LABELS - 1
+    told = find_evidence(find_neurons(planted(True)), images[few], labels[few])
+    assert told == Evidence(None, None, None)
+    assert told.probability == 0

@@ -324,7 +324,8 @@ def test_preprocess_changes_nothing_but_what_the_network_sees(infected, preproce
     shifted = InfectedModel.from_module(TwoToOne(infected.network), preprocess=preprocess, **arguments)
     assert type(shifted.module) is TwoToOne
     assert shifted.evaluate() == plain.evaluate()
-    ours, theirs = (repair(model, "onp") for model in (plain, shifted))
+    ours, theirs = (repair(model, "onp", 0.05) for model in (plain, shifted))
+    assert ours.pruned
     assert theirs.pruned == [f"network.{name}" for name in ours.pruned]
     assert theirs.after == ours.after
     assert type(theirs.module) is TwoToOne

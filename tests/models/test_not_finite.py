@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from backdoor_gym import InfectedModel, repair
-from backdoor_gym.analysis.label_inversion import invert_by_label
+from backdoor_gym.analysis.label_inversion import compare_labels, invert_label
 from backdoor_gym.analysis.trigger_families import Warp
 from backdoor_gym.analysis.trigger_inversion import invert_trigger
 from backdoor_gym.baselines import ANP, RNP, Magnitude
@@ -25,7 +25,7 @@ def test_require_finite_names_what_overflowed():
             require_finite("a loss", torch.ones(2), torch.tensor([0.0, value]))
 
 
-@pytest.mark.parametrize("search", ["means", "label"])
+@pytest.mark.parametrize("search", ["means", "labels", "label"])
 def test_a_search_for_the_trigger_stops(infected, monkeypatch, search):
     prepared = PreparedModel(infected, Preparation())
     images, labels = infected.clean.images, infected.clean.labels
@@ -33,7 +33,11 @@ def test_a_search_for_the_trigger_stops(infected, monkeypatch, search):
     monkeypatch.setattr(torch.autograd, "grad", lambda _, inputs: [torch.full_like(one, torch.nan) for one in inputs])
     reached = []
     monkeypatch.setattr(Warp, "__call__", lambda self, some: reached.append(self.parameter.detach().clone()) or some)
-    search, more = (invert_trigger, [suspected]) if search == "means" else (invert_by_label, [])
+    search, more = {
+        "means": (invert_trigger, [suspected]),
+        "labels": (compare_labels, []),
+        "label": (invert_label, [infected.target]),
+    }[search]
     with pytest.raises(WeightsError, match="search for the trigger is not finite"):
         search(prepared.neurons, images, labels, *more)
     assert all(torch.isfinite(parameter).all() for parameter in reached)

@@ -18,7 +18,7 @@ HOSTILE = "\"'><script>alert(1)</script><img src='http://evil.example/x.png' one
 @pytest.fixture(scope="session")
 def repaired(infected) -> RepairResult:
     """By the default policy, trigger and test images known."""
-    return repair(infected, max_steps=25)
+    return repair(infected, accuracy_budget=0.05)
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +53,11 @@ def hostile_layers() -> RepairResult:
 def own() -> RepairResult:
     """Of somebody's module without batch normalisation, with colour images and nothing known."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 20, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(20 * 128 * 98, 3))
+    module = nn.Sequential(nn.Conv2d(3, 20, 3, 4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(20 * 32 * 25, 5))
     with torch.no_grad():
         module[0].weight[4] *= 50
     images = torch.rand(12, 3, 130, 100)
-    return repair(InfectedModel.from_module(module, clean=(images, torch.arange(12) % 3)), "clp")
+    return repair(InfectedModel.from_module(module, clean=(images, torch.arange(12) % 5)), "clp")
 
 
 @pytest.fixture(scope="session")

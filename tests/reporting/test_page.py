@@ -123,6 +123,13 @@ def test_a_module_of_ones_own_with_nothing_known(own: RepairResult):
     assert "Sequential(...)" in page.code[0]
 
 
+def test_where_no_trigger_could_be_sought_none_is_shown(hostile_layers: RepairResult):
+    assert hostile_layers.evidence.inverted is None  # the images are of three labels
+    page = Page(render(hostile_layers))
+    assert "trigger-found" not in page.text
+    assert "suspected danger" not in whole(page.text).lower()
+
+
 @pytest.mark.parametrize("named", ["by the file", "in the code"])
 def test_nothing_that_a_model_says_of_itself_is_obeyed(hostile: RepairResult, hostile_layers: RepairResult, named):
     html = render(hostile if named == "by the file" else hostile_layers)

@@ -91,11 +91,11 @@ def test_the_conclusion_is_what_happened(repaired, changes, tone, said):
     [
         ({}, "The probability of a backdoor was 90.0% before the first prune."),
         ({"verdict": None}, "No verdict was asked for: a rule prunes any network, infected or not."),
-        ({"outcome": "unrepairable"}, "2 neurons were pruned, and the signs did not fall to half."),
+        ({"outcome": "unrepairable"}, "2 neurons were pruned, and the signs stay."),
         ({"outcome": "unrepairable"}, "A larger accuracy budget may help."),
         (
             {"outcome": "unrepairable", "pruned": []},
-            "Pruning did not make the signs fall to half within the accuracy budget. The network is as it came.",
+            "Pruning did not remove the signs within the accuracy budget. The network is as it came.",
         ),
     ],
 )
