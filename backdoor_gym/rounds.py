@@ -93,6 +93,8 @@ def _prune(policy: Any, env: BackdoorPruneEnv, observation: Observation, on_step
             return False
         if _look_again(env, number):
             return True
+        if env.steps_left == 0:
+            return False
         observation = env.observe()
     return False
 

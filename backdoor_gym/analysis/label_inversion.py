@@ -185,6 +185,7 @@ class _MaskSearch:
             mask, pattern = mask[place], pattern[place]
         return images * (1 - mask) + pattern * mask
 
+    @torch.enable_grad()
     def go(self, steps: int, last: int) -> Tensor:
         """The size of each label's mask as a share of the image, over its success, both means of the last steps, float32 (k,)."""
         count, batch = len(self._sought), self._batch

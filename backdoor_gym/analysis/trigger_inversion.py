@@ -127,6 +127,7 @@ class TriggerSearch:
         self._random = torch.Generator().manual_seed(0)
         self._optimizer = torch.optim.Adam([trigger.parameter], trigger.rate)
 
+    @torch.enable_grad()
     def go(self, steps: int, images: Tensor, loss: Callable[[Tensor], Tensor]) -> None:
         """Some steps down a loss of some of the images with the trigger."""
         for _ in range(steps):

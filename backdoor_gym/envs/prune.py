@@ -302,6 +302,11 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         """Steps after which this episode is truncated."""
         return self.max_steps or len(self.session.prepared)
 
+    @property
+    def steps_left(self) -> float:
+        """The share of them that is left."""
+        return max(0.0, 1 - self._steps / self.step_limit)
+
     def spec_options(self) -> dict[str, Any]:
         """The arguments that another environment of the same networks is made with, without reward, scoring and drawing."""
         return {**self._options, "accuracy_budget": self.accuracy_budget, "max_steps": self.max_steps}
@@ -330,8 +335,7 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
     def observe(self) -> dict[str, np.ndarray]:
         """The observation of the network as it is now."""
         session = self.session
-        steps_left = max(0.0, 1 - self._steps / self.step_limit)
-        self._given = self._observer.observe(session, steps_left, self.action_masks())
+        self._given = self._observer.observe(session, self.steps_left, self.action_masks())
         return self._given
 
     def gave(self, observation: Mapping[str, np.ndarray]) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..analysis.trigger_inversion import InvertedTrigger
 from ..arguments import check_kind, check_whole
-from ..errors import DataError
+from ..errors import DataError, check_name
 from ..wording import shown
 from .defender import Defender
 from .masked_model import SCORE_SAMPLES, Figures, MaskedModel
@@ -116,6 +116,7 @@ class RepairSession:
         state: RepairState | None = None,
         guard: str = COUNT,
     ) -> None:
+        check_name("guard", guard, GUARDS)
         self.prepared = prepared
         self.guard = guard
         self.accuracy_budget = accuracy_budget
