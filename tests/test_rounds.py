@@ -258,7 +258,7 @@ def test_a_trigger_that_was_hidden_by_another_is_found_in_the_second_round(sough
     assert result.outcome == "repaired"
     assert result.pruned == ["1[10]", "1[11]"]
     (_, given, size), (_, _, last) = sought
-    assert given > 0.8
+    assert given > 0.75
     assert size < ORDINARY * result.evidence.label.median <= last
     half = repair(model, Plan([CARRIER]), None, verdict=True)
     assert (half.outcome, half.pruned) == ("unrepairable", [])

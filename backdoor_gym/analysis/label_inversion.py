@@ -193,7 +193,8 @@ class _MaskSearch:
         targets = self._sought.repeat_interleave(batch)
         weights = self._mask.new_full((count,), WEIGHT)
         sizes, successes = [], []
-        for _ in range(steps):
+        mask, pattern = self._mask.detach().clone(), self._pattern.detach().clone()  # the last ones that worked
+        for step in range(steps):
             chosen = torch.stack([self._draw(foreign) for foreign in self._foreign])
             stamped = self.stamp(self._images[chosen], slice(None)).flatten(0, 1)
             logits = self._network(stamped.contiguous(memory_format=torch.channels_last))
@@ -202,12 +203,15 @@ class _MaskSearch:
             loss = (costs + weights * size).sum()
             gradients = torch.autograd.grad(loss, [self._mask, self._pattern])
             require_finite("the loss of a search for the trigger", loss, *gradients)
+            success = (logits.detach().argmax(1) == targets).float().view(count, batch).mean(1)
+            keep = (success >= SUCCESS) | (step < steps - last)
+            mask[keep], pattern[keep] = self._mask.detach()[keep], self._pattern.detach()[keep]
             self._mask.grad, self._pattern.grad = gradients
             optimizer.step()
-            success = (logits.detach().argmax(1) == targets).float().view(count, batch).mean(1)
             weights = (weights * torch.where(success >= SUCCESS, GROWTH, 1 / GROWTH)).clamp(LEAST_WEIGHT, MOST_WEIGHT)
             sizes.append(size.detach())
             successes.append(success)
+        self._mask, self._pattern = mask, pattern
         size, success = torch.stack(sizes[-last:]).mean(0), torch.stack(successes[-last:]).mean(0)
         return size / success.clamp(min=LEAST_SUCCESS)
 

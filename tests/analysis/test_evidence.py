@@ -11,8 +11,7 @@ from backdoor_gym.analysis.bn_evidence import BNEvidence, Correction
 from backdoor_gym.analysis.evidence import (
     BN_ODDS,
     BN_WEIGHT,
-    GAP_WEIGHT,
-    LABEL_ODDS,
+    MASK_ODDS,
     MASK_WEIGHT,
     VERDICT_THRESHOLD,
     Evidence,
@@ -49,11 +48,11 @@ def logistic(odds: float) -> float:
 
 
 def test_the_signs_are_logarithms_of_the_masks_and_what_the_statistics_say():
-    assert Evidence(bn(0.4), label()).signs == {"mask": 2.0, "gap": 1.0, "bn": 0.4}
+    assert Evidence(bn(0.4), label(0.125, 0.5)).signs == {"mask": 2.0, "bn": 0.4}
 
 
 def test_a_kind_that_is_missing_gives_no_signs():
-    assert Evidence(None, label()).signs == {"mask": 2.0, "gap": 1.0}
+    assert Evidence(None, label(0.125, 0.5)).signs == {"mask": 2.0}
     assert Evidence(bn(0.4), None).signs == {"bn": 0.4}
     assert Evidence(None, None).signs == {}
 
@@ -61,8 +60,7 @@ def test_a_kind_that_is_missing_gives_no_signs():
 @pytest.mark.parametrize(
     ("sign", "less", "more"),
     [
-        ("mask", (bn(0.4), label(0.25, 0.5)), (bn(0.4), label(0.125, 0.25))),
-        ("gap", (bn(0.4), label(0.25, 0.5)), (bn(0.4), label(0.25, 0.9))),
+        ("mask", (bn(0.4), label(0.25, 0.5)), (bn(0.4), label(0.125, 0.5))),
         ("bn", (bn(0.1), label()), (bn(0.8), label())),
     ],
 )
@@ -74,7 +72,7 @@ def test_more_of_each_sign_makes_a_backdoor_likelier(sign, less, more):
 
 
 def test_the_probability_is_that_of_a_noisy_or_of_both_kinds():
-    by_masks, by_bn = logistic(LABEL_ODDS + 2 * MASK_WEIGHT + GAP_WEIGHT), logistic(BN_ODDS + 0.4 * BN_WEIGHT)
+    by_masks, by_bn = logistic(MASK_ODDS + MASK_WEIGHT), logistic(BN_ODDS + 0.4 * BN_WEIGHT)
     assert Evidence(None, label()).probability == pytest.approx(by_masks)
     assert Evidence(bn(0.4), None).probability == pytest.approx(by_bn)
     assert Evidence(bn(0.4), label()).probability == pytest.approx(1 - (1 - by_masks) * (1 - by_bn))

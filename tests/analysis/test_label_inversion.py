@@ -116,16 +116,17 @@ def test_the_mask_is_where_the_trigger_was_planted():
 def test_without_a_backdoor_no_mask_is_far_smaller_than_the_others():
     infected, harmless = (compare_labels(find_neurons(planted(backdoor)), *clean()) for backdoor in (True, False))
     assert infected.ratio < 0.05
-    assert infected.second > 0.5
+    assert infected.lead > 10
     assert infected.points_to(TARGET)
     assert not infected.points_to(TARGET + 1)
-    assert 0.3 < harmless.ratio <= harmless.second <= 1
+    assert 0.3 < harmless.ratio <= 1 <= harmless.lead < 2
 
 
 def test_an_ordinary_mask_points_to_no_label():
     sizes = torch.tensor([1.0, ORDINARY - 0.01, 1.0, 1.0, 2.0])
     below = LabelEvidence(torch.arange(5, 10), sizes)
-    assert (below.target, below.median, below.second) == (6, 1.0, 1.0)
+    assert (below.target, below.median) == (6, 1.0)
+    assert below.lead == pytest.approx(1 / (ORDINARY - 0.01))
     assert below.ratio == pytest.approx(ORDINARY - 0.01)
     assert [below.points_to(label) for label in range(5, 10)] == [False, True, False, False, False]
     above = LabelEvidence(torch.arange(5, 10), sizes.clamp(min=ORDINARY + 0.01))
