@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .analysis.evidence import VERDICT_THRESHOLD, Evidence
+from .analysis.evidence import SILENT, VERDICT_THRESHOLD, Evidence
 from .arguments import check_callable
 from .devices import find_device
 from .errors import DataError
@@ -28,7 +28,7 @@ class Detection:
         >>> from backdoor_gym import detect
         >>> detection = detect("digits-badnets")
         >>> detection.suspicious, detection.target, sorted(detection.evidence.signs)
-        (True, 3, ['bn', 'gap', 'mask'])
+        (True, 3, ['bn', 'mask'])
     """
 
     infected: InfectedModel
@@ -73,6 +73,8 @@ class Detection:
         return write_trigger(self.evidence.inverted, Path(file))
 
     def __str__(self) -> str:
+        if not self.evidence.signs:
+            return f"{self.infected.name}: {SILENT}"
         label = "" if self.target is None or not self.suspicious else f", which calls label {self.target}"
         signs = "signs of a backdoor" if self.suspicious else "no sign of a backdoor"
         return f"{self.infected.name}: {signs}{label} (probability {self.probability:.0%})"
@@ -96,7 +98,7 @@ def detect(
     Examples:
         >>> from backdoor_gym import detect
         >>> print(detect("digits-badnets"))
-        digits-badnets: signs of a backdoor, which calls label 3 (probability 86%)
+        digits-badnets: signs of a backdoor, which calls label 3 (probability 97%)
         >>> detect("digits-clean").suspicious
         False
     """

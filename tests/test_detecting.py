@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from backdoor_gym import Detection, InfectedModel, detect, repair
-from backdoor_gym.analysis.evidence import VERDICT_THRESHOLD
+from backdoor_gym.analysis.evidence import SILENT, VERDICT_THRESHOLD
 from backdoor_gym.errors import BackdoorGymError, DataError, ModelFileError, UnknownNameError, WriteError
 from backdoor_gym.reporting.pictures import LARGEST, SHOWN
 
@@ -84,7 +84,7 @@ def test_what_it_says(backdoored, harmless, silent):
             **threshold,
         }
         assert json.loads(json.dumps(detection.report())) == detection.report()
-    assert str(detect(silent)) == "silent: no sign of a backdoor (probability 0%)"
+    assert str(detect(silent)) == f"silent: {SILENT}"
     assert (detect(silent).target, detect(silent).report()["signs"]) == (None, {})
 
 
@@ -201,7 +201,7 @@ def test_the_command_writes_no_picture_without_a_trigger(run, silent, tmp_path, 
     assert (code, told["suspicious"], told["target"], told["files"]) == (0, False, None, [])
     code, out, _ = run(*asked)
     assert code == 0
-    assert "no sign of a backdoor (probability 0%)" in out
+    assert "nothing tells whether it has a backdoor" in out
     assert not (tmp_path / "detected").exists()
 
 

@@ -16,11 +16,15 @@ from torch import Tensor
 
 from ..neurons.layers import Neurons
 from .bn_evidence import BNEvidence, find_bn_evidence
-from .label_inversion import LabelEvidence, compare_labels, invert_label
+from .label_inversion import LEAST_LABELS, LabelEvidence, compare_labels, invert_label
 from .trigger_inversion import InvertedTrigger
 
+#: Share of networks that have a backdoor, before anything is known of one. In the fit it is one half.
+PRIOR = 0.2
 #: Probability from which a network is repaired: of 39 clean networks that were left out of the fit in turn, one lies above.
-VERDICT_THRESHOLD = 0.8
+VERDICT_THRESHOLD = 0.5
+#: Said of a network without any kind of evidence.
+SILENT = f"nothing tells whether it has a backdoor: no batch normalisation, and clean images of fewer than {LEAST_LABELS} labels"
 #: Log odds of either kind of evidence alone: without any sign, and by sign.
 MASK_ODDS, MASK_WEIGHT = -2.1, 5.9
 BN_ODDS, BN_WEIGHT = -3.9, 7.5
@@ -55,13 +59,14 @@ class Evidence:
 
     @property
     def probability(self) -> float:
-        """That the network has a backdoor; 0 where nothing can tell."""
+        """That the network has a backdoor; ``PRIOR`` where nothing can tell."""
         signs, neither = self.signs, 1.0
         if "mask" in signs:
             neither *= _without(MASK_ODDS + MASK_WEIGHT * signs["mask"])
         if "bn" in signs:
             neither *= _without(BN_ODDS + BN_WEIGHT * signs["bn"])
-        return 1 - neither
+        infected, clean = PRIOR * (1 - neither), (1 - PRIOR) * neither
+        return infected / (infected + clean) if signs else PRIOR
 
     @property
     def target(self) -> int | None:

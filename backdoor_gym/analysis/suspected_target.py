@@ -12,6 +12,9 @@ moved as above, and from one whose early BN layers are moved by m - m_clean alon
 while only what the late half then still lacks is divided by p. The reading in which one label stands out most is taken:
 the first sees faint triggers that the second takes for such a difference, the second holds where there is one.
 
+A class that the defender has no images of moves means just as a trigger does, towards its own label. So only labels that clean
+images have are suspected.
+
 Augmentation moves means as well: the black borders of random crops outweigh a trigger by far. How the network was trained is
 not known, so m_clean is taken from images cropped and flipped at random where that brings the early half of the network
 far nearer to its running means than the images as they are.
@@ -100,8 +103,10 @@ def suspect_target(neurons: Neurons, images: Tensor, labels: Tensor) -> Suspecte
         for before, after in ((plain, moved), (aligned, amplified))
     ]
     require_finite("what the network answers with its BN inputs moved", *readings)
-    rises = max(readings, key=_clearness)
-    target = int(rises.argmax())
+    present = torch.zeros_like(readings[0], dtype=torch.bool)
+    present[labels.unique()] = True  # a class without clean images rises in any network: its images are what is missing
+    rises = max(readings, key=lambda reading: _clearness(reading, present))
+    target = _highest(rises, present)
 
     others = labels[:IMAGES] != target
     foreign = moved.logits[others] if others.any() else moved.logits
@@ -116,8 +121,13 @@ def suspect_target(neurons: Neurons, images: Tensor, labels: Tensor) -> Suspecte
     )
 
 
-def _clearness(rises: Tensor) -> float:
-    """How far the largest rise stands out: over the largest other change."""
-    target = int(rises.argmax())
+def _highest(rises: Tensor, present: Tensor) -> int:
+    """The label that rises most of those that clean images have."""
+    return int(rises.masked_fill(~present, -torch.inf).argmax())
+
+
+def _clearness(rises: Tensor, present: Tensor) -> float:
+    """How far the largest rise of them stands out: over the largest other change."""
+    target = _highest(rises, present)
     others = torch.cat([rises[:target], rises[target + 1 :]]).abs()
     return (rises[target] / others.max().clamp(min=1e-12)).item()

@@ -94,6 +94,7 @@ def repair(
     Exit code 3 says that there are signs of a backdoor which pruning within the budget does not remove.
     """
     from .. import repairing
+    from ..analysis.evidence import SILENT
     from ..policies.registry import POLICIES, check_policy, kind_of_policy, options_of
     from ..policies.thresholds import parse_threshold
     from ..reporting.result import files_of
@@ -135,6 +136,8 @@ def repair(
     if result.verdict is not None:
         said = outcome_in_words(result.outcome, result.verdict, result.suspected_target, len(result.pruned))
         output.say(said, style=STYLES[result.outcome])
+        if not result.evidence.signs:
+            output.note(f"Note: {SILENT}.")
     output.say(
         f"Pruned {len(result.pruned)} of {len(result.neurons)} neurons{_said(result.settings)} in {result.seconds:.1f} s; "
         f"accuracy on the {len(infected.clean)} clean images {result.clean_acc_before:.3f} -> {result.clean_acc_after:.3f}."

@@ -13,6 +13,7 @@ from backdoor_gym.analysis.evidence import (
     BN_WEIGHT,
     MASK_ODDS,
     MASK_WEIGHT,
+    PRIOR,
     VERDICT_THRESHOLD,
     Evidence,
     find_evidence,
@@ -73,10 +74,15 @@ def test_more_of_each_sign_makes_a_backdoor_likelier(sign, less, more):
 
 def test_the_probability_is_that_of_a_noisy_or_of_both_kinds():
     by_masks, by_bn = logistic(MASK_ODDS + MASK_WEIGHT), logistic(BN_ODDS + 0.4 * BN_WEIGHT)
-    assert Evidence(None, label()).probability == pytest.approx(by_masks)
-    assert Evidence(bn(0.4), None).probability == pytest.approx(by_bn)
-    assert Evidence(bn(0.4), label()).probability == pytest.approx(1 - (1 - by_masks) * (1 - by_bn))
-    assert Evidence(None, None).probability == 0
+    both = 1 - (1 - by_masks) * (1 - by_bn)
+    for told, at_even_odds in (
+        (Evidence(None, label()), by_masks),
+        (Evidence(bn(0.4), None), by_bn),
+        (Evidence(bn(0.4), label()), both),
+    ):
+        odds = at_even_odds / (1 - at_even_odds) * PRIOR / (1 - PRIOR)
+        assert told.probability == pytest.approx(odds / (1 + odds))
+    assert Evidence(None, None).probability == PRIOR
 
 
 def test_either_kind_is_enough_and_neither_speaks_against_the_other():
@@ -173,4 +179,4 @@ def test_few_labels_and_no_statistics_tell_nothing():
     few = labels < LEAST_LABELS - 1
     told = find_evidence(find_neurons(planted(True)), images[few], labels[few])
     assert told == Evidence(None, None, None)
-    assert told.probability == 0
+    assert told.probability == PRIOR

@@ -76,8 +76,10 @@ def test_class_weights():
 
 def test_the_clearer_reading_is_that_in_which_one_label_stands_out():
     faint, broad = torch.tensor([0.02, 0.0, 0.001]), torch.tensor([0.4, 0.3, -0.5])
-    assert _clearness(faint) == pytest.approx(20)
-    assert _clearness(broad) == pytest.approx(0.8)
+    everyone = torch.ones(3, dtype=torch.bool)
+    assert _clearness(faint, everyone) == pytest.approx(20)
+    assert _clearness(broad, everyone) == pytest.approx(0.8)
+    assert _clearness(broad, torch.tensor([False, True, True])) == pytest.approx(0.6)  # of those that images have
 
 
 def test_the_network_itself_is_left_as_it_was(infected):
