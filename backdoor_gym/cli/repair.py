@@ -143,7 +143,7 @@ def repair(
         f"accuracy on the {len(infected.clean)} clean images {result.clean_acc_before:.3f} -> {result.clean_acc_after:.3f}."
     )
     if result.pruned:
-        output.say(f"Expected on other images like them: {result.lost} points of accuracy lost.")
+        output.say(f"Their true labels lost {result.lost} points of probability. Other images may lose more.")
     if threshold is None and POLICIES[kind_of_policy(policy)].budget is None:
         output.say("The published threshold was used; --threshold auto chooses it with the clean images.")
     rest = " The report names those that do not." if result.neurons.left_out else ""

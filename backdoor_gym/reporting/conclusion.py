@@ -56,7 +56,10 @@ def conclude(result: "RepairResult") -> Conclusion:
     if count:
         where = f"the defender's {len(result.infected.clean)} clean images"
         sentences.append(_moved(where, result.clean_acc_before, result.clean_acc_after))
-        sentences.append(f"On other images like them {result.lost} points are expected to be lost.")
+        sentences.append(
+            f"There the mean probability of the true label fell by {result.lost} points. The repair chose by these images: others "
+            "may lose more."
+        )
         if test is not None and before.acc is not None and after.acc is not None:
             sentences.append(_moved(f"{len(test)} test images that the repair did not see", before.acc, after.acc))
             if before.acc - after.acc > COSTLY:

@@ -73,7 +73,7 @@ class RepairResult:
         arguments: what ``repair`` was called with, for doing it again; None for a model or a policy that is no name.
         outcome: "untouched", "repaired" or "unrepairable" (see ``repair``).
         verdict: probability that the network has a backdoor, before anything is pruned; None without a verdict.
-        lost: accuracy expected to be lost on other images like the clean ones.
+        lost: fall of the mean probability of the true label on the clean images, which the repair chose by.
         fill: what each neuron gives where it is pruned, float32 (neurons,); None for zeros.
 
     Examples:
