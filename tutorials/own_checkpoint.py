@@ -78,7 +78,7 @@ def main() -> None:
     # Network and clean images (or a Dataset, a folder, an .npz) are all that a repair sees; what else is known is for figures.
     known = {"test": (images[test], labels[test]), "trigger": trigger, "target": 7}
     infected = InfectedModel.from_module(network, (images[clean], labels[clean]), **known, preprocess=normalise)
-    result = repair(infected, accuracy_budget=0.03)  # ONP, which learned on other networks; with a point alone the backdoor stays
+    result = repair(infected, accuracy_budget=0.03)  # ONP, which learned on other networks
     print(f"backdoor: {result.verdict:.2f} likely, and calls label {result.suspected_target}")
     for when, figures in (("before", result.before), ("after", result.after)):
         print(f"{when:<7} ACC {figures.acc:.3f}   ASR {figures.asr:.3f}   RA {figures.ra:.3f}")
