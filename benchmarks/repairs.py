@@ -89,7 +89,7 @@ def published(file: Path, names: list[str], budget: float) -> None:
             "pruned": len(result.pruned),
             "before": result.before.as_dict(),
             "after": result.after.as_dict(),
-            "expected_loss": result.lost.mean,
+            "probability_lost": result.lost.mean,
             "seconds": round(result.seconds, 1),
         }
         print(json.dumps(row), flush=True)

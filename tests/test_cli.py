@@ -166,7 +166,7 @@ def test_train_makes_a_policy_that_repair_takes(run, infected_file, plain_infect
     assert "return" in err
     assert list((tmp_path / "log").rglob("events.*"))
     assert not list(tmp_path.glob("*.checkpoint"))
-    assert run("repair", infected_file, "--policy", "mine.safetensors")[0] in (0, 3)  # it has learned little
+    assert run("repair", infected_file, "--policy", "mine.safetensors", "--no-verdict")[0] == 0
     code, _, err = run(*arguments)
     assert code == 2
     assert "exists already" in err
@@ -210,7 +210,7 @@ def test_infect_makes_a_model_that_repair_reads(run, tmp_path):
     model = InfectedModel.load(tmp_path / "m.safetensors")
     assert model.trigger.frequency == 2
     assert model.facts["acc"] == made["acc"]
-    assert run("repair", "m.safetensors", "--policy", "clp")[0] == 0
+    assert run("repair", "m.safetensors", "--no-verdict")[0] == 0
     code, _, err = run("infect", *arguments)
     assert code == 2
     assert "exists already" in err

@@ -76,7 +76,7 @@ def test_maskable_ppo_learns_a_known_answer(infected):
         learning_rate=3e-3,
         gamma=0.9,
         seed=0,
-    ).learn(6_000)
+    ).learn(3_000)
     learned, _ = evaluate_maskable(model, env(), 10, deterministic=True, warn=False)
     random, _ = evaluate_policy(RandomPolicy(0), env(), 10, warn=False)
     assert learned > 0.8

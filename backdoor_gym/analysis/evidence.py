@@ -98,5 +98,6 @@ def find_evidence(neurons: Neurons, images: Tensor, labels: Tensor) -> Evidence:
     explained = bn.inverted if bn is not None and bn.suspected.target == evidence.target else None
     if explained is not None and not (label is not None and label.points_to(evidence.target)):
         return replace(evidence, inverted=explained)
-    masks, _ = invert_label(neurons, images, labels, evidence.target)
+    seen = images if bn is None else bn.images  # as the other kind saw them
+    masks, _ = invert_label(neurons, seen, labels, evidence.target)
     return replace(evidence, inverted=masks if explained is None else explained.with_others(masks))

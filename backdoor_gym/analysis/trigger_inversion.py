@@ -64,13 +64,12 @@ class InvertedTrigger:
     evidence: float
 
     def with_others(self, others: "InvertedTrigger") -> "InvertedTrigger":
-        """These triggers and others of the same target, on the clean images of the others; the figures stay."""
+        """These triggers and others of the same target and images, on as many of these as both have; the figures stay."""
         count = min(len(self.clean), len(others.clean))
-        clean = others.clean[:count]
-        if not torch.equal(self.clean[:count], clean):  # these were sought in corrected images
-            clean = self.clean[:count]
         images = [part[:count] for trigger in (self, others) for part in trigger.images.split(len(trigger.clean))]
-        return replace(self, families=self.families + others.families, clean=clean, images=torch.cat(images))
+        return replace(
+            self, families=self.families + others.families, clean=self.clean[:count], images=torch.cat(images)
+        )
 
 
 def invert_trigger(

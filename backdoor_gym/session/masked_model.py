@@ -52,10 +52,10 @@ class Figures:
 
 @dataclass(frozen=True)
 class Lost:
-    """Accuracy that is expected to be lost on images like the clean ones: the mean fall of the true label's probability.
+    """The mean fall of the true label's probability on the clean images.
 
-    It moves with every prune, where a count of answers stays as it is until an image changes sides; and a search that looks at
-    the same images counts too few of those.
+    It moves with every prune, where a count of answers stays as it is until an image changes sides. On images that prunes were
+    not chosen by, it is the accuracy that is expected to be lost. A search looks at these, so other images may lose more.
 
     Attributes:
         mean: of the fall, a share.

@@ -136,7 +136,7 @@ def test_repairs_go_by_the_expected_loss_and_tell_it(prepared):
     kept = repair(prepared.model, First(), lost.at_most + 1e-6)
     assert kept.pruned == ["1[0]"]
     assert kept.lost == lost
-    assert (kept.report()["expected_loss"], kept.report()["expected_loss_error"]) == (lost.mean, lost.error)
+    assert (kept.report()["probability_lost"], kept.report()["probability_lost_error"]) == (lost.mean, lost.error)
 
 
 def test_benchmarks_go_by_the_expected_loss(infected, monkeypatch, tmp_path):
