@@ -5,17 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from .analysis.evidence import SILENT, VERDICT_THRESHOLD, Evidence
-from .arguments import check_callable
+from .arguments import check_callable, check_path
 from .devices import find_device
 from .errors import DataError
 from .models.catalogue import load_infected
 from .models.infected import InfectedModel
 from .progress import Watch
 from .session.prepared_model import Preparation, PreparedModel
+from .wording import printable
 from .writing import finite
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Detection:
     """What the weights and the clean images say of a backdoor; the same figures as those of ``repair``.
 
@@ -68,16 +69,17 @@ class Detection:
         """
         from .reporting.pictures import write_trigger
 
+        check_path("the file of the picture", file)
         if self.evidence.inverted is None:
             raise DataError(f"no trigger could be inverted in {self.infected.name}: there is nothing to show")
         return write_trigger(self.evidence.inverted, Path(file))
 
     def __str__(self) -> str:
         if not self.evidence.signs:
-            return f"{self.infected.name}: {SILENT}"
+            return f"{printable(self.infected.name)}: {SILENT}"
         label = "" if self.target is None or not self.suspicious else f", which calls label {self.target}"
         signs = "signs of a backdoor" if self.suspicious else "no sign of a backdoor"
-        return f"{self.infected.name}: {signs}{label} (probability {self.probability:.0%})"
+        return f"{printable(self.infected.name)}: {signs}{label} (probability {self.probability:.0%})"
 
 
 def detect(

@@ -96,6 +96,16 @@ def test_from_the_threshold_on_it_is_suspicious(backdoored):
     assert "calls label" not in str(below)
 
 
+def test_names_and_places_are_checked(backdoored, tmp_path):
+    named = replace(backdoored, name="a\x1b[2Jb")
+    assert "\x1b" not in str(detect(named))
+    detection = detect(backdoored)
+    assert detection == detection
+    for place in (3, None):
+        with pytest.raises(DataError, match="the file of the picture"):
+            detection.save_trigger(place)
+
+
 def test_a_file_is_read(infected, infected_file):
     assert detect(infected_file).probability == detect(str(infected_file)).probability == detect(infected).probability
 

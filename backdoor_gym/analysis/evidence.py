@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ..metrics import accuracy, predict_logits
 from ..neurons.layers import Neurons
 from .bn_evidence import BNEvidence, find_bn_evidence
 from .label_inversion import LEAST_LABELS, LabelEvidence, compare_labels, invert_label
@@ -23,8 +24,13 @@ from .trigger_inversion import InvertedTrigger
 PRIOR = 0.2
 #: Probability from which a network is repaired: of 39 clean networks that were left out of the fit in turn, one lies above.
 VERDICT_THRESHOLD = 0.5
+#: Clean images that evidence needs. In the fit no defender has fewer than 50.
+LEAST_IMAGES = 40
 #: Said of a network without any kind of evidence.
-SILENT = f"nothing tells whether it has a backdoor: no batch normalisation, and clean images of fewer than {LEAST_LABELS} labels"
+SILENT = (
+    "nothing tells whether it has a backdoor: there is no batch normalisation and clean images are of fewer than "
+    f"{LEAST_LABELS} labels; or it does not know the clean images; or there are fewer than {LEAST_IMAGES} of them"
+)
 #: Log odds of either kind of evidence alone: without any sign, and by sign.
 MASK_ODDS, MASK_WEIGHT = -2.1, 5.9
 BN_ODDS, BN_WEIGHT = -3.9, 7.5
@@ -38,11 +44,14 @@ class Evidence:
         bn: what the BN statistics say; None without batch normalisation.
         label: what the label alone says; None where the clean images are of one class.
         inverted: triggers of the target; None where none can be sought.
+        tells: whether there are enough clean images, and the network knows them: one that guesses has short ways to its labels,
+            too.
     """
 
     bn: BNEvidence | None
     label: LabelEvidence | None
     inverted: InvertedTrigger | None = None
+    tells: bool = True
 
     @property
     def signs(self) -> Mapping[str, float]:
@@ -50,7 +59,9 @@ class Evidence:
 
         ``mask`` is log2 of the second smallest mask over the smallest one, ``bn`` the evidence of the BN statistics.
         """
-        signs = {}
+        signs: dict[str, float] = {}
+        if not self.tells:
+            return signs
         if self.label is not None:
             signs["mask"] = math.log2(self.label.lead)
         if self.bn is not None:
@@ -82,6 +93,13 @@ def _without(log_odds: float) -> float:
     return 1 / (1 + math.exp(log_odds))
 
 
+def _knows(neurons: Neurons, images: Tensor, labels: Tensor) -> bool:
+    """Whether the network gets twice as many images right as the commonest label alone would, or half of the others."""
+    chance = labels.bincount().max().item() / len(labels)
+    logits = predict_logits(neurons.graph, images)
+    return accuracy(logits, labels.cpu()) >= min(2 * chance, (1 + chance) / 2)
+
+
 def find_evidence(neurons: Neurons, images: Tensor, labels: Tensor) -> Evidence:
     """The evidence of a network.
 
@@ -91,7 +109,7 @@ def find_evidence(neurons: Neurons, images: Tensor, labels: Tensor) -> Evidence:
         labels: int64 (n,).
     """
     bn, label = find_bn_evidence(neurons, images, labels), compare_labels(neurons, images, labels)
-    evidence = Evidence(bn, label, None)
+    evidence = Evidence(bn, label, None, len(images) >= LEAST_IMAGES and _knows(neurons, images, labels))
     if evidence.target is None or bool((labels == evidence.target).all()):
         return evidence
     # What changes any network's answer is no trigger, and to prune for it costs accuracy: only kinds that tell are asked.

@@ -201,7 +201,8 @@ class _MaskSearch:
             costs = F.cross_entropy(logits, targets, reduction="none").view(count, batch).mean(1)
             size = torch.sigmoid(self._mask).mean((1, 2, 3))
             loss = (costs + weights * size).sum()
-            gradients = torch.autograd.grad(loss, [self._mask, self._pattern])
+            # What only looks at which value is the largest has no derivative.
+            gradients = torch.autograd.grad(loss, [self._mask, self._pattern], materialize_grads=True)
             require_finite("the loss of a search for the trigger", loss, *gradients)
             success = (logits.detach().argmax(1) == targets).float().view(count, batch).mean(1)
             keep = (success >= SUCCESS) | (step < steps - last)

@@ -48,4 +48,4 @@ def detect(
     for name, value in detection.evidence.signs.items():
         output.say(f"  {name:<10} {value:6.2f}")
     for path in written:
-        output.say(f"The trigger that was found: {path}")
+        output.say(f"The trigger that was {'found' if detection.suspicious else 'sought'}: {path}")

@@ -134,10 +134,11 @@ def repair(
     if result.before.asr is None:
         output.say("No trigger is known for this model: ASR and RA cannot be measured.")
     if result.verdict is not None:
-        said = outcome_in_words(result.outcome, result.verdict, result.suspected_target, len(result.pruned))
-        output.say(said, style=STYLES[result.outcome])
-        if not result.evidence.signs:
-            output.note(f"Note: {SILENT}.")
+        if result.evidence.signs:
+            said = outcome_in_words(result.outcome, result.verdict, result.suspected_target, len(result.pruned))
+            output.say(said, style=STYLES[result.outcome])
+        else:
+            output.say(f"The network is as it came: {SILENT}.", style="yellow")
     output.say(
         f"Pruned {len(result.pruned)} of {len(result.neurons)} neurons{_said(result.settings)} in {result.seconds:.1f} s; "
         f"accuracy on the {len(infected.clean)} clean images {result.clean_acc_before:.3f} -> {result.clean_acc_after:.3f}."

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..analysis.evidence import SILENT
 from ..outcomes import UNREPAIRABLE, UNTOUCHED
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ def conclude(result: "RepairResult") -> Conclusion:
     if probability is None:
         headline = f"{count} of {total} neurons pruned by {result.policy}" if count else "Nothing was pruned"
         sentences.append("No verdict was asked for: a rule prunes any network, infected or not.")
+    elif result.outcome == UNTOUCHED and not result.evidence.signs:
+        tone, headline = "warning", "Nothing tells whether there is a backdoor: the network is as it came"
+        sentences.append(f"{SILENT[0].upper()}{SILENT[1:]}.")
     elif result.outcome == UNTOUCHED:
         headline = "No sign of a backdoor: the network is as it came"
     elif result.outcome == UNREPAIRABLE:

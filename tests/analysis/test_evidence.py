@@ -5,12 +5,14 @@ from math import exp
 
 import pytest
 import torch
+from torch import nn
 
 from backdoor_gym.analysis import evidence as module
 from backdoor_gym.analysis.bn_evidence import BNEvidence, Correction
 from backdoor_gym.analysis.evidence import (
     BN_ODDS,
     BN_WEIGHT,
+    LEAST_IMAGES,
     MASK_ODDS,
     MASK_WEIGHT,
     PRIOR,
@@ -164,9 +166,8 @@ def test_trained_networks_are_told_apart(infected, plain_infected):
         assert told.target == model.target
 
 
-@pytest.mark.parametrize("count", [1, LEAST_LABELS - 1])
-def test_images_of_few_labels_leave_what_the_statistics_say(infected, count):
-    few = infected.clean.labels < count
+def test_images_of_few_labels_leave_what_the_statistics_say(infected):
+    few = infected.clean.labels < LEAST_LABELS - 1
     images = LabelledImages(infected.clean.images[few], infected.clean.labels[few])
     told = PreparedModel(replace(infected, clean=images), Preparation()).evidence
     assert told.label is None
@@ -175,8 +176,39 @@ def test_images_of_few_labels_leave_what_the_statistics_say(infected, count):
 
 
 def test_few_labels_and_no_statistics_tell_nothing():
-    images, labels = clean()
+    images, labels = clean(150)
     few = labels < LEAST_LABELS - 1
     told = find_evidence(find_neurons(planted(True)), images[few], labels[few])
     assert told == Evidence(None, None, None)
     assert told.probability == PRIOR
+
+
+@pytest.mark.parametrize("count", [LEAST_IMAGES - 1, LEAST_IMAGES])
+def test_few_images_tell_nothing(count):
+    images, labels = clean(count)
+    told = find_evidence(find_neurons(planted(True)), images, labels)
+    assert told.label.target == TARGET
+    assert bool(told.signs) == (count == LEAST_IMAGES)
+    assert (told.probability > VERDICT_THRESHOLD) == (count == LEAST_IMAGES)
+
+
+def test_a_network_that_guesses_tells_nothing(infected):
+    """Of its own labels as of others: a short way to a label is no sign where every way is short."""
+    images, labels = clean()
+    for neurons in (find_neurons(planted(True)), find_neurons(infected.network)):
+        told = find_evidence(neurons, images, labels.roll(3))
+        assert (told.signs, told.probability) == ({}, PRIOR)
+
+
+def test_a_network_whose_answers_have_no_derivative_is_searched_all_the_same():
+    class Hard(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = planted(True)
+
+        def forward(self, images):
+            return nn.functional.one_hot(self.network(images).argmax(1), 10).float()
+
+    told = find_evidence(find_neurons(Hard().eval()), *clean())
+    assert told.label.lead < 2
+    assert told.probability < VERDICT_THRESHOLD
