@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from backdoor_gym import InfectedModel, repair
-from backdoor_gym.analysis.evidence import VERDICT_THRESHOLD, Evidence
+from backdoor_gym.analysis.evidence import PRIOR
 from backdoor_gym.analysis.label_inversion import compare_labels
 
 from .tiny import tiny, tiny_images
@@ -32,5 +32,4 @@ def test_repairs_go_through(name):
     sought = compare_labels(result.neurons, model.clean.images, model.clean.labels)
     assert result.suspected_target == sought.target
     judged = repair(model, accuracy_budget=None, max_steps=2)
-    assert judged.verdict == Evidence(None, sought).probability
-    assert judged.outcome in (("untouched",) if judged.verdict < VERDICT_THRESHOLD else ("repaired", "unrepairable"))
+    assert (judged.verdict, judged.outcome) == (PRIOR, "untouched")  # a network that guesses tells nothing
