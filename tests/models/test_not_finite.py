@@ -30,7 +30,9 @@ def test_a_search_for_the_trigger_stops(infected, monkeypatch, search):
     prepared = PreparedModel(infected, Preparation())
     images, labels = infected.clean.images, infected.clean.labels
     suspected = prepared.suspected
-    monkeypatch.setattr(torch.autograd, "grad", lambda _, inputs, **__: [torch.full_like(one, torch.nan) for one in inputs])
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda _, inputs, **__: [torch.full_like(one, torch.nan) for one in inputs]
+    )
     reached = []
     monkeypatch.setattr(Warp, "__call__", lambda self, some: reached.append(self.parameter.detach().clone()) or some)
     search, more = {
