@@ -1,7 +1,7 @@
 """Giving back what a repair need not have pruned.
 
 Backward elimination after forward selection (Marill and Green, "On the effectiveness of receptors in recognition systems",
-1963), with the figures and weights of the look-ahead; but here a fall of the clean loss counts too.
+1963).
 """
 
 import numpy as np
@@ -16,10 +16,10 @@ LEAST_FALL = 0.1
 
 
 def restore(session: RepairSession, look: LookAhead, worth: Worth | None = None) -> float:
-    """Give back the pruned units of a finished repair that are not worth it any more; what that is worth.
+    """Give back the pruned units of a finished repair that it can do without; what that is worth.
 
-    The units that the suspected danger needs least come first. A unit is given back where the accuracy budget holds and
-    loss_weight * (fall of the clean cross-entropy) - danger_weight * (rise of the suspected danger) + restore > 0.
+    The units that the suspected danger needs least come first. A unit is given back where the clean cross-entropy does not
+    rise, the accuracy budget holds and the suspected danger stays below ``LookAhead.done``, or does not rise.
     """
     total = 0.0
     if session.initial_figures.suspected_danger - session.figures.suspected_danger < LEAST_FALL:
@@ -27,10 +27,10 @@ def restore(session: RepairSession, look: LookAhead, worth: Worth | None = None)
     units = np.flatnonzero(session.state.pruned)
     dangers = [session.peek_danger([], restored=[int(unit)]) for unit in units]
     for unit in units[np.argsort(dangers, kind="stable")]:
-        now, clean = session.figures, session.peek_clean([], restored=[int(unit)])
-        if clean is None:
+        now, without = session.peek_clean([]), session.peek_clean([], restored=[int(unit)])
+        if without is None or (now is not None and without[1] > now[1]):
             continue
-        rise = session.peek_danger([], restored=[int(unit)]) - now.suspected_danger
-        if look.loss_weight * (now.loss - clean[1]) - look.danger_weight * rise + look.restore > 0:
+        danger = session.peek_danger([], restored=[int(unit)])
+        if danger <= max(look.done, session.figures.suspected_danger):
             total += session.restore(int(unit), worth)
     return total

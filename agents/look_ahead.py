@@ -38,8 +38,7 @@ class LookAhead:
         done: suspected danger below which a repair ends that began above it.
         patience: prunes in which the suspected danger, once it is low (``LOW``), must fall by ``LEAST_FALL``, or the repair
             ends; 0 for no such end.
-        restore: what a pruned neuron must be worth at the end, in units of the scores, to stay pruned
-            (``backward_elimination.restore``); 0 to give none back.
+        restore: whether neurons that it can do without are given back at the end (``backward_elimination.restore``).
 
     Raises:
         DataError: no candidate, or a number that is not finite.
@@ -47,15 +46,15 @@ class LookAhead:
     Examples:
         >>> from backdoor_gym.agents import LookAhead
         >>> LookAhead(candidates=5)
-        LookAhead(candidates=5, loss_weight=3.0, danger_weight=10.0, done=0.09, patience=15, restore=0.02)
+        LookAhead(candidates=5, loss_weight=100.0, danger_weight=10.0, done=0.09, patience=15, restore=True)
     """
 
     candidates: int = 10
-    loss_weight: float = 3.0
+    loss_weight: float = 100.0
     danger_weight: float = 10.0
     done: float = 0.09
     patience: int = 15
-    restore: float = 0.02
+    restore: bool = True
 
     def __post_init__(self) -> None:
         if self.candidates < 1:

@@ -24,7 +24,7 @@ from .rendering.drawing import Snapshot
 from .reporting.result import Change, RepairResult
 from .rounds import run_repair
 from .session import RepairSession
-from .session.session import EXPECTED
+from .session.session import HELD_OUT, MOST_FAILURES
 from .wording import shown
 
 DEFAULT_BUDGET: Any = object()
@@ -125,7 +125,8 @@ def repair(
         max_steps=max_steps,
         residual=residual,
         fill=fill,
-        guard=EXPECTED,
+        guard=HELD_OUT,
+        max_failures=MOST_FAILURES,
         score_samples=0,
         device=device,
         disable_env_checker=True,

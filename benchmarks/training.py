@@ -42,7 +42,7 @@ STEPS = 3_072
 #: Chosen on ``digits-val`` with one policy. The inverted trigger, which all but the loss comes from, is one of BN statistics:
 #: the policy without these looks at the loss alone.
 LOOK = LookAhead()
-LOSS_ALONE = LookAhead(danger_weight=0.0, done=0.0, patience=0, restore=0.0)
+LOSS_ALONE = LookAhead(danger_weight=0.0, done=0.0, patience=0, restore=False)
 TRAINING = [f"digits-train/{seed}" for seed in range(300)]
 VALIDATION = [f"digits-val/{seed}" for seed in range(30)]
 #: All that compares the running statistics of batch normalisation with those of clean images.

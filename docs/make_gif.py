@@ -21,7 +21,7 @@ COLOURS = 128
 
 def frames_of(model: str) -> list[np.ndarray]:
     """A frame for the whole network, for each prune, and for what is left after the policy gave neurons back."""
-    env = gym.make("BackdoorPrune-v0", infected=model, accuracy_budget=0.01, guard="expected", render_mode="rgb_array")
+    env = gym.make("BackdoorPrune-v0", infected=model, accuracy_budget=0.01, guard="held-out", render_mode="rgb_array")
     onp = ONP.load("pretrained", env)
     observation, _ = env.reset(seed=0)
     frames, done = [env.render()], False

@@ -28,7 +28,7 @@ from ..processes import counter, end_of_process
 from ..repairing import rating
 from ..rounds import run_repair
 from ..session.generator import MODEL, check_model
-from ..session.session import EXPECTED
+from ..session.session import HELD_OUT
 from ..wording import one_line, shown
 from ..writing import beside, check_place, write_text
 from . import figures, tables
@@ -313,7 +313,7 @@ def make_ready(given: str | InfectedModel, conditions: Conditions) -> Ready:
         clean_samples=conditions.clean_samples,
         max_failures=conditions.max_failures,
         score_samples=0,
-        guard=EXPECTED,
+        guard=HELD_OUT,
         device=conditions.device,
         disable_env_checker=True,
     ).unwrapped

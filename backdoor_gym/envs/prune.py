@@ -133,8 +133,8 @@ class BackdoorPruneEnv(gym.Env[dict[str, np.ndarray], np.int64], EzPickle):
         device: where the network runs.
         render_mode: "human", "rgb_array", "ansi" or None.
         fill: what a pruned neuron gives: "zero", or "mean" for its mean over the clean images (``backdoor_gym.masking.fill``).
-        guard: what the budget is of: "count", the accuracy on the clean images; or "expected", besides that what is expected
-            to be lost on other images like them (``RepairSession``).
+        guard: what the budget is of: "count", the accuracy on the clean images; or "held-out", what is expected to be lost on
+            other images, by one half of the clean ones, while the other half chooses (``RepairSession``).
 
     ## Version history
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
 from math import isfinite
 from typing import Any, Self
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -52,10 +53,10 @@ class Figures:
 
 @dataclass(frozen=True)
 class Lost:
-    """The mean fall of the true label's probability on the clean images.
+    """The mean fall of the true label's probability on clean images.
 
     It moves with every prune, where a count of answers stays as it is until an image changes sides. On images that prunes were
-    not chosen by, it is the accuracy that is expected to be lost. A search looks at these, so other images may lose more.
+    not chosen by, it is the accuracy that is expected to be lost.
 
     Attributes:
         mean: of the fall, a share.
@@ -93,31 +94,34 @@ class MaskedModel:
         prepared: the model.
         score_samples: how many triggered test images ASR and RA are measured on, and half of how many clean ones the
             accuracy on test images; 0 for none.
+        holds_out: whether ``choosing`` and ``gradients`` look at one half of the clean images alone, and ``lost`` at the other.
     """
 
-    def __init__(self, prepared: PreparedModel, score_samples: int = SCORE_SAMPLES) -> None:
+    def __init__(
+        self, prepared: PreparedModel, score_samples: int = SCORE_SAMPLES, holds_out: bool = False
+    ) -> None:
         self.prepared = prepared
         self.score_samples = score_samples
+        self.holds_out = holds_out
         self._origin: MaskedModel | None = None  # keeps alive what is shared
         inverted = prepared.inverted
         network = partial(MaskedNetwork, prepared.neurons, device=prepared.options.device, fill=prepared.fill)
         fragile, clean = torch.from_numpy(prepared.fragile), prepared.clean
         first, foreign = torch.arange(len(clean)) < GRADIENT_IMAGES, _foreign(prepared)
-        #: The fragile clean images, then the others, of both those that derivatives are taken on apart; all together keep
-        #: what one network may.
+        held_out = every_second(clean.labels) if holds_out else torch.zeros(len(clean), dtype=torch.bool)
+        #: The fragile clean images, then the others, of both those that are held out and those that derivatives are taken on
+        #: apart; all together keep what one network may.
         self._clean: list[_Part] = []
-        for part, for_gradients in (
-            (fragile & first, True),
-            (fragile & ~first, False),
-            (~fragile & first, True),
-            (~fragile & ~first, False),
-        ):
+        for is_fragile, is_held_out, is_first in product((True, False), repeat=3):
+            part = (fragile == is_fragile) & (held_out == is_held_out) & (first == is_first)
+            for_gradients = is_first and not is_held_out
             if part.any():
                 masked = network(clean.images[part], kept_bytes=KEPT_BYTES * int(part.sum()) // len(clean))
-                rows = None if foreign is None or not for_gradients else torch.nonzero(foreign[part]).flatten()
+                rows = None if foreign is None else torch.nonzero(foreign[part]).flatten()
                 labels = clean.labels[part].to(masked.device)
                 whole = masked.logits(np.ones(len(prepared.neurons), dtype=bool))
-                self._clean.append(_Part(masked, labels, for_gradients, rows, _chances(whole, labels)))
+                chances = _chances(whole, labels)
+                self._clean.append(_Part(masked, labels, is_held_out, for_gradients, rows, chances))
         #: The images that ``MaskGradients.clean_pull`` is taken on, where they are none of the clean ones.
         self._corrected = None
         if inverted is not None and foreign is None:
@@ -135,13 +139,13 @@ class MaskedModel:
             self._test_labels = self.tested.labels.to(self._test.device)
 
     @classmethod
-    def begin(cls, prepared: PreparedModel, score_samples: int = SCORE_SAMPLES) -> Self:
+    def begin(cls, prepared: PreparedModel, score_samples: int = SCORE_SAMPLES, holds_out: bool = False) -> Self:
         """One with nothing pruned, made from what there is of that model."""
         with prepared.preparing:
             known = _WHOLE.setdefault(prepared, WeakValueDictionary())
-            whole = known.get(score_samples)
+            whole = known.get((score_samples, holds_out))
             if whole is None:
-                whole = known[score_samples] = cls(prepared, score_samples)
+                whole = known[score_samples, holds_out] = cls(prepared, score_samples, holds_out)
             return whole._fork()
 
     def _fork(self) -> Self:
@@ -179,35 +183,45 @@ class MaskedModel:
             figures = replace(figures, test_acc=accuracy(self._test.logits(mask), self._test_labels))
         return figures
 
-    def clean(
-        self, pruned: np.ndarray, least_acc: float = 0.0, most_lost: float | None = None
-    ) -> tuple[float, float] | None:
+    def clean(self, pruned: np.ndarray, least_acc: float = 0.0) -> tuple[float, float] | None:
         """Accuracy and mean cross-entropy on the clean images alone, without the pruned units, bool (units,).
 
-        None where the accuracy is below ``least_acc`` (most prunes that cost so much are found out by the fragile images),
-        where ``Lost.at_most`` is above ``most_lost``, or where the cross-entropy is not finite.
+        None where the accuracy is below ``least_acc`` (most prunes that cost so much are found out by the fragile images), or
+        where the cross-entropy is not finite.
         """
         mask = self.prepared.neuron_mask(pruned)
         count, wrong, loss = self._clean_count, 0, 0.0
-        falls = []
         for part in self._clean:
             logits = part.network.logits(mask)
             wrong += int((logits.argmax(1) != part.labels).sum())
             if 1 - wrong / count < least_acc:
                 return None
             loss += part.loss(logits).item()
-            falls.append(part.chances - part.chances_of(logits))
-        if not isfinite(loss) or (most_lost is not None and Lost.of(torch.cat(falls)).at_most > most_lost):
-            return None
-        return 1 - wrong / count, loss / count
+        return (1 - wrong / count, loss / count) if isfinite(loss) else None
+
+    def choosing(self, pruned: np.ndarray, most_lost: float) -> tuple[float, float] | None:
+        """The same on the clean images that are not held out; None where they lose more than ``most_lost`` (``Lost.mean``)."""
+        mask = self.prepared.neuron_mask(pruned)
+        parts = [part for part in self._clean if not part.held_out]
+        count, wrong, loss, lost = sum(len(part.labels) for part in parts), 0, 0.0, 0.0
+        for part in parts:
+            logits = part.network.logits(mask)
+            wrong += int((logits.argmax(1) != part.labels).sum())
+            loss += part.loss(logits).item()
+            lost += part.falls(logits).sum().item()
+        return (1 - wrong / count, loss / count) if isfinite(loss) and lost / count <= most_lost else None
 
     def lost(self, pruned: np.ndarray) -> "Lost":
-        """What the clean images say of the accuracy lost without the pruned units, bool (units,)."""
+        """What is lost without the pruned units, bool (units,), by the images that are held out; by all where none are."""
         mask = self.prepared.neuron_mask(pruned)
-        return Lost.of(torch.cat([part.chances - part.chances_of(part.network.logits(mask)) for part in self._clean]))
+        parts = [part for part in self._clean if part.held_out] or self._clean
+        return Lost.of(torch.cat([part.falls(part.network.logits(mask)) for part in parts]))
 
     def gradients(self, pruned: np.ndarray) -> MaskGradients:
-        """``PreparedModel.gradients``, up to rounding, from the activations that are kept; best after ``keep`` of that mask."""
+        """``PreparedModel.gradients``, up to rounding, from the activations that are kept; best after ``keep`` of that mask.
+
+        ``harm`` is without the images that are held out.
+        """
         prepared, inverted = self.prepared, self.prepared.inverted
         mask, zeros = prepared.neuron_mask(pruned), np.zeros(len(prepared))
         parts = [part for part in self._clean if part.for_gradients]
@@ -226,7 +240,7 @@ class MaskedModel:
             clean_pull = self._corrected.mask_gradient(mask, margin)
         else:
             clean_pull = torch.zeros_like(harm)
-            for part in parts:
+            for part in self._clean:
                 if part.foreign is not None and len(part.foreign):
                     clean_pull += part.network.mask_gradient(mask, margin, part.foreign)
         gradients = (pull, harm, clean_pull / len(inverted.clean))
@@ -287,6 +301,7 @@ class _Part:
     Attributes:
         network: of them.
         labels: int64 (n,), where the network is.
+        held_out: whether they only tell what is lost.
         for_gradients: whether they are among those that the derivatives are taken on.
         foreign: which of them ``MaskGradients.clean_pull`` is taken on, int64; None where on others.
         chances: probability of the true label in the whole network, float32 (n,).
@@ -294,13 +309,14 @@ class _Part:
 
     network: MaskedNetwork
     labels: Tensor
+    held_out: bool
     for_gradients: bool
     foreign: Tensor | None
     chances: Tensor
 
-    def chances_of(self, logits: Tensor) -> Tensor:
-        """The same under these logits."""
-        return _chances(logits, self.labels)
+    def falls(self, logits: Tensor) -> Tensor:
+        """How far the probability of the true label falls under these logits, float32 (n,)."""
+        return self.chances - _chances(logits, self.labels)
 
     def loss(self, logits: Tensor) -> Tensor:
         """Sum of the cross-entropy."""
@@ -310,6 +326,13 @@ class _Part:
 def _chances(logits: Tensor, labels: Tensor) -> Tensor:
     """Probability of the true labels, float32 (n,)."""
     return logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
+
+
+def every_second(labels: Tensor) -> Tensor:
+    """Every second image of each label, bool (n,): one half, of the same labels as the other."""
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[labels.argsort(stable=True)[1::2]] = True
+    return chosen
 
 
 def _foreign(prepared: PreparedModel) -> Tensor | None:
@@ -322,5 +345,5 @@ def _foreign(prepared: PreparedModel) -> Tensor | None:
     return foreign if torch.equal(prepared.clean.images[foreign], inverted.clean.cpu()) else None
 
 
-#: Whole networks by model and ``score_samples``, for as long as a session uses them.
-_WHOLE: WeakKeyDictionary[PreparedModel, WeakValueDictionary[int, Any]] = WeakKeyDictionary()
+#: Whole networks by model, ``score_samples`` and ``holds_out``, for as long as a session uses them.
+_WHOLE: WeakKeyDictionary[PreparedModel, WeakValueDictionary[tuple[int, bool], Any]] = WeakKeyDictionary()

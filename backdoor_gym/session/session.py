@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from numbers import Integral
 
 import numpy as np
@@ -17,9 +18,11 @@ from .prepared_model import MaskGradients, PreparedModel
 #: Slack in comparing accuracies, which are shares of a few hundred images.
 TOLERANCE = 1e-9
 
+#: Undone prunes that end a whole repair: under the guard "held-out" many of the best ones are.
+MOST_FAILURES = 15
 #: Guards of the accuracy.
-COUNT, EXPECTED = "count", "expected"
-GUARDS = (COUNT, EXPECTED)
+COUNT, HELD_OUT = "count", "held-out"
+GUARDS = (COUNT, HELD_OUT)
 
 Units = Sequence[int] | np.ndarray
 
@@ -102,8 +105,9 @@ class RepairSession:
             on test images; 0 for none.
         gradients_every: prunes after which ``derivatives`` are taken anew.
         state: that of another session of the same model, to go on from after ``reopen``.
-        guard: what a prune must not bring above the budget: "count", the accuracy lost on the clean images; or "expected",
-            besides that what is expected to be lost on others (``Lost.at_most``).
+        guard: what a prune must not bring above the budget: "count", the accuracy lost on the clean images; or "held-out", what
+            is expected to be lost on other images (``Lost.at_most``), by one half of the clean ones. Then ``peek_clean`` and
+            ``derivatives`` look at the other half alone, so that what guards a prune does not choose it.
     """
 
     def __init__(
@@ -126,7 +130,7 @@ class RepairSession:
         self._masked: MaskedModel | None = None
         if state is None:
             prepared.prepare()
-            self._masked = MaskedModel.begin(prepared, score_samples)
+            self._masked = self._begin()
             self.restart()
         else:
             self.state = state
@@ -137,7 +141,7 @@ class RepairSession:
         It is changed in the same order, so that its activations are the same to the last bit.
         """
         self.prepared.prepare()
-        masked = self._masked = MaskedModel.begin(self.prepared, self.score_samples)
+        masked = self._masked = self._begin()
         pruned = np.zeros(len(self.prepared), dtype=bool)
         for unit, restored in self.state.changes:
             pruned[unit] = not restored
@@ -180,7 +184,8 @@ class RepairSession:
         nothing = _frozen(np.zeros(len(self.prepared), dtype=bool))
         self.masked.restart()
         figures = self.masked.figures(nothing)
-        self.state = RepairState((figures,), self.prepared.first_gradients, nothing, nothing, nothing)
+        gradients = self.prepared.first_gradients if self.guard == COUNT else self.masked.gradients(nothing)
+        self.state = RepairState((figures,), gradients, nothing, nothing, nothing)
 
     def close(self) -> None:
         """Give back memory. What the state tells stays known."""
@@ -229,6 +234,11 @@ class RepairSession:
         return 0.0 if budget is None else self.initial_figures.acc - budget - TOLERANCE
 
     @property
+    def most_lost(self) -> float:
+        """Share that may be lost; infinite without a budget."""
+        return inf if self.accuracy_budget is None else self.accuracy_budget + TOLERANCE
+
+    @property
     def open_units(self) -> np.ndarray:
         """Units that can be pruned, bool (units,)."""
         return ~(self.state.pruned | self.state.tried)
@@ -246,7 +256,7 @@ class RepairSession:
         """
         if not self.open_units[_checked([unit], len(self.prepared))[0]]:
             return Attempt()
-        if self.peek_clean([unit]) is None:
+        if not self._allows(unit):
             self._change(tried=_with(self.state.tried, [unit]), failures=self.state.failures + 1)
             return Attempt(undone=True)
         pruned = _with(self.state.pruned, [unit])
@@ -281,11 +291,15 @@ class RepairSession:
     def peek_clean(self, units: Units, restored: Units = ()) -> tuple[float, float] | None:
         """Accuracy and cross-entropy on the clean images then; None where that breaks the budget.
 
-        Cheaper than ``peek``, by far where the budget is broken. Of a single unit that is remembered
+        With the guard "held-out" on those that are not held out, which the mean fall of the true label's probability must keep
+        within the budget. Cheaper than ``peek``, by far where the budget is broken. Of a single unit that is remembered
         (``RepairState.over_budget``).
         """
-        most_lost = None if self.accuracy_budget is None or self.guard == COUNT else self.accuracy_budget + TOLERANCE
-        clean = self.masked.clean(self._as_if(units, restored), self.least_acc, most_lost)
+        pruned = self._as_if(units, restored)
+        if self.guard == COUNT:
+            clean = self.masked.clean(pruned, self.least_acc)
+        else:
+            clean = self.masked.choosing(pruned, self.most_lost)
         if clean is None and len(units) == 1 and not len(restored):
             self._change(over_budget=_with(self.state.over_budget, units))
         return clean
@@ -306,6 +320,15 @@ class RepairSession:
         check_whole("prunes", prunes)
         history = self.state.history
         return None if len(history) <= prunes else history[-1 - prunes].suspected_danger - history[-1].suspected_danger
+
+    def _allows(self, unit: int) -> bool:
+        """Whether the guard lets that unit be pruned."""
+        if self.peek_clean([unit]) is None:
+            return False
+        return self.guard == COUNT or self.masked.lost(self._as_if([unit], ())).at_most <= self.most_lost
+
+    def _begin(self) -> MaskedModel:
+        return MaskedModel.begin(self.prepared, self.score_samples, self.guard == HELD_OUT)
 
     def _settle(self, unit: int, restored: bool, pruned: np.ndarray, figures: Figures) -> None:
         self.masked.keep()

@@ -23,7 +23,7 @@ from .conftest import PLANTED
 
 gym.register_envs(backdoor_gym)
 #: Looks at the clean loss and the budget alone.
-PLAIN = LookAhead(danger_weight=0.0, done=0.0, patience=0, restore=0.0)
+PLAIN = LookAhead(danger_weight=0.0, done=0.0, patience=0, restore=False)
 QUICK = {"n_steps": 16, "batch_size": 16, "n_epochs": 1}
 
 

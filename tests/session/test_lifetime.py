@@ -21,7 +21,7 @@ def test_sessions_of_a_model_share_the_activations_of_the_whole_network_while_on
     prepared = PreparedModel(infected, Preparation(clean_samples=20))
     first, second = (RepairSession(prepared, score_samples=0) for _ in range(2))
     assert activations(first.masked) is activations(second.masked)
-    whole = weakref.ref(masked_model._WHOLE[prepared][0])
+    whole = weakref.ref(masked_model._WHOLE[prepared][0, False])
     assert first.try_prune(3).pruned
     assert activations(first.masked) is not activations(second.masked)
     first.restart()
@@ -39,7 +39,7 @@ def test_other_images_are_other_activations(infected):
     prepared = PreparedModel(infected, Preparation(clean_samples=20))
     few, many = (MaskedModel.begin(prepared, count) for count in (0, 8))
     assert activations(few) is not activations(many)
-    assert sorted(masked_model._WHOLE[prepared]) == [0, 8]
+    assert sorted(masked_model._WHOLE[prepared]) == [(0, False), (8, False)]
 
 
 def test_a_model_that_is_given_as_an_object_goes_with_its_environment(infected):

@@ -22,8 +22,12 @@ def other(infected):
 @pytest.fixture
 def session(infected):
     """With a unit restored, one that failed, and two pruned."""
+    return halfway(infected, "held-out")
+
+
+def halfway(infected, guard):
     prepared = PreparedModel(infected, Preparation())
-    session = RepairSession(prepared, None, score_samples=32, gradients_every=1, max_failures=1, guard="expected")
+    session = RepairSession(prepared, None, score_samples=32, gradients_every=1, max_failures=1, guard=guard)
     for unit in (3, 40, 90):
         session.try_prune(unit)
     session.restore(40)
@@ -39,7 +43,7 @@ def test_what_is_pruned_and_tried_stays(session, other):
     assert twin.state.changes == state.changes == ((3, False), (40, False), (90, False), (40, True))
     assert np.flatnonzero(twin.state.tried).tolist() == [7]
     assert np.flatnonzero(twin.state.over_budget).tolist() == [7]
-    assert (twin.guard, twin.accuracy_budget, twin.max_failures) == ("expected", 0.5, 1)
+    assert (twin.guard, twin.accuracy_budget, twin.max_failures) == ("held-out", 0.5, 1)
     assert (twin.score_samples, twin.gradients_every) == (32, 1)
 
 
@@ -68,7 +72,8 @@ def test_figures_are_those_of_the_new_trigger(infected, session, other):
         assert new.suspected_danger != pytest.approx(old.suspected_danger, abs=1e-3)
 
 
-def test_derivatives_are_those_of_the_new_trigger(session, other):
+def test_derivatives_are_those_of_the_new_trigger(infected, other):
+    session = halfway(infected, "count")
     old = session.derivatives()
     twin = session.under(other)
     assert twin.state.gradients_taken == 2
