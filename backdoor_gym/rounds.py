@@ -23,7 +23,7 @@ from .session import RepairSession
 #: Most rounds of a repair.
 ROUNDS = 4
 #: Share of the suspected danger that may be left of it in a repaired network.
-FALLEN = 0.5
+FALLEN = 0.35
 #: Size of the smallest mask for the suspected label in the pruned network, over the median of all labels in the whole one,
 #: from which on the signs are gone: in 15 clean networks of ``world-train`` those of 75 labels are 0.5 to 2.
 GONE = 0.45
