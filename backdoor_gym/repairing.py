@@ -50,8 +50,8 @@ def repair(
     """Repair one network. The policy sees the network and the clean images; trigger and test images only score it.
 
     With a verdict the repair has one of three outcomes. "untouched": there is no sign of a backdoor. "repaired": neurons were
-    pruned, the suspected danger fell to half or less, and no small mask gives the label any more. "unrepairable": there are
-    signs of a backdoor, and pruning within the budget does not remove them; all that was pruned is taken back.
+    pruned, the suspected danger fell to about a third or less, and no small mask gives the label any more. "unrepairable":
+    there are signs of a backdoor, and pruning within the budget does not remove them; all that was pruned is taken back.
 
     Args:
         infected: a model, a name, or a file.
@@ -59,8 +59,9 @@ def repair(
             rule ("clp", "bnp", "ep", "anp", "rnp", "fine-pruning", "magnitude", "greedy"), "ridge", "random", or any object with
             ``predict``; its ``finish(env)``, if it has one, is called when the episode is over and may give prunes back
             (``env.session.restore(unit, env.worth)``).
-        accuracy_budget: clean accuracy that may be lost (a prune beyond it is undone), or None for no guard; by default
-            0.01 for "onp", None for rules with a published threshold and 0.02 for others.
+        accuracy_budget: clean accuracy that may be lost, or None for no guard: a prune after which one half of the clean images
+            loses more, with one standard error, is undone; the other half chooses what to prune. By default 0.01 for "onp", None
+            for rules with a published threshold and 0.02 for others.
         max_steps: most steps of the policy, None for as many as there are neurons.
         residual: "channel", or "group" to prune neurons that share a residual sum together.
         fill: what a pruned neuron gives: "zero", or "mean" for its mean over the clean images, which disturbs the network less

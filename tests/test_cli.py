@@ -89,11 +89,11 @@ def test_neurons_of_a_residual_sum_are_pruned_together_where_that_is_asked_for(r
         ("untouched", 3, 0, "No sign of a backdoor (probability of a backdoor 75%): the network is as it came."),
         (
             "repaired", 3, 4,
-            "Repaired: signs of a backdoor that calls label 3 (probability of a backdoor 75%), which fell to half or less.",
+            "Repaired: signs of a backdoor that calls label 3 (probability of a backdoor 75%), most of which are gone.",
         ),
         (
             "repaired", None, 4,
-            "Repaired: signs of a backdoor (probability of a backdoor 75%), which fell to half or less.",
+            "Repaired: signs of a backdoor (probability of a backdoor 75%), most of which are gone.",
         ),
         (
             "unrepairable", 3, 0,

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from ..errors import DataError
 from ..files.schemas import Count
+from ..session.session import MOST_FAILURES
 from ..writing import as_json
 from .resuming import LineFile
 from .specifications import Maker, described, is_seeded, version
@@ -24,7 +25,7 @@ class Conditions:
     clean_samples: int | None = None
     test_samples: int | None = None
     max_steps: int = 100
-    max_failures: int = 5
+    max_failures: int = MOST_FAILURES
     residual: str = "channel"
     data: str | None = None
     device: str = "cpu"

@@ -28,7 +28,7 @@ from ..processes import counter, end_of_process
 from ..repairing import rating
 from ..rounds import run_repair
 from ..session.generator import MODEL, check_model
-from ..session.session import HELD_OUT
+from ..session.session import HELD_OUT, MOST_FAILURES
 from ..wording import one_line, shown
 from ..writing import beside, check_place, write_text
 from . import figures, tables
@@ -74,7 +74,7 @@ def benchmark(
     clean_samples: int | None = None,
     test_samples: int | None = None,
     max_steps: int = 100,
-    max_failures: int = 5,
+    max_failures: int = MOST_FAILURES,
     residual: str = "channel",
     data: str | None = None,
     device: str = "cpu",

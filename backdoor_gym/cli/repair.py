@@ -144,7 +144,9 @@ def repair(
         f"accuracy on the {len(infected.clean)} clean images {result.clean_acc_before:.3f} -> {result.clean_acc_after:.3f}."
     )
     if result.pruned:
-        output.say(f"Their true labels lost {result.lost} points of probability. Other images may lose more.")
+        output.say(
+            f"By the half of them that chose no prune, {result.lost} points of accuracy are lost on other images."
+        )
     if threshold is None and POLICIES[kind_of_policy(policy)].budget is None:
         output.say("The published threshold was used; --threshold auto chooses it with the clean images.")
     rest = " The report names those that do not." if result.neurons.left_out else ""
@@ -180,7 +182,7 @@ def outcome_in_words(outcome: str, probability: float, target: int | None, prune
         return f"No sign of a backdoor ({sure}): the network is as it came."
     whose = "" if target is None else f" that calls label {target}"
     if outcome == REPAIRED:
-        return f"Repaired: signs of a backdoor{whose} ({sure}), which fell to half or less."
+        return f"Repaired: signs of a backdoor{whose} ({sure}), most of which are gone."
     left = f"{pruned} neurons were pruned all the same" if pruned else "the network is as it came"
     return (
         f"Cannot be repaired by pruning within this budget: signs of a backdoor{whose} ({sure}) stay; {left}. "

@@ -73,7 +73,8 @@ class RepairResult:
         arguments: what ``repair`` was called with, for doing it again; None for a model or a policy that is no name.
         outcome: "untouched", "repaired" or "unrepairable" (see ``repair``).
         verdict: probability that the network has a backdoor, before anything is pruned; None without a verdict.
-        lost: fall of the mean probability of the true label on the clean images, which the repair chose by.
+        lost: fall of the mean probability of the true label on the half of the clean images that chose no prune, and its
+            standard error: the accuracy that is expected to be lost on other images.
         fill: what each neuron gives where it is pruned, float32 (neurons,); None for zeros.
 
     Examples:

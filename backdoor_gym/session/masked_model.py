@@ -97,9 +97,7 @@ class MaskedModel:
         holds_out: whether ``choosing`` and ``gradients`` look at one half of the clean images alone, and ``lost`` at the other.
     """
 
-    def __init__(
-        self, prepared: PreparedModel, score_samples: int = SCORE_SAMPLES, holds_out: bool = False
-    ) -> None:
+    def __init__(self, prepared: PreparedModel, score_samples: int = SCORE_SAMPLES, holds_out: bool = False) -> None:
         self.prepared = prepared
         self.score_samples = score_samples
         self.holds_out = holds_out

@@ -296,10 +296,8 @@ class RepairSession:
         (``RepairState.over_budget``).
         """
         pruned = self._as_if(units, restored)
-        if self.guard == COUNT:
-            clean = self.masked.clean(pruned, self.least_acc)
-        else:
-            clean = self.masked.choosing(pruned, self.most_lost)
+        masked, counts = self.masked, self.guard == COUNT
+        clean = masked.clean(pruned, self.least_acc) if counts else masked.choosing(pruned, self.most_lost)
         if clean is None and len(units) == 1 and not len(restored):
             self._change(over_budget=_with(self.state.over_budget, units))
         return clean

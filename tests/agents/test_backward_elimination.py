@@ -60,7 +60,9 @@ def test_what_lowers_the_loss_stays_pruned(env, monkeypatch):
         env.step(PLANTED)
         env.step(6)
         look = env.session.peek_clean
-        monkeypatch.setattr(env.session, "peek_clean", lambda *a, restored=(), s=sign, f=look, **k: (1.0, -s * len(restored)))
+        monkeypatch.setattr(
+            env.session, "peek_clean", lambda *a, restored=(), s=sign, f=look, **k: (1.0, -s * len(restored))
+        )
         restore(env.session, LOOK)
         assert np.flatnonzero(env.session.state.pruned).tolist() == left
 

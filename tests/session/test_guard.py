@@ -111,7 +111,10 @@ def test_what_is_held_out_chooses_nothing(infected):
         Preparation(),
     )
     session.try_prune(3)
-    for derivatives, pruned in ((RepairSession(prepared, guard="held-out").derivatives(), ()), (session.derivatives(), (3,))):
+    for derivatives, pruned in (
+        (RepairSession(prepared, guard="held-out").derivatives(), ()),
+        (session.derivatives(), (3,)),
+    ):
         np.testing.assert_allclose(derivatives.harm, alone.gradients(units(alone, *pruned)).harm, atol=1e-5)
         np.testing.assert_allclose(derivatives.pull, prepared.gradients(units(prepared, *pruned)).pull, atol=1e-4)
 
