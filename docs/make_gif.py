@@ -12,6 +12,7 @@ from PIL import Image
 
 import backdoor_gym  # noqa: F401 (registers the environment)
 from backdoor_gym.agents import ONP
+from backdoor_gym.session.session import MOST_FAILURES
 
 MODEL, FILE = "digits-badnets", Path(__file__).parent / "pictures" / "repair.gif"
 #: Milliseconds that the first frame, each prune and the last frame are shown.
@@ -21,7 +22,14 @@ COLOURS = 128
 
 def frames_of(model: str) -> list[np.ndarray]:
     """A frame for the whole network, for each prune, and for what is left after the policy gave neurons back."""
-    env = gym.make("BackdoorPrune-v0", infected=model, accuracy_budget=0.01, guard="held-out", render_mode="rgb_array")
+    env = gym.make(
+        "BackdoorPrune-v0",
+        infected=model,
+        accuracy_budget=0.01,
+        guard="held-out",
+        max_failures=MOST_FAILURES,
+        render_mode="rgb_array",
+    )
     onp = ONP.load("pretrained", env)
     observation, _ = env.reset(seed=0)
     frames, done = [env.render()], False
