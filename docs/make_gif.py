@@ -35,8 +35,9 @@ def frames_of(model: str) -> list[np.ndarray]:
     frames, done = [env.render()], False
     while not done:
         action, _ = onp.predict(observation, deterministic=True)
-        observation, _, terminated, truncated, _ = env.step(action)
-        frames.append(env.render())
+        observation, _, terminated, truncated, info = env.step(action)
+        if info["neuron"]:  # none where the prune was undone
+            frames.append(env.render())
         done = terminated or truncated
     onp.finish(env.unwrapped)
     frames.append(env.render())

@@ -37,7 +37,7 @@ def test_the_gif_shows_each_prune(infected_file, tmp_path, monkeypatch):
     script = runpy.run_path(str(ROOT / "docs" / "make_gif.py"))
     frames = script["frames_of"](str(infected_file))
     pruned = [change for change in repair(infected_file).course if not change.given_back]
-    assert len(frames) == 3 + len(pruned)  # the whole network, the stop, and what was given back
+    assert len(frames) == 2 + len(pruned)  # the whole network, and what was given back
     script["save"]([frames[0], frames[1], frames[-1]], tmp_path / "repair.gif")
     with Image.open(tmp_path / "repair.gif") as gif:
         assert (gif.n_frames, gif.size) == (3, (WIDTH, HEIGHT))
