@@ -144,9 +144,7 @@ def repair(
         f"accuracy on the {len(infected.clean)} clean images {result.clean_acc_before:.3f} -> {result.clean_acc_after:.3f}."
     )
     if result.pruned:
-        output.say(
-            f"By the half of them that chose no prune, {result.lost} points of accuracy are lost on other images."
-        )
+        output.say(f"On the half of them that guards it, the true labels lost {result.lost} points of probability.")
     if threshold is None and POLICIES[kind_of_policy(policy)].budget is None:
         output.say("The published threshold was used; --threshold auto chooses it with the clean images.")
     rest = " The report names those that do not." if result.neurons.left_out else ""

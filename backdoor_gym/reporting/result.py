@@ -73,8 +73,8 @@ class RepairResult:
         arguments: what ``repair`` was called with, for doing it again; None for a model or a policy that is no name.
         outcome: "untouched", "repaired" or "unrepairable" (see ``repair``).
         verdict: probability that the network has a backdoor, before anything is pruned; None without a verdict.
-        lost: fall of the mean probability of the true label on the half of the clean images that chose no prune, and its
-            standard error: the accuracy that is expected to be lost on other images.
+        lost: fall of the mean probability of the true label on the half of the clean images that guards the accuracy, and its
+            standard error. A look-ahead does not see these images, so other images may expect it; a published rule sees all.
         fill: what each neuron gives where it is pruned, float32 (neurons,); None for zeros.
 
     Examples:

@@ -69,8 +69,13 @@ def test_a_repair_looks_ahead_with_it(infected):
     result = repair(infected, "ridge", 0.1, max_steps=40)
     assert result.after.asr < result.before.asr
     assert result.lost.at_most <= 0.1 + 1e-6
+    assert result.clean_acc_before - result.clean_acc_after <= 0.1 + 1e-9
     assert result.verdict == env.unwrapped.session.prepared.evidence.probability
     assert result.outcome == "repaired"
+    careful = repair(infected, "ridge", 0.02, max_steps=40, take_back=False)
+    assert careful.lost.at_most <= 0.02 + 1e-6
+    assert careful.clean_acc_before - careful.clean_acc_after <= 0.02 + 1e-9
+    assert careful.after.asr <= careful.before.asr
     first = env.unwrapped.session.prepared.unit_names[scores[:-1].argmax()]
     once = {"max_steps": 1, "look_ahead": False}
     assert repair(infected, "ridge", None, verdict=False, **once).pruned == [first]
