@@ -61,8 +61,8 @@ def conclude(result: "RepairResult") -> Conclusion:
         where = f"the defender's {len(result.infected.clean)} clean images"
         sentences.append(_moved(where, result.clean_acc_before, result.clean_acc_after))
         sentences.append(
-            f"On the half of them that guards the accuracy the mean probability of the true label fell by {result.lost} points, with "
-            "its standard error."
+            f"On the half of them that guards the accuracy the mean probability of the true label fell by {result.lost} points "
+            "(± its standard error)."
         )
         if test is not None and before.acc is not None and after.acc is not None:
             sentences.append(_moved(f"{len(test)} test images that the repair did not see", before.acc, after.acc))
